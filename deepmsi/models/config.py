@@ -1,0 +1,380 @@
+"""Typed configuration of the model: its sections, its presets, and the sentence a mistake in a file earns.
+
+A configuration is plain data (numbers, strings, lists): it goes to JSON and back unchanged. `ModelSections` is what a model configuration and a training recipe share.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deepmsi.errors import UserError
+
+MODALITIES = ("video", "text", "audio")
+OFFLINE_TEXT = "hashing"
+OFFLINE_AUDIO = "logmel"
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are refused, assignments are validated."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+
+class VisionConfig(Section):
+    """Frames, VSC-Swin and TCN (SPEC 1 to 4), and the preprocessing that the frames went through."""
+
+    backbone: str = Field(
+        "swinv2_tiny_window8_256",
+        min_length=1,
+        description="any swinv2_* name of timm, 'small' (deepmsi's own, 64 px), or 'none'",
+    )
+    pretrained: bool = Field(False, description="start from timm's weights (needs the model hub once)")
+    freeze: bool = Field(False, description="keep the backbone at its starting weights")
+    frames: int = Field(15, ge=1, description="frames per utterance, T")
+    image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    face: bool = Field(False, description="frames are cropped to the largest face before resizing")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    schedule: Literal["paper", "released"] | dict[str, Any] | None = Field(
+        "paper", description="where and how tokens are compressed; null runs the backbone uncompressed"
+    )
+    guide_weight: float = Field(
+        0.5, gt=0, lt=1, description="λ of Eq. 1 at the start; learned behind a sigmoid"
+    )
+    temperature: float = Field(1.0, gt=0, description="τ of the relevance softmax")
+    standardize: bool = True
+    threshold: float = Field(0.3, ge=0, description="θ, relative relevance from which a token is kept")
+    min_keep: int = Field(1, ge=1)
+    fuse_threshold: float = Field(
+        0.6, ge=-1, le=1, description="φ, cosine from which a dropped token is fused"
+    )
+    fuse_alpha: float = Field(0.9, ge=0, le=1, description="α, share of the kept token in a fusion")
+    drop_path: float = Field(0.0, ge=0, lt=1)
+
+    tcn_channels: tuple[int, ...] = Field((1024, 1024, 1024), min_length=1)
+    tcn_kernel: int = Field(3, ge=1)
+    tcn_dropout: float = Field(0.3, ge=0, lt=1)
+
+    @field_validator("std")
+    @classmethod
+    def _positive_std(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError("std must be positive")
+        return std
+
+
+class _EncoderConfig(Section):
+    """What the text and the audio branch have in common."""
+
+    encoder: str = Field("features", min_length=1)
+    dim: int | None = Field(
+        None, ge=1, description="length of the utterance vector; null takes the encoder's own"
+    )
+    finetune: bool = Field(True, description="train the encoder with the model; false keeps it frozen")
+    features_from: str | None = Field(
+        None,
+        min_length=1,
+        description="hub name or folder that computed the features; prediction on files runs it",
+    )
+    options: dict[str, int | float | bool | str] = Field(
+        default_factory=dict, description="sizes of an offline encoder, by the names of its constructor"
+    )
+
+    @property
+    def present(self) -> bool:
+        """Whether the model has this modality at all."""
+        return self.encoder != "none"
+
+    @property
+    def encoded(self) -> bool:
+        """Whether an encoder is part of the model (as opposed to features computed beforehand)."""
+        return self.encoder not in ("none", "features")
+
+
+class TextConfig(_EncoderConfig):
+    """Text branch: 'features', 'hashing' (offline), a hub name or local folder of transformers, or 'none'."""
+
+    pooling: Literal["mean", "cls"] = "mean"
+    max_length: int = Field(
+        128, ge=2, description="tokens; the most recent ones are kept where context overflows"
+    )
+    context: int = Field(
+        0, ge=0, description="previous utterances of the dialogue, with speakers, that are read too"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TextConfig:
+        return _check_encoder(self, OFFLINE_TEXT, features_dim=1024)
+
+
+class AudioConfig(_EncoderConfig):
+    """Audio branch: 'features', 'logmel' (offline), a hub name or local folder of transformers, or 'none'."""
+
+    sample_rate: int = Field(16000, ge=1000, description="Hz")
+    max_seconds: float = Field(20.0, gt=0, description="longer recordings are cut to their middle part")
+
+    @model_validator(mode="after")
+    def _check(self) -> AudioConfig:
+        return _check_encoder(self, OFFLINE_AUDIO, features_dim=768)
+
+
+_Encoder = TypeVar("_Encoder", bound=_EncoderConfig)
+
+
+def _check_encoder(config: _Encoder, offline: str, features_dim: int) -> _Encoder:
+    if config.encoder == offline and not config.finetune:
+        raise ValueError(f"the encoder {offline!r} has no pretrained weights to freeze: leave finetune on")
+    if config.options and config.encoder != offline:
+        raise ValueError(f"options belong to the offline encoder {offline!r}, not to {config.encoder!r}")
+    if config.features_from is not None and config.encoder != "features":
+        raise ValueError("features_from goes with encoder: features")
+    if config.encoder == "features" and config.dim is None:
+        # Not through setattr: validation on assignment would run this validator again.
+        config.__dict__["dim"] = features_dim
+    return config
+
+
+class FusionConfig(Section):
+    """Semantic guide, missing modalities, late fusion and classifier (SPEC 1 and 5)."""
+
+    guide_hidden: int = Field(768, ge=1, description="width of the semantic guide's hidden layer")
+    projection: int = Field(256, ge=1, description="channels of each modality's projection")
+    hidden: tuple[int, ...] = Field((512, 256, 128), description="widths of the classifier's hidden layers")
+    dropout: float = Field(0.3, ge=0, lt=1)
+    modality_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="chance that training hides a modality that a row has (never all of them)",
+    )
+
+
+class LossConfig(Section):
+    """Total loss of SPEC 6: `cross_entropy`·CE + `contrastive`·L, the paper's β and α."""
+
+    cross_entropy: float = Field(1.0, ge=0)
+    contrastive: float = Field(0.5, ge=0)
+    temperature: float = Field(0.5, gt=0)
+    include_matched: bool = False
+    normalize: Literal["batch", "positives"] = "batch"
+    text_audio_pair: bool = False
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["balanced"] | list[float] | None = Field(
+        None, description="'balanced' is resolved from the training part's counts before a model is built"
+    )
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "released": {"vision": {"schedule": "released"}},
+    "small": {
+        "vision": {
+            "backbone": "small",
+            "image_size": 64,
+            "frames": 8,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.25, 0.25, 0.25),
+            "tcn_channels": (128, 128, 128),
+        },
+        "text": {"encoder": OFFLINE_TEXT},
+        "audio": {"encoder": OFFLINE_AUDIO},
+        "fusion": {"guide_hidden": 128, "projection": 64, "hidden": (128, 64)},
+    },
+}
+
+
+class ModelSections(Section):
+    """The sections that a model configuration and a recipe share; `preset` fills what is not said."""
+
+    preset: Literal["paper", "released", "small"] | None = None
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    audio: AudioConfig = AudioConfig()
+    fusion: FusionConfig = FusionConfig()
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("preset"), str):
+            return data
+        merged = dict(data)
+        for name, preset in PRESETS.get(data["preset"], {}).items():
+            said = data.get(name, {})
+            if isinstance(said, Section):
+                said = said.model_dump(exclude_unset=True)
+            if isinstance(said, Mapping):
+                # Sizes of the preset's encoder mean nothing to another encoder that was asked for.
+                merged[name] = {**preset, **said}
+        return merged
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The configured modalities, in the order of `MODALITIES`."""
+        present = {
+            "video": self.vision.backbone != "none",
+            "text": self.text.present,
+            "audio": self.audio.present,
+        }
+        return tuple(name for name in MODALITIES if present[name])
+
+    @model_validator(mode="after")
+    def _some_modality(self) -> ModelSections:
+        if not self.modalities:
+            raise ValueError(
+                "vision.backbone, text.encoder and audio.encoder are all 'none': keep at least one"
+            )
+        return self
+
+
+class DeepMSIConfig(ModelSections):
+    """Everything that determines a `deepmsi.DeepMSI`, its labels and its preprocessing.
+
+    Args:
+        num_labels: K; taken from `label_names` where that is given.
+        label_names: K names, in the order of the logits.
+        preset: "paper" (the defaults), "released" or "small"; explicit keys win over it.
+        vision, text, audio, fusion, loss: the sections, as objects or as dictionaries.
+
+    Raises:
+        pydantic.ValidationError: on an unknown key or a value out of range; `read_config` and `validated` turn
+            it into a `UserError` sentence that names the nearest known key.
+    """
+
+    num_labels: int = Field(ge=1)
+    label_names: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_labels(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("num_labels") is None and data.get("label_names"):
+            return {**data, "num_labels": len(data["label_names"])}
+        return data
+
+    @model_validator(mode="after")
+    def _labels_agree(self) -> DeepMSIConfig:
+        if self.label_names is not None:
+            if len(self.label_names) != self.num_labels:
+                raise ValueError(
+                    f"label_names has {len(self.label_names)} names for num_labels = {self.num_labels}"
+                )
+            if len(set(self.label_names)) != len(self.label_names):
+                raise ValueError("label_names has a name twice")
+        weights = self.loss.class_weights
+        if isinstance(weights, list) and len(weights) != self.num_labels:
+            raise ValueError(
+                f"loss.class_weights has {len(weights)} weights for num_labels = {self.num_labels}"
+            )
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The label names, or "0", "1", ... where the configuration has none."""
+        return self.label_names or [str(k) for k in range(self.num_labels)]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validated(cls: type[_Model], data: Any, where: str) -> _Model:
+    """Build a configuration from untrusted plain data.
+
+    Args:
+        cls: the pydantic model to build.
+        data: a mapping, as read from YAML, JSON or the command line.
+        where: where the data came from, for the sentence.
+
+    Raises:
+        UserError: one sentence with the place, the reason, and for an unknown key the nearest known one.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected keys and values at the top level, found {type(data).__name__}.")
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain_validation(cls, error)}") from None
+
+
+def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
+    """One sentence for the first problem of a validation error (and how many more there are)."""
+    # An unknown key is most often the cause of the others, so it goes first.
+    problems = sorted(
+        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
+    )
+    first = problems[0]
+    # Pydantic adds the name of the union's branch ("literal[...]") after the key itself.
+    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    if first["type"] == "extra_forbidden":
+        sentence = f"unknown key '{path}'{_nearest(cls, first['loc'])}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        sentence = f"{path}: {message}" if path else message
+        if first["type"] not in ("missing", "value_error"):
+            sentence += f" (found {first['input']!r:.60})"
+    more = len({problem["loc"][:2] for problem in problems}) - 1
+    return sentence + (f" (and {more} more problem{'s' * (more > 1)})." if more else ".")
+
+
+def known_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every leaf field, sections included."""
+    keys = []
+    for name, field in cls.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(cls: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """Name the nearest key: first among those of the same section, then anywhere by its last part."""
+    keys = known_keys(cls)
+    section, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    for candidates in ({key.rpartition(".")[2]: key for key in siblings}, by_leaf):
+        close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+        if close:
+            return f": did you mean '{candidates[close[0]]}'"
+    return f": known here are {', '.join(key.rpartition('.')[2] for key in siblings)}" if siblings else ""
+
+
+def read_config(path: Path) -> DeepMSIConfig:
+    """Read the configuration of a checkpoint's `config.json`.
+
+    Raises:
+        UserError: the file is missing, no JSON, or not a configuration of this architecture.
+    """
+    import json
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no deepmsi checkpoint: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from None
+    if not isinstance(data, dict) or data.get("architecture") != ARCHITECTURE:
+        named = data.get("architecture") or data.get("architectures") if isinstance(data, dict) else None
+        found = f"it names {named!r}" if named else "it names no deepmsi architecture"
+        raise UserError(f"{path} belongs to another architecture ({found}): give a folder saved by deepmsi.")
+    version = data.get("format")
+    if version != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {version!r}, this deepmsi reads {FORMAT}: update deepmsi."
+        )
+    return validated(
+        DeepMSIConfig,
+        {key: value for key, value in data.items() if key not in ("architecture", "format")},
+        str(path),
+    )
+
+
+ARCHITECTURE = "DeepMSI"
+FORMAT = 1
