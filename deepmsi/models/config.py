@@ -1,6 +1,7 @@
 """Typed configuration of the model: its sections, its presets, and the sentence a mistake in a file earns.
 
-A configuration is plain data (numbers, strings, lists): it goes to JSON and back unchanged. `ModelSections` is what a model configuration and a training recipe share.
+A configuration is plain data (numbers, strings, lists): it goes to JSON and back unchanged.
+`ModelSections` is what a model configuration and a training recipe share.
 """
 
 from __future__ import annotations
@@ -244,8 +245,8 @@ class DeepMSIConfig(ModelSections):
         vision, text, audio, fusion, loss: the sections, as objects or as dictionaries.
 
     Raises:
-        pydantic.ValidationError: on an unknown key or a value out of range; `read_config` and `validated` turn
-            it into a `UserError` sentence that names the nearest known key.
+        pydantic.ValidationError: on an unknown key or a value out of range; `read_config` and `validated`
+            turn it into a `UserError` sentence that names the nearest known key.
     """
 
     num_labels: int = Field(ge=1)
