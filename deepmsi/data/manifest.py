@@ -1,0 +1,413 @@
+"""Reads the tables that name clips: an own CSV or JSONL manifest, or MELD's CSV files as published.
+
+A manifest's columns are id, video, audio, text, label, speaker, dialogue, split, start, end, side (SPEC 8),
+and for data without media text_features, audio_features and frames (array files). Every other column is kept
+in ``Row.extra``. Paths are relative to the manifest. Reading opens none of the files that a row names.
+"""
+
+import codecs
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from deepmsi.errors import UserError
+
+MELD_LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
+"""MELD's emotions in the order of their ids, 0 to 6."""
+
+MELD_COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
+MELD_VIDEO_FOLDERS = {
+    "train": "train_splits",
+    "dev": "dev_splits_complete",
+    "test": "output_repeated_splits_test",
+}
+PATH_COLUMNS = ("video", "audio", "text_features", "audio_features", "frames")
+TEXT_COLUMNS = ("text", "label", "speaker", "dialogue", "split")
+COLUMNS = ("id", *PATH_COLUMNS, *TEXT_COLUMNS, "start", "end", "side")
+"""Every column that has a meaning; a row needs an id and at least one modality."""
+
+_SEPARATORS = ",;\t"
+# MELD went through cp1252 once: its UTF-8 copies hold C1 controls where cp1252 has quotes and dashes.
+_C1_TO_CP1252 = {
+    c: bytes([c]).decode("cp1252") for c in range(0x80, 0xA0) if c not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One utterance. An absent modality is None; ``start`` and ``end`` are seconds from the file's beginning.
+
+    ``start`` and ``end`` cut the video and the audio alike, whether the sound comes from the video or from a
+    file of its own. ``text_features``, ``audio_features`` and ``frames`` name array files (.npy, .safetensors).
+    """
+
+    id: str
+    video: Path | None = None
+    audio: Path | None = None
+    text: str | None = None
+    label: str | None = None
+    speaker: str | None = None
+    dialogue: str | None = None
+    split: str | None = None
+    start: float | None = None
+    end: float | None = None
+    side: Literal["left", "right"] | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+    text_features: Path | None = None
+    audio_features: Path | None = None
+    frames: Path | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about a manifest: ``where`` is ``file:line``, ``sentence`` says what and what to do."""
+
+    severity: Literal["error", "warning"]
+    where: str
+    sentence: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The rows of a manifest in their order; ``origins[i]`` is the ``file:line`` of ``rows[i]``."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    origins: tuple[str, ...]
+    columns: tuple[str, ...]
+    kind: Literal["table", "meld", "released"] = "table"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read a manifest: a CSV or JSONL file, MELD's CSV, or a folder of MELD's CSVs or of released pickles.
+
+    A CSV with MELD's own columns becomes rows ``{split}_dia{D}_utt{U}`` with the split from the file's name;
+    of a single file its siblings are not read.
+
+    Args:
+        path: the file or folder.
+
+    Returns:
+        The manifest, every row checked: unique ids, numbers that are numbers, at least one modality.
+
+    Raises:
+        UserError: at the first thing that is wrong, with file and line, and how many more there are.
+    """
+    manifest, problems = scan_manifest(path)
+    if problems:
+        first = problems[0]
+        more = len(problems) - 1
+        tail = f" (and {more} more: see deepmsi check)" if more else ""
+        raise UserError(f"{first.where}: {first.sentence}{tail}")
+    return manifest
+
+
+def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]]:
+    """Read what can be read and list what cannot, row by row.
+
+    Raises:
+        UserError: where nothing can be read at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _scan_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such manifest; give a CSV or JSONL file")
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        records, columns, problems = _read_jsonl(path)
+    else:
+        records, columns, problems = _read_csv(path)
+    if not records and not problems:
+        raise UserError(f"{path}: the manifest has no rows")
+    if set(MELD_COLUMNS) <= set(columns):
+        parse: _Parser = _MeldParser(path)
+        kind: Literal["table", "meld"] = "meld"
+    else:
+        if "id" not in columns and records:
+            near = next((c for c in columns if c.strip().lower() in ("id", "ids", "name", "clip")), None)
+            hint = f"; rename the column {near!r}" if near else ""
+            raise UserError(
+                f"{path}: the manifest has no column 'id' (its columns: {', '.join(columns)}){hint}"
+            )
+        parse, kind = _TableParser(path), "table"
+    rows: list[Row] = []
+    origins: list[str] = []
+    for line, record in records:
+        where = f"{path}:{line}"
+        try:
+            rows.append(parse(record))
+            origins.append(where)
+        except UserError as error:
+            problems.append(Problem("error", where, str(error), record.get("id")))
+    problems += duplicate_ids(rows, origins)
+    problems.sort(key=lambda p: int(p.where.rpartition(":")[2]))
+    return Manifest(path, tuple(rows), tuple(origins), tuple(columns), kind), problems
+
+
+def require_labels(rows: Sequence[object], where: str | os.PathLike[str]) -> None:
+    """Raise UserError unless at least one of ``rows`` (anything with ``.label``) carries a label."""
+    if not any(getattr(row, "label", None) for row in rows):
+        raise UserError(f"{where}: no row has a label; fill a column named 'label'")
+
+
+def duplicate_ids(rows: Sequence[Row], origins: Sequence[str]) -> list[Problem]:
+    """Name every row whose id an earlier row has."""
+    first: dict[str, str] = {}
+    problems = []
+    for row, where in zip(rows, origins, strict=True):
+        if row.id in first:
+            sentence = f"the id {row.id!r} is already taken at {first[row.id]}; make ids unique"
+            problems.append(Problem("error", where, sentence, row.id))
+        else:
+            first[row.id] = where
+    return problems
+
+
+def count_labels(rows: Iterable[object]) -> dict[str, dict[str, int]]:
+    """Count rows per split and label: ``{split or "": {label or "": rows}}``, keys sorted."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        split, label = getattr(row, "split", None) or "", getattr(row, "label", None) or ""
+        counts.setdefault(split, Counter())[label] += 1
+    return {split: dict(sorted(counts[split].items())) for split in sorted(counts)}
+
+
+def _scan_folder(folder: Path) -> tuple[Manifest, list[Problem]]:
+    found = {p.name: p for p in folder.glob("*_sent_emo.csv") if not p.name.startswith("._")}
+    ordered = [found.pop(f"{s}_sent_emo.csv") for s in MELD_VIDEO_FOLDERS if f"{s}_sent_emo.csv" in found]
+    files = ordered + [found[name] for name in sorted(found)]
+    if files:
+        parts = [scan_manifest(f) for f in files]
+        rows = tuple(row for part, _ in parts for row in part.rows)
+        origins = tuple(origin for part, _ in parts for origin in part.origins)
+        problems = [problem for _, listed in parts for problem in listed]
+        seen = {(p.where, p.id) for p in problems}
+        problems += [p for p in duplicate_ids(rows, origins) if (p.where, p.id) not in seen]
+        return Manifest(folder, rows, origins, parts[0][0].columns, parts[0][0].kind), problems
+    from deepmsi.data import released
+
+    if released.is_released(folder):
+        return released.scan_released(folder)
+    for name in ("manifest.csv", "manifest.jsonl"):
+        if (folder / name).is_file():
+            return scan_manifest(folder / name)
+    raise UserError(
+        f"{folder}: the folder holds no manifest.csv, no *_sent_emo.csv of MELD and no released pickles; "
+        "name a CSV or JSONL file"
+    )
+
+
+def _decode_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: the manifest cannot be read ({error.strerror})") from error
+    if not data.strip():
+        raise UserError(f"{path}: the manifest is empty")
+    try:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return data.decode("utf-16")
+        if b"\0" in data:
+            raise UserError(f"{path}: this is a binary file, not a CSV or JSONL manifest")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return data.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the manifest is neither UTF-8 nor cp1252; save it as UTF-8") from error
+
+
+_Records = list[tuple[int, dict[str, str]]]
+
+
+def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
+    text = _decode_text(path)
+    header_line = text.lstrip().splitlines()[0]
+    delimiter = max(_SEPARATORS, key=header_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    records: _Records = []
+    problems: list[Problem] = []
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            at, line = line, reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = _clean_header(path, cells)
+            elif len(cells) != len(header):
+                sentence = f"the line has {len(cells)} cells and the header has {len(header)}; quote commas"
+                problems.append(Problem("error", f"{path}:{at}", sentence))
+            else:
+                records.append((at, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: the line cannot be read as CSV ({error})") from error
+    return records, header, problems
+
+
+def _clean_header(path: Path, cells: Sequence[str]) -> list[str]:
+    known = {name.lower(): name for name in COLUMNS}
+    stripped = [cell.strip() for cell in cells]
+    # Names are taken in any case unless that makes two of one; MELD's own spelling stays as it is.
+    meld = set(MELD_COLUMNS) <= set(stripped)
+    header = stripped if meld else [known.get(cell.lower(), cell) for cell in stripped]
+    named = [name for name in header if name]
+    twice = [name for name, n in Counter(named).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}:1: the column {twice[0]!r} stands in the header twice")
+    return [name or f"column {i + 1}" for i, name in enumerate(header)]
+
+
+def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
+    records: _Records = []
+    problems: list[Problem] = []
+    columns: dict[str, None] = {}
+    for line, raw in enumerate(_decode_text(path).split("\n"), start=1):
+        if not raw.strip():
+            continue
+        where = f"{path}:{line}"
+        try:
+            value = json.loads(raw)
+        except ValueError as error:
+            problems.append(Problem("error", where, f"the line is not JSON ({error})"))
+            continue
+        if not isinstance(value, dict):
+            problems.append(Problem("error", where, "the line is not a JSON object of column and value"))
+            continue
+        columns.update(dict.fromkeys(value))
+        bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
+        if bad is not None:
+            what = "the label cannot be read" if bad == "label" else f"the value of {bad!r} cannot be read"
+            problems.append(Problem("error", where, f"{what}: give text or a number, not a list or object"))
+            continue
+        records.append((line, {k: _json_cell(v) for k, v in value.items()}))
+    return records, list(columns), problems
+
+
+def _json_cell(value: object) -> str:
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+class _Parser:
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent
+
+    def __call__(self, record: dict[str, str]) -> Row:
+        raise NotImplementedError
+
+
+class _TableParser(_Parser):
+    def __call__(self, record: dict[str, str]) -> Row:
+        cells = {name: value for name, value in record.items() if value}
+        row = Row(
+            id=check_id(cells.get("id", "")),
+            start=_seconds(cells, "start"),
+            end=_seconds(cells, "end"),
+            side=_side(cells),
+            extra={name: value for name, value in record.items() if name not in COLUMNS},
+            **{name: self.folder / cells[name] for name in PATH_COLUMNS if name in cells},  # type: ignore[arg-type]
+            **{name: cells[name] for name in TEXT_COLUMNS if name in cells},  # type: ignore[arg-type]
+        )
+        if row.label is not None and not row.label.isprintable():
+            raise UserError(f"the label {row.label!r} cannot be read: it holds control characters")
+        for name in PATH_COLUMNS:
+            if "\0" in cells.get(name, "") or "\n" in cells.get(name, ""):
+                raise UserError(f"the path in {name!r} holds a line break or a null character")
+        if row.start is not None and row.end is not None and row.end <= row.start:
+            raise UserError(f"the end {row.end:g} s does not lie after the start {row.start:g} s")
+        if not any((row.video, row.audio, row.text, row.text_features, row.audio_features, row.frames)):
+            raise UserError(
+                f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row"
+            )
+        return row
+
+
+class _MeldParser(_Parser):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        name = re.match(r"(train|dev|test)_", path.name)
+        self.split = name.group(1) if name else None
+        self.clips = _meld_clips(path.parent, self.split) if self.split else None
+
+    def __call__(self, record: dict[str, str]) -> Row:
+        numbers = []
+        for column in ("Dialogue_ID", "Utterance_ID"):
+            if not record[column].isdecimal():
+                raise UserError(f"{column} is {record[column]!r}, not a whole number")
+            numbers.append(int(record[column]))
+        dialogue, utterance = numbers
+        label = record["Emotion"].lower()
+        if label not in MELD_LABELS:
+            raise UserError(f"the emotion {record['Emotion']!r} is none of MELD's: {', '.join(MELD_LABELS)}")
+        prefix = f"{self.split}_" if self.split else ""
+        name = f"dia{dialogue}_utt{utterance}"
+        return Row(
+            id=prefix + name,
+            video=self.clips.get(name, self.clips[""] / f"{name}.mp4") if self.clips else None,
+            text=record["Utterance"].translate(_C1_TO_CP1252) or None,
+            label=label,
+            speaker=record["Speaker"].translate(_C1_TO_CP1252) or None,
+            dialogue=f"{prefix}dia{dialogue}",
+            split=self.split,
+            extra={key: value for key, value in record.items() if key not in MELD_COLUMNS},
+        )
+
+
+def _meld_clips(folder: Path, split: str) -> dict[str, Path] | None:
+    """Clips of one split by name, at any nesting below its folder; the key "" holds the folder itself."""
+    roots = [p for p in sorted(folder.rglob(MELD_VIDEO_FOLDERS[split])) if p.is_dir()]
+    if not roots:
+        return None
+    clips = {"": roots[0]}
+    for root in roots:
+        for clip in sorted(root.rglob("dia*_utt*.mp4")):
+            if not clip.name.startswith("._"):
+                clips.setdefault(clip.stem, clip)
+    return clips
+
+
+def check_id(value: str) -> str:
+    """Return the id, or raise UserError where it could not name a file on its own."""
+    if not value:
+        raise UserError("the id is empty; every row needs one")
+    if any(c in value for c in "/\\") or value in (".", ".."):
+        raise UserError(f"the id {value!r} holds a path separator; ids name files, so use other characters")
+    if not value.isprintable():
+        raise UserError(f"the id {value!r} holds control characters")
+    return value
+
+
+def _seconds(cells: dict[str, str], name: str) -> float | None:
+    if name not in cells:
+        return None
+    try:
+        value = float(cells[name])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"{name} is {cells[name]!r}; give seconds from the file's beginning, such as 12.5")
+    return value
+
+
+def _side(cells: dict[str, str]) -> Literal["left", "right"] | None:
+    match cells.get("side", "").lower():
+        case "":
+            return None
+        case "left":
+            return "left"
+        case "right":
+            return "right"
+        case _:
+            raise UserError(f"side is {cells['side']!r}; it must be left, right or empty")

@@ -1,0 +1,31 @@
+"""The choices of a preparation; they are recorded in its index and in every checkpoint trained on it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PrepareOptions(BaseModel):
+    """How clips become arrays. Two preparations with equal options and equal input are equal byte for byte."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    frames: int = Field(15, ge=1, le=4096, description="frames per utterance, T")
+    size: int = Field(256, ge=8, le=4096, description="edge of a stored frame in pixels")
+    resize: Literal["crop", "squash", "pad"] = Field(
+        "crop", description="short edge to size and centre crop, or squash to a square, or pad to one"
+    )
+    face: bool = Field(False, description="crop to the face first (needs the extra deepmsi[face])")
+    face_model: str | None = Field(
+        None, description="path of a YuNet .onnx file for the face crop; otherwise OpenCV's Haar cascade"
+    )
+    sample_rate: int = Field(
+        16000, ge=4000, le=192000, description="samples per second of the stored waveforms"
+    )
+    text_encoder: str | None = Field(
+        None,
+        description="a frozen encoder whose text features are stored: a hub name, a local folder, 'hashing'",
+    )
+    audio_encoder: str | None = Field(
+        None, description="a frozen encoder whose audio features are stored: a hub name, a folder, 'logmel'"
+    )
