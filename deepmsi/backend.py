@@ -1,0 +1,219 @@
+"""Which implementation of an operation runs, and why: the choice, its predicates, and ``explain()``.
+
+A name is one of ``reference`` (plain PyTorch), ``cpp`` (the compiled extension: CPU and CUDA) and ``triton``;
+``auto`` takes the best that can run. The argument of a call goes before ``use_backend()``, that before the
+environment variable ``DEEPMSI_BACKEND`` (read once, at import), and that before ``auto``. An implementation that
+was asked for by name runs or raises; it is never replaced in silence.
+
+Adding a kernel takes one line: put its :class:`Kernel` into ``KERNELS`` below, and its schema into
+``deepmsi/ops/_schemas.py``. Everything here is plain Python over module constants, so that ``torch.compile``
+traces through a choice without a break and without reading a tensor.
+"""
+
+import contextlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deepmsi._version import __version__
+
+OPS = ("vsc_compress", "window_attention", "dilated_causal_conv1d", "cross_modal_contrastive")
+BACKENDS = ("reference", "triton", "cpp")
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one compiled implementation of one operation can run.
+
+    Attributes:
+        dtypes: Storage types that it takes.
+        devices: Device types that it takes (``triton`` takes ``cpu`` only under its interpreter).
+        limit: Reads the facts of a call (keyword integers such as ``channels=384``) and returns why it cannot
+            run, or None where it can.
+        faster: Reads the device type and the facts of a call, and says whether ``auto`` should take this kernel
+            over the reference: from measurement, not from hope. None means always.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...]
+    limit: Callable[[dict[str, int]], str | None] | None = None
+    faster: Callable[[str, dict[str, int]], bool] | None = None
+
+
+# One line per operation and backend. A sibling kernel registers here.
+KERNELS: dict[tuple[str, str], Kernel] = {}
+
+
+def _load_extension(name: str) -> str | None:
+    """Load ``_C_cpu`` or ``_C_cuda``; return why it is absent, or None where its operators are registered."""
+    files = sorted(_PACKAGE.glob(f"{name}*.so"))
+    if not files:
+        return f"the extension {name} is not built: run `pip install -e .` with a C++ compiler" + (
+            " and nvcc" if name == "_C_cuda" else ""
+        )
+    try:
+        torch.ops.load_library(str(files[0]))
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"the extension {files[0].name} does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+_EXTENSIONS: dict[str, str | None] = {
+    "cpu": _load_extension("_C_cpu"),
+    "cuda": _load_extension("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
+}
+_TRITON: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{where} must be one of reference, triton, cpp, auto, not {name!r}")
+    return name
+
+
+_environment: str = _checked(os.environ.get("DEEPMSI_BACKEND", "auto") or "auto", "DEEPMSI_BACKEND")
+_override: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run everything inside on one backend: ``reference``, ``triton``, ``cpp`` or ``auto``.
+
+    The setting belongs to the process, so enter it outside of threads. A compiled model sees a change and
+    compiles again.
+
+    Raises:
+        ValueError: The name is none of the four.
+    """
+    global _override
+    before, _override = _override, _checked(name, "use_backend()'s name")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def why_not(
+    op: str, backend: str, device: str | None = None, dtype: torch.dtype | None = None, **facts: int
+) -> str | None:
+    """Return the sentence that says why a backend cannot run an operation, or None where it can.
+
+    Args:
+        op: One of ``OPS``.
+        backend: ``reference``, ``triton`` or ``cpp``.
+        device: Type of the tensors' device, such as ``cpu``; None asks about any device of this machine.
+        dtype: Storage type of the tensors; None asks about any.
+        **facts: Integers that the kernel's limits read, such as ``channels=384``.
+    """
+    if backend == "reference":
+        return None
+    kernel = KERNELS.get((op, backend))
+    if kernel is None:
+        return f"{op} has no {backend} implementation"
+    if backend == "triton" and _TRITON is not None:
+        return _TRITON
+    if device is None:
+        reasons = [why_not(op, backend, d, dtype, **facts) for d in ("cuda", "cpu")]
+        return None if None in reasons else reasons[0 if torch.version.cuda and _TRITON is None else 1]
+    if device not in kernel.devices:
+        return f"{backend} {op} runs on {' and '.join(kernel.devices)}, not on {device}"
+    if backend == "triton" and device == "cpu" and not _INTERPRET:
+        return "triton runs on the CPU only under its interpreter: set TRITON_INTERPRET=1 before the start"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if backend == "cpp" and _EXTENSIONS[device] is not None:
+        return _EXTENSIONS[device]
+    if dtype is not None and dtype not in kernel.dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
+        return f"{backend} {op} takes {names}, not {str(dtype).removeprefix('torch.')}"
+    return kernel.limit(facts) if kernel.limit is not None else None
+
+
+def require(op: str, backend: str, device: str, dtype: torch.dtype, **facts: int) -> None:
+    """Raise the sentence of :func:`why_not` where the backend cannot run the call.
+
+    Raises:
+        RuntimeError: The backend cannot run it.
+    """
+    reason = why_not(op, backend, device, dtype, **facts)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
+
+
+def resolve(op: str, backend: str | None, device: str, dtype: torch.dtype, **facts: int) -> str:
+    """Return the backend that a call runs on: ``reference``, ``triton`` or ``cpp``.
+
+    Args:
+        op: One of ``OPS``.
+        backend: The call's argument; None leaves the choice to ``use_backend()`` and what comes after it.
+        device: Type of the tensors' device.
+        dtype: Storage type of the tensors.
+        **facts: Integers that the kernel's limits read.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: A backend was asked for by name and cannot run this call; the message says why.
+    """
+    name = _checked(backend, "backend") if backend is not None else (_override or _environment)
+    if name != "auto":
+        require(op, name, device, dtype, **facts)
+        return name
+    for candidate in ("triton", "cpp") if device == "cuda" else ("cpp",):
+        if why_not(op, candidate, device, dtype, **facts) is None:
+            faster = KERNELS[(op, candidate)].faster
+            if faster is None or faster(device, facts):
+                return candidate
+    return "reference"
+
+
+def host_info() -> dict[str, str]:
+    """Return what the host module says of the build and of this CPU, or why there is none."""
+    try:
+        from deepmsi import _host
+    except ImportError as error:
+        return {"host module": f"not built ({error})"}
+    return dict(_host.info())
+
+
+def explain() -> str:
+    """Return a page that says which backend can run which operation here, or why not, with versions and devices."""
+    lines = [f"deepmsi {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
+    lines.append(f"triton: {_triton_version()}")
+    if torch.cuda.is_available():
+        lines += [
+            f"device {i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        lines.append("device: CPU only (no CUDA device is visible)")
+    lines.append(f"threads: {torch.get_num_threads()}")
+    lines += [f"{key}: {value}" for key, value in host_info().items()]
+    lines += [f"extension _C_{kind}: {reason or 'loaded'}" for kind, reason in _EXTENSIONS.items()]
+    asked = "use_backend()" if _override else "DEEPMSI_BACKEND" if _environment != "auto" else "default"
+    lines += [f"backend: {_override or _environment} ({asked})", ""]
+    width = max(map(len, OPS))
+    for op in OPS:
+        for backend in BACKENDS:
+            lines.append(f"{op:<{width}}  {backend:<9}  {why_not(op, backend) or 'available'}")
+    return "\n".join(lines)
+
+
+def _triton_version() -> str:
+    if _TRITON is not None:
+        return _TRITON
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return version(name) + (" (interpreter)" if _INTERPRET else "")
+        except PackageNotFoundError:
+            continue
+    return "installed, version unknown"

@@ -1,0 +1,31 @@
+"""What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in the autocast type where autocast is on for its device; float64 stays as it is."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def check(condition: bool, sentence: str) -> None:
+    """Raise ``ValueError(sentence)`` unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def check_floating(x: Tensor, op: str, name: str) -> None:
+    """Raise unless x holds floating-point numbers."""
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, not {x.dtype}")
+
+
+def shape(x: Tensor) -> str:
+    """Return a shape as text, such as ``[3, 4]``."""
+    return str(list(x.shape))

@@ -1,0 +1,173 @@
+"""Every operator that deepmsi registers with torch: schema, fake, autograd.
+
+One operator per operation, backend and direction: ``deepmsi::<op>_<backend>_fwd`` and ``…_bwd``. A dispatch key picks
+a device, never an implementation: ``cpp`` operators have kernels under the CPU and the CUDA key (registered by the
+extensions), ``triton`` operators call ``deepmsi/_triton/<op>.py``, imported at the first call. The fake, the
+setup of the context and the backward are the same for both backends. Schemas hold int, float, bool, Tensor and their
+optional forms: the stable ABI has no others.
+
+A sibling operation adds its section here: one schema and one fake per direction, then ``_register``.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("deepmsi", "FRAGMENT")
+COMPILED_BACKENDS = ("cpp", "triton")
+
+
+def _register(
+    op: str,
+    forward: str,
+    backward: str,
+    fake_forward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradient: Callable[..., tuple[Any, ...]],
+) -> None:
+    """Define both directions of an operation for every compiled backend.
+
+    Args:
+        op: Name of the operation.
+        forward, backward: Schemas without the name: ``(Tensor x, ...) -> (Tensor, ...)``.
+        fake_forward, fake_backward: Shapes, types and strides of the outputs.
+        setup_context: ``(ctx, inputs, output)``; saves what the backward reads.
+        gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per input.
+    """
+    for backend in COMPILED_BACKENDS:
+        name = f"{op}_{backend}"
+        LIBRARY.define(f"{name}_fwd{forward}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.define(f"{name}_bwd{backward}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"deepmsi::{name}_fwd", fake_forward, lib=LIBRARY)
+        torch.library.register_fake(f"deepmsi::{name}_bwd", fake_backward, lib=LIBRARY)
+        if backend == "triton":
+            for direction in ("fwd", "bwd"):
+                launch = _launcher(op, f"{op}_{direction}")
+                for key in ("CUDA", "CPU"):
+                    LIBRARY.impl(f"{name}_{direction}", launch, key)
+        bwd = getattr(torch.ops.deepmsi, f"{name}_bwd").default
+
+        def backward_of(ctx: Any, *grads: Tensor | None, _bwd: Any = bwd) -> tuple[Any, ...]:
+            return gradient(_bwd, ctx, *grads)
+
+        torch.library.register_autograd(
+            f"deepmsi::{name}_fwd", backward_of, setup_context=setup_context, lib=LIBRARY
+        )
+
+
+def _launcher(op: str, function: str) -> Callable[..., Any]:
+    """Return a function that imports ``deepmsi._triton.<op>`` when it is first called."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"deepmsi._triton.{op}"), function)(*args)
+
+    return launch
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which kernels sum: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- vsc_compress -----------------------------------------------------------------------------------------------------
+# Forward: x [B, N, C] or packed [R, C] with cu_seqlens [B + 1] int32; guide [B, C], guide_weight [] in float32 (float64
+# with a float64 x). Exactly R' output rows: B·capacity, else B·min(keep, N) where x is dense, else one integer is read.
+# `state` [3, R]: score s, floored norm, closeness c of an irrelevant token to its nearest relevant one (0 for others).
+# `mean` [B, C]: v. Rows past the last valid one: tokens 0, gate 0, index -1.
+
+_VSC_FORWARD = (
+    "(Tensor x, Tensor? cu_seqlens, Tensor guide, Tensor guide_weight, float temperature, bool standardize, "
+    "float threshold, int? keep, int? capacity, int min_keep, float fuse_threshold, float fuse_alpha) -> "
+    "(Tensor tokens, Tensor cu_out, Tensor index, Tensor gate, Tensor relevance, Tensor assignment, Tensor state, "
+    "Tensor mean)"
+)
+_VSC_BACKWARD = (
+    "(Tensor? grad_tokens, Tensor? grad_gate, Tensor x, Tensor? cu_seqlens, Tensor guide, Tensor guide_weight, "
+    "Tensor cu_out, Tensor index, Tensor assignment, Tensor state, Tensor mean, float fuse_alpha) -> "
+    "(Tensor grad_x, Tensor grad_guide, Tensor grad_guide_weight)"
+)
+
+
+def _vsc_fake_forward(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    guide: Tensor,
+    guide_weight: Tensor,
+    temperature: float,
+    standardize: bool,
+    threshold: float,
+    keep: int | None,
+    capacity: int | None,
+    min_keep: int,
+    fuse_threshold: float,
+    fuse_alpha: float,
+) -> tuple[Tensor, ...]:
+    frames, channels = guide.shape
+    rows = x.shape[0] * x.shape[1] if cu_seqlens is None else x.shape[0]
+    packed: Any
+    if capacity is not None:
+        packed = frames * capacity
+    elif keep is not None and cu_seqlens is None:
+        packed = frames * torch.sym_min(keep, x.shape[1])
+    else:
+        packed = torch.library.get_ctx().new_dynamic_size()
+    wide = accumulate_dtype(x.dtype)
+    return (
+        x.new_empty((packed, channels)),
+        x.new_empty((frames + 1,), dtype=torch.int32),
+        x.new_empty((packed,), dtype=torch.int64),
+        x.new_empty((packed,)),
+        x.new_empty((rows,), dtype=wide),
+        x.new_empty((rows,), dtype=torch.int32),
+        x.new_empty((3, rows), dtype=wide),
+        x.new_empty((frames, channels), dtype=wide),
+    )
+
+
+def _vsc_fake_backward(
+    grad_tokens: Tensor | None,
+    grad_gate: Tensor | None,
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    guide: Tensor,
+    guide_weight: Tensor,
+    cu_out: Tensor,
+    index: Tensor,
+    assignment: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    fuse_alpha: float,
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), guide.new_empty(guide.shape), guide_weight.new_empty(())
+
+
+def _vsc_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, cu_seqlens, guide, guide_weight, *_, fuse_alpha = inputs
+    _, cu_out, index, _, relevance, assignment, state, mean = output
+    ctx.mark_non_differentiable(cu_out, index, relevance, assignment, state, mean)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, cu_seqlens, guide, guide_weight, cu_out, index, assignment, state, mean)
+    ctx.fuse_alpha = fuse_alpha
+
+
+def _vsc_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_tokens, grad_gate = grads[0], grads[3]
+    if grad_tokens is None and grad_gate is None:
+        return (None,) * 12
+    grad_x, grad_guide, grad_weight = bwd(grad_tokens, grad_gate, *ctx.saved_tensors, ctx.fuse_alpha)
+    return (grad_x, None, grad_guide, grad_weight, *(None,) * 8)
+
+
+_register(
+    "vsc_compress",
+    _VSC_FORWARD,
+    _VSC_BACKWARD,
+    _vsc_fake_forward,
+    _vsc_fake_backward,
+    _vsc_setup_context,
+    _vsc_gradient,
+)

@@ -1,0 +1,98 @@
+"""What tests and benchmarks share: reproducible inputs, poisoned memory, and the budget an error must keep.
+
+The budget: a kernel's error against the float64 reference is at most twice the error that the reference itself makes
+at the kernel's precision, plus one rounding of the storage type.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a CPU generator, so that every device and type draws the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(
+    *size: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scale: float = 1.0,
+) -> Tensor:
+    """Return normal numbers that depend on the seed and the size alone; other types hold the float64 draw, rounded."""
+    draw = torch.randn(*size, generator=generator(seed), dtype=torch.float64)
+    return (draw * scale).to(device=device, dtype=dtype)
+
+
+def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Return ``cu_seqlens`` [len(lengths) + 1] int32 of frames with these lengths."""
+    counts = torch.tensor([0, *lengths], dtype=torch.int64)
+    return counts.cumsum(0).to(device=device, dtype=torch.int32)
+
+
+def tokens(
+    rows: int,
+    channels: int,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    clusters: int = 7,
+    spread: float = 0.6,
+) -> Tensor:
+    """Return rows [rows, channels] that lie about a few centres, as image tokens do, so that some are near others."""
+    centres = torch.randn(clusters, channels, generator=generator(seed), dtype=torch.float64)
+    choice = torch.randint(clusters, (rows,), generator=generator(seed + 1))
+    noise = torch.randn(rows, channels, generator=generator(seed + 2), dtype=torch.float64)
+    return (centres[choice] + spread * noise).to(device=device, dtype=dtype)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return the largest absolute difference over the largest magnitude of ``exact``."""
+    if exact.numel() == 0:
+        return 0.0
+    scale = exact.abs().max().clamp(min=1e-30)
+    return ((actual.to(exact) - exact).abs().max() / scale).item()
+
+
+def assert_within_budget(
+    actual: Tensor, low: Tensor, exact: Tensor, what: str = "output", roundings: float = 1.0
+) -> None:
+    """Assert that a kernel's result keeps the error budget.
+
+    Args:
+        actual: The kernel's result.
+        low: The reference's result at the kernel's precision.
+        exact: The reference's result in float64, from the same (rounded) inputs.
+        what: Name of the tensor, for the message.
+        roundings: Roundings of the storage type that are allowed on top.
+
+    Raises:
+        AssertionError: A shape differs, a number is not finite, or the error is over the budget.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, not {list(exact.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{what}: not finite"
+    error, own = relative_error(actual, exact), relative_error(low, exact)
+    budget = 2 * own + roundings * torch.finfo(actual.dtype).eps
+    assert error <= budget, (
+        f"{what}: error {error:.3e} over the budget {budget:.3e} (reference's own {own:.3e})"
+    )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every fresh allocation with NaN (integers with their largest value), so that an unwritten output shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
