@@ -1,4 +1,4 @@
-"""deepmsi: multimodal emotion recognition in the manner of DeepMSI-MER, as a performance engine and a tool."""
+"""deepmsi: multimodal emotion recognition in the manner of DeepMSI-MER, an engine and a tool."""
 
 import importlib
 from typing import Any

@@ -2,8 +2,8 @@
 
 A name is one of ``reference`` (plain PyTorch), ``cpp`` (the compiled extension: CPU and CUDA) and ``triton``;
 ``auto`` takes the best that can run. The argument of a call goes before ``use_backend()``, that before the
-environment variable ``DEEPMSI_BACKEND`` (read once, at import), and that before ``auto``. An implementation that
-was asked for by name runs or raises; it is never replaced in silence.
+environment variable ``DEEPMSI_BACKEND`` (read once, at import), and that before ``auto``. An implementation
+that was asked for by name runs or raises; it is never replaced in silence.
 
 Adding a kernel takes one line: put its :class:`Kernel` into ``KERNELS`` below, and its schema into
 ``deepmsi/ops/_schemas.py``. Everything here is plain Python over module constants, so that ``torch.compile``
@@ -37,8 +37,8 @@ class Kernel:
         devices: Device types that it takes (``triton`` takes ``cpu`` only under its interpreter).
         limit: Reads the facts of a call (keyword integers such as ``channels=384``) and returns why it cannot
             run, or None where it can.
-        faster: Reads the device type and the facts of a call, and says whether ``auto`` should take this kernel
-            over the reference: from measurement, not from hope. None means always.
+        faster: Reads the device type and the facts of a call, and says whether ``auto`` should take this
+            kernel over the reference: from measurement, not from hope. None means always.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -184,12 +184,12 @@ def host_info() -> dict[str, str]:
 
 
 def explain() -> str:
-    """Return a page that says which backend can run which operation here, or why not, with versions and devices."""
+    """Return a page that says which backend runs which operation here, or why not, with versions."""
     lines = [f"deepmsi {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     lines.append(f"triton: {_triton_version()}")
     if torch.cuda.is_available():
         lines += [
-            f"device {i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+            f"device {i}: {torch.cuda.get_device_name(i)}, sm_%d%d" % torch.cuda.get_device_capability(i)
             for i in range(torch.cuda.device_count())
         ]
     else:

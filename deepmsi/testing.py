@@ -1,6 +1,7 @@
 """What tests and benchmarks share: reproducible inputs, poisoned memory, and the budget an error must keep.
 
-The budget: a kernel's error against the float64 reference is at most twice the error that the reference itself makes
+The budget: a kernel's error against the float64 reference is at most twice the error that the reference
+    itself makes
 at the kernel's precision, plus one rounding of the storage type.
 """
 

@@ -1,10 +1,10 @@
 """Every operator that deepmsi registers with torch: schema, fake, autograd.
 
-One operator per operation, backend and direction: ``deepmsi::<op>_<backend>_fwd`` and ``…_bwd``. A dispatch key picks
-a device, never an implementation: ``cpp`` operators have kernels under the CPU and the CUDA key (registered by the
-extensions), ``triton`` operators call ``deepmsi/_triton/<op>.py``, imported at the first call. The fake, the
-setup of the context and the backward are the same for both backends. Schemas hold int, float, bool, Tensor and their
-optional forms: the stable ABI has no others.
+One operator per operation, backend and direction: ``deepmsi::<op>_<backend>_fwd`` and ``…_bwd``. A dispatch
+key picks a device, never an implementation: ``cpp`` operators have kernels under the CPU and the CUDA key
+(registered by the extensions), ``triton`` operators call ``deepmsi/_triton/<op>.py``, imported at the first
+call. The fake, the setup of the context and the backward are the same for both backends. Schemas hold int,
+float, bool, Tensor and their optional forms: the stable ABI has no others.
 
 A sibling operation adds its section here: one schema and one fake per direction, then ``_register``.
 """
@@ -36,7 +36,8 @@ def _register(
         forward, backward: Schemas without the name: ``(Tensor x, ...) -> (Tensor, ...)``.
         fake_forward, fake_backward: Shapes, types and strides of the outputs.
         setup_context: ``(ctx, inputs, output)``; saves what the backward reads.
-        gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per input.
+        gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per
+            input.
     """
     for backend in COMPILED_BACKENDS:
         name = f"{op}_{backend}"
@@ -73,21 +74,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- vsc_compress -----------------------------------------------------------------------------------------------------
-# Forward: x [B, N, C] or packed [R, C] with cu_seqlens [B + 1] int32; guide [B, C], guide_weight [] in float32 (float64
-# with a float64 x). Exactly R' output rows: B·capacity, else B·min(keep, N) where x is dense, else one integer is read.
-# `state` [3, R]: score s, floored norm, closeness c of an irrelevant token to its nearest relevant one (0 for others).
-# `mean` [B, C]: v. Rows past the last valid one: tokens 0, gate 0, index -1.
+# vsc_compress
+#
+# Forward: x [B, N, C] or packed [R, C] with cu_seqlens [B + 1] int32; guide [B, C], guide_weight [] in
+# float32 (float64 with a float64 x). Exactly R' output rows: B·capacity, else B·min(keep, N) where x is
+# dense, else one integer is read. `state` [3, R]: score s, floored norm, closeness c of an irrelevant token
+# to its nearest relevant one (0 for others). `mean` [B, C]: v. Rows past the last valid one: tokens 0, gate
+# 0, index -1.
 
 _VSC_FORWARD = (
     "(Tensor x, Tensor? cu_seqlens, Tensor guide, Tensor guide_weight, float temperature, bool standardize, "
     "float threshold, int? keep, int? capacity, int min_keep, float fuse_threshold, float fuse_alpha) -> "
-    "(Tensor tokens, Tensor cu_out, Tensor index, Tensor gate, Tensor relevance, Tensor assignment, Tensor state, "
-    "Tensor mean)"
+    "(Tensor tokens, Tensor cu_out, Tensor index, Tensor gate, Tensor relevance, Tensor assignment, "
+    "Tensor state, Tensor mean)"
 )
 _VSC_BACKWARD = (
-    "(Tensor? grad_tokens, Tensor? grad_gate, Tensor x, Tensor? cu_seqlens, Tensor guide, Tensor guide_weight, "
-    "Tensor cu_out, Tensor index, Tensor assignment, Tensor state, Tensor mean, float fuse_alpha) -> "
+    "(Tensor? grad_tokens, Tensor? grad_gate, Tensor x, Tensor? cu_seqlens, Tensor guide, "
+    "Tensor guide_weight, Tensor cu_out, Tensor index, Tensor assignment, Tensor state, Tensor mean, float fuse_alpha) -> "
     "(Tensor grad_x, Tensor grad_guide, Tensor grad_guide_weight)"
 )
 

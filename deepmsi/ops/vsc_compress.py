@@ -20,8 +20,8 @@ class CompressedTokens(NamedTuple):
         tokens: Kept and fused tokens [R', C], packed frame after frame, in x's type. Differentiable.
         cu_seqlens: Offsets of the frames' rows in ``tokens`` [B + 1] int32.
         index: Input row of each output row [R'] int64, ascending inside a frame, -1 past the last valid row.
-        gate: [R'], exactly 1 (0 past the last valid row); its gradient reaches the score s of the row, hence x, guide
-            and λ. Multiply it in after the norm that follows, for a norm cancels a scale.
+        gate: [R'], exactly 1 (0 past the last valid row); its gradient reaches the score s of the row, hence
+            x, guide and λ. Multiply it in after the norm that follows, for a norm cancels a scale.
         relevance: r of every input row [R] float32 (float64 for float64 inputs); mean 1 over a frame.
         assignment: Output row that an input row went to [R] int32, -1 where it was dropped.
     """
@@ -50,21 +50,23 @@ def vsc_compress(
     max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> CompressedTokens:
-    """Keep the tokens of each frame that the guide finds relevant, and fuse the others into their nearest kept one.
+    """Keep the tokens of each frame that the guide finds relevant, and fuse the others into their nearest
+    kept one.
 
-    For one frame x_1..x_N with guide g (Eq. 1 to 3 of the paper): v = mean x; m = λ g + (1 - λ) v; s_n = cos(m, x_n);
-    ŝ = (s - mean s) / max(std s, 1e-3); r = N softmax(ŝ / τ). Token n stays when r_n ≥ θ. Every other token i finds
-    its nearest kept one j by cosine c_i, and where c_i ≥ φ joins it: y_j = α x_j + (1 - α) Σ ω_i x_i / Σ ω_i with
-    ω_i = exp(c_i). Gradients of ``tokens`` are exact with the sets and the argmax held fixed; guide and λ get theirs
-    through ``gate``. Two runs give the same bits, forward and backward, at any number of threads.
+    For one frame x_1..x_N with guide g (Eq. 1 to 3 of the paper): v = mean x; m = λ g + (1 - λ) v; s_n =
+    cos(m, x_n); ŝ = (s - mean s) / max(std s, 1e-3); r = N softmax(ŝ / τ). Token n stays when r_n ≥ θ. Every
+    other token i finds its nearest kept one j by cosine c_i, and where c_i ≥ φ joins it: y_j = α x_j + (1 -
+    α) Σ ω_i x_i / Σ ω_i with ω_i = exp(c_i). Gradients of ``tokens`` are exact with the sets and the argmax
+    held fixed; guide and λ get theirs through ``gate``. Two runs give the same bits, forward and backward, at
+    any number of threads.
 
-    Output rows R': ``B * capacity`` with a capacity; ``B * min(keep, N)`` for dense x with keep; otherwise as many as
-    are kept, for which one integer is read on the host (``torch.compile`` then needs
+    Output rows R': ``B * capacity`` with a capacity; ``B * min(keep, N)`` for dense x with keep; otherwise as
+    many as are kept, for which one integer is read on the host (``torch.compile`` then needs
     ``capture_dynamic_output_shape_ops``).
 
     Args:
-        x: Tokens [B, N, C] with ``cu_seqlens=None``, or packed [R, C]; rows past the last offset are ignored and get
-            zero gradients. Under autocast x takes the autocast type.
+        x: Tokens [B, N, C] with ``cu_seqlens=None``, or packed [R, C]; rows past the last offset are ignored
+            and get zero gradients. Under autocast x takes the autocast type.
         cu_seqlens: Offsets of the frames' rows [B + 1] int32, ascending from 0, on x's device.
         guide: Semantic feature of each frame [B, C].
         guide_weight: λ in [0, 1], a number or a 0-dim tensor.
@@ -77,7 +79,8 @@ def vsc_compress(
         fuse_threshold: φ, the cosine from which an irrelevant token is fused rather than dropped.
         fuse_alpha: α, the share of the kept token in a fusion.
         max_seqlen: A bound on the tokens of a packed frame, which saves the reference reading it on the host.
-        backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+        backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to
+            ``deepmsi.use_backend``.
 
     Returns:
         A :class:`CompressedTokens`.
