@@ -1,0 +1,245 @@
+"""Scores of a set of predictions, their uncertainty, and the comparison of two runs.
+
+The point values are scikit-learn's. Intervals resample the confusion matrix of the same predictions, so they
+describe the sampling of test utterances and not the variation between training runs: that is what the
+standard deviation over folds and seeds is for.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deepmsi.errors import UserError
+
+SUMMARY = ("accuracy", "uar", "weighted_f1", "macro_f1")
+_Z95 = 1.959963984540054
+
+
+def compute_metrics(
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    labels: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score predictions as `metrics.json` holds them.
+
+    UAR is the mean recall over the classes that occur in `y_true`; macro F1 is the mean over the classes that
+    occur in `y_true` or `y_pred`, as scikit-learn has it.
+
+    Args:
+        y_true: [n] class ids or names.
+        y_pred: [n] class ids or names.
+        labels: K names; an id is a position in this list.
+        resamples: bootstrap resamples of the intervals; 0 leaves the bootstrap out.
+        seed: of the bootstrap.
+
+    Returns:
+        `n`, `accuracy`, `uar`, `weighted_f1`, `macro_f1`, `per_class` (precision, recall, f1, support and the
+        paper's `legacy_f1`), `confusion_matrix` [K, K] (rows: truth), `labels`, `never_predicted`, and
+        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score.
+
+    Raises:
+        UserError: no rows, lengths that differ, or a class that is not in `labels`.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    labels = list(labels)
+    true, pred = _as_ids(y_true, labels), _as_ids(y_pred, labels)
+    if len(true) != len(pred):
+        raise UserError(f"{len(true)} true labels do not go with {len(pred)} predictions.")
+    if not len(true):
+        raise UserError("There are no labelled rows to score: give rows that have a label.")
+    classes = np.arange(len(labels))
+    matrix = confusion_matrix(true, pred, labels=classes)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        true, pred, labels=classes, zero_division=0.0
+    )
+    scores = _scores(matrix[None])
+    intervals: dict[str, list[float]] = {
+        "accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))
+    }
+    if resamples:
+        sampled = _scores(_resampled_matrices(true, pred, len(labels), resamples, seed))
+        for name in SUMMARY:
+            low, high = np.quantile(sampled[name], (0.025, 0.975))
+            intervals[name] = [float(low), float(high)]
+    return {
+        "n": len(true),
+        **{name: float(scores[name][0]) for name in SUMMARY},
+        "per_class": {
+            label: {
+                "precision": float(precision[k]),
+                "recall": float(recall[k]),
+                "f1": float(f1[k]),
+                "support": int(support[k]),
+                "legacy_f1": legacy_f1(float(recall[k])),
+            }
+            for k, label in enumerate(labels)
+        },
+        "confusion_matrix": matrix.tolist(),
+        "labels": labels,
+        "never_predicted": [label for k, label in enumerate(labels) if not matrix[:, k].any()],
+        "intervals": intervals,
+    }
+
+
+def legacy_f1(recall: float) -> float:
+    """F1 over a class's own samples only, 2r/(1+r): precision is 1 there. The paper's per-class "F1"."""
+    return 2 * recall / (1 + recall)
+
+
+def wilson_interval(successes: int, n: int, z: float = _Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (95% by default)."""
+    if n <= 0:
+        return (0.0, 1.0)
+    p, z2 = successes / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def summarize_folds(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (n - 1) of each score over folds or seeds.
+
+    Args:
+        folds: dictionaries of `compute_metrics`, one per fold or seed.
+    """
+    table = {name: np.array([fold[name] for fold in folds], dtype=np.float64) for name in SUMMARY}
+    return {
+        name: {
+            "mean": float(values.mean()),
+            "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+            "n": len(values),
+        }
+        for name, values in table.items()
+    }
+
+
+def compare_predictions(
+    a: Path, b: Path, *, resamples: int = 10_000, seed: int = 0
+) -> dict[str, float | int | dict[str, Any]]:
+    """Compare two runs on the rows that both predicted, in pairs.
+
+    Args:
+        a, b: `predictions.csv` files, or folders that hold one.
+        resamples: paired bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        `n`, the exact two-sided McNemar p-value of the accuracies (`mcnemar_p`, with `only_a` and `only_b` the
+        rows that only one of them has right), and for each score `a`, `b`, `difference` (b - a) and its 95%
+        interval.
+
+    Raises:
+        UserError: a file is missing or no predictions file, nothing is in common, or the true labels differ.
+    """
+    from scipy.stats import binomtest
+
+    left, right = read_predictions(a), read_predictions(b)
+    common = [key for key in left if key in right]
+    if not common:
+        raise UserError(f"{a} and {b} have no row in common: compare runs that predicted the same rows.")
+    differing = [key for key in common if left[key][0] != right[key][0]]
+    if differing:
+        raise UserError(
+            f"{a} and {b} disagree on the true label of {differing[0]!r} ({left[differing[0]][0]} and "
+            f"{right[differing[0]][0]}): they were scored against different labels."
+        )
+    names = sorted({name for key in common for name in (*left[key], right[key][1])})
+    true = _as_ids([left[key][0] for key in common], names)
+    pred_a = _as_ids([left[key][1] for key in common], names)
+    pred_b = _as_ids([right[key][1] for key in common], names)
+    only_a = int(((pred_a == true) & (pred_b != true)).sum())
+    only_b = int(((pred_b == true) & (pred_a != true)).sum())
+    score_a, score_b = (_scores(_matrices(true[None], p[None], len(names))) for p in (pred_a, pred_b))
+    rows = np.random.default_rng(seed).integers(0, len(true), size=(resamples, len(true)))
+    sampled_a = _scores(_matrices(true[rows], pred_a[rows], len(names)))
+    sampled_b = _scores(_matrices(true[rows], pred_b[rows], len(names)))
+    result: dict[str, Any] = {
+        "n": len(common),
+        "only_a": only_a,
+        "only_b": only_b,
+        "mcnemar_p": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
+    }
+    for name in SUMMARY:
+        low, high = np.quantile(sampled_b[name] - sampled_a[name], (0.025, 0.975))
+        result[name] = {
+            "a": float(score_a[name][0]),
+            "b": float(score_b[name][0]),
+            "difference": float(score_b[name][0] - score_a[name][0]),
+            "interval": [float(low), float(high)],
+        }
+    return result
+
+
+def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
+    """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
+
+    Raises:
+        UserError: the file is missing, or lacks one of the columns id, label, predicted.
+    """
+    file = path / "predictions.csv" if path.is_dir() else path
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            missing = {"id", "label", "predicted"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{file} is no predictions file: it lacks the column {min(missing)!r}.")
+            return {row["id"]: (row["label"], row["predicted"]) for row in reader if row["label"]}
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): evaluate the run first.") from None
+
+
+def _as_ids(values: ArrayLike, labels: Sequence[str]) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.dtype.kind in "iu":
+        bad = array[(array < 0) | (array >= len(labels))]
+        if bad.size:
+            raise UserError(f"Class {int(bad.flat[0])} is outside the {len(labels)} labels.")
+        return array.astype(np.int64)
+    position = {label: k for k, label in enumerate(labels)}
+    try:
+        return np.array([position[str(value)] for value in array.tolist()], dtype=np.int64)
+    except KeyError as error:
+        raise UserError(f"Label {error} is not among the labels {', '.join(labels)}.") from None
+
+
+def _matrices(true: NDArray[np.int64], pred: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """Confusion matrices [b, K, K] of b sets of rows [b, n]."""
+    sets = np.arange(len(true))[:, None] * (k * k)
+    counts = np.bincount((sets + true * k + pred).ravel(), minlength=len(true) * k * k)
+    return counts.reshape(len(true), k, k)
+
+
+def _resampled_matrices(
+    true: NDArray[np.int64], pred: NDArray[np.int64], k: int, resamples: int, seed: int
+) -> NDArray[np.int64]:
+    rng = np.random.default_rng(seed)
+    # A resample of n rows has multinomial counts over the cells of the confusion matrix.
+    cells = np.bincount(true * k + pred, minlength=k * k)
+    return rng.multinomial(len(true), cells / len(true), size=resamples).reshape(resamples, k, k)
+
+
+def _scores(matrices: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """The four scores of each confusion matrix in [b, K, K]."""
+    counts = matrices.astype(np.float64)
+    hits = np.diagonal(counts, axis1=1, axis2=2)
+    support, predicted = counts.sum(2), counts.sum(1)
+    total = support.sum(1)
+    recall = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
+    f1 = np.divide(2 * hits, support + predicted, out=np.zeros_like(hits), where=support + predicted > 0)
+    return {
+        "accuracy": hits.sum(1) / total,
+        "uar": recall.sum(1) / (support > 0).sum(1),
+        "weighted_f1": (f1 * support).sum(1) / total,
+        "macro_f1": f1.sum(1) / (support + predicted > 0).sum(1),
+    }

@@ -1,0 +1,142 @@
+"""Scores against scikit-learn, intervals against closed forms, and the paired comparison."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from deepmsi.errors import UserError
+from deepmsi.train.metrics import (
+    compare_predictions,
+    compute_metrics,
+    legacy_f1,
+    summarize_folds,
+    wilson_interval,
+)
+
+LABELS = ["neutral", "joy", "anger", "fear"]
+
+
+def _random_predictions(seed: int, classes: int, n: int = 97) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, classes, n)
+    return true, np.where(rng.random(n) < 0.6, true, rng.integers(0, classes, n))
+
+
+@pytest.mark.parametrize("classes", [4, 3, 2], ids=["all classes", "one absent", "two absent"])
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_scikit_learn(seed: int, classes: int) -> None:
+    true, pred = _random_predictions(seed, classes)
+    got = compute_metrics(true, pred, LABELS)
+    assert got["n"] == 97
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(true, pred), abs=1e-12)
+    assert got["uar"] == pytest.approx(sk.balanced_accuracy_score(true, pred), abs=1e-12)
+    assert got["weighted_f1"] == pytest.approx(sk.f1_score(true, pred, average="weighted"), abs=1e-12)
+    assert got["macro_f1"] == pytest.approx(sk.f1_score(true, pred, average="macro"), abs=1e-12)
+    np.testing.assert_array_equal(got["confusion_matrix"], sk.confusion_matrix(true, pred, labels=range(4)))
+    f1 = sk.f1_score(true, pred, labels=range(4), average=None, zero_division=0)
+    assert [got["per_class"][name]["f1"] for name in LABELS] == pytest.approx(f1.tolist())
+    assert got["never_predicted"] == LABELS[classes:]
+
+
+def test_macro_f1_counts_a_class_that_is_only_predicted() -> None:
+    true, pred = [0, 0, 1, 1], [0, 2, 1, 1]
+    expected = sk.f1_score(true, pred, average="macro", zero_division=0)
+    assert compute_metrics(true, pred, LABELS)["macro_f1"] == pytest.approx(expected)
+
+
+def test_names_and_ids_score_alike() -> None:
+    true, pred = _random_predictions(5, 4)
+    named = compute_metrics([LABELS[k] for k in true], [LABELS[k] for k in pred], LABELS)
+    assert named == compute_metrics(true, pred, LABELS)
+
+
+def test_legacy_f1_is_the_f1_over_a_class_alone() -> None:
+    true, pred = _random_predictions(2, 4)
+    got = compute_metrics(true, pred, LABELS)["per_class"]
+    for k, name in enumerate(LABELS):
+        own = true == k
+        alone = sk.f1_score(own[own], (pred == k)[own])
+        assert got[name]["legacy_f1"] == pytest.approx(alone)
+    assert legacy_f1(0.0) == 0.0
+
+
+def test_wilson_interval() -> None:
+    assert wilson_interval(21, 26) == pytest.approx((0.62124, 0.91493), abs=1e-5)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_bootstrap_interval_is_repeatable_and_holds_the_point() -> None:
+    true, pred = _random_predictions(1, 4, n=400)
+    first = compute_metrics(true, pred, LABELS, seed=3)
+    assert first["intervals"] == compute_metrics(true, pred, LABELS, seed=3)["intervals"]
+    for name in ("accuracy", "uar", "weighted_f1", "macro_f1"):
+        low, high = first["intervals"][name]
+        assert low < first[name] < high
+    deviation = np.sqrt(first["accuracy"] * (1 - first["accuracy"]) / 400)
+    low, high = first["intervals"]["accuracy"]
+    assert (high - low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_fold_summary() -> None:
+    folds = [compute_metrics(*_random_predictions(seed, 4), LABELS, resamples=0) for seed in range(4)]
+    summary = summarize_folds(folds)
+    values = [fold["uar"] for fold in folds]
+    assert summary["uar"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["uar"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert summarize_folds(folds[:1])["uar"]["std"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("true", "pred", "sentence"),
+    [
+        ([], [], "no labelled rows"),
+        ([0, 1], [0], "2 true labels do not go with 1"),
+        ([0, 9], [0, 0], "Class 9 is outside"),
+        (["joy", "bliss"], ["joy", "joy"], "'bliss' is not among"),
+    ],
+)
+def test_bad_input_gets_its_sentence(true: list, pred: list, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        compute_metrics(true, pred, LABELS)
+
+
+def _write(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "label", "predicted"])
+        writer.writerows(rows)
+    return path
+
+
+def test_paired_comparison(tmp_path: Path) -> None:
+    from scipy.stats import binomtest
+
+    rows = [(f"r{k}", "joy" if k % 2 else "anger") for k in range(60)]
+    a = _write(tmp_path / "a.csv", [(key, y, "joy" if k < 40 else y) for k, (key, y) in enumerate(rows)])
+    b = _write(tmp_path / "b.csv", [(key, y, "joy" if k < 10 else y) for k, (key, y) in enumerate(rows)])
+    got = compare_predictions(a, b)
+    assert (got["n"], got["only_a"], got["only_b"]) == (60, 0, 15)
+    assert got["mcnemar_p"] == pytest.approx(binomtest(0, 15).pvalue)
+    accuracy = got["accuracy"]
+    assert accuracy["difference"] == pytest.approx(15 / 60)
+    assert 0 < accuracy["interval"][0] < accuracy["difference"] < accuracy["interval"][1]
+    same = compare_predictions(a, a)
+    assert same["mcnemar_p"] == 1.0
+    assert same["accuracy"]["interval"] == [0.0, 0.0]
+
+
+def test_comparison_refuses_what_does_not_pair(tmp_path: Path) -> None:
+    a = _write(tmp_path / "a.csv", [("r1", "joy", "joy")])
+    with pytest.raises(UserError, match="no row in common"):
+        compare_predictions(a, _write(tmp_path / "b.csv", [("r2", "joy", "joy")]))
+    with pytest.raises(UserError, match="disagree on the true label of 'r1'"):
+        compare_predictions(a, _write(tmp_path / "c.csv", [("r1", "fear", "joy")]))
+    with pytest.raises(UserError, match="cannot be read"):
+        compare_predictions(a, tmp_path / "absent")
+    (tmp_path / "d.csv").write_text("name,label\n")
+    with pytest.raises(UserError, match="lacks the column 'id'"):
+        compare_predictions(a, tmp_path / "d.csv")
