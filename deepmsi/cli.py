@@ -1,0 +1,430 @@
+"""The command `deepmsi`: parse, call, print.
+
+Results go to standard output, progress and logs to standard error. Exit codes: 0 the work was done; 1 `check`
+found problems, or an unexpected error, with its traceback; 2 a mistake that the user can mend, in one line; 130
+interrupted.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from deepmsi.errors import UserError
+
+app = typer.Typer(
+    name="deepmsi",
+    help="Multimodal emotion recognition from video, sound and text, in the manner of DeepMSI-MER.",
+    epilog="Begin with: deepmsi demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# The base of every usage error, whether typer brings click inside or imports it.
+_UsageProblem: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+ManifestArg = Annotated[Path, typer.Argument(metavar="MANIFEST", help="CSV or JSONL file, one row a clip.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `deepmsi train` wrote.")]
+DataOpt = Annotated[
+    Path,
+    typer.Option("--data", metavar="MANIFEST_OR_DIR", help="A manifest, or what `deepmsi prepare` wrote."),
+]
+JsonOpt = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")
+]
+
+
+class Resize(StrEnum):
+    """How a frame becomes a square."""
+
+    crop = "crop"
+    squash = "squash"
+    pad = "pad"
+
+
+class TimelineFormat(StrEnum):
+    """How a timeline is written."""
+
+    csv = "csv"
+    srt = "srt"
+    json = "json"
+
+
+@contextlib.contextmanager
+def _reserved_stdout() -> Iterator[IO[str]]:
+    """Send everything written to standard output, by any library or child process, to standard error.
+
+    Yields the real standard output, for the result alone.
+    """
+    real = sys.stdout
+    try:
+        descriptor = real.fileno()
+        saved = os.dup(descriptor)
+    except (OSError, ValueError, AttributeError):  # a captured stream without a descriptor
+        with contextlib.redirect_stdout(sys.stderr):
+            yield real
+        return
+    real.flush()
+    try:
+        os.dup2(2, descriptor)
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            os.fdopen(os.dup(saved), "w", encoding="utf-8") as result,
+        ):
+            yield result
+    finally:
+        os.dup2(saved, descriptor)
+        os.close(saved)
+
+
+def _plain(value: Any) -> Any:
+    """Reduce numpy scalars, paths and tuples to what JSON has; not-a-number and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | int | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence | set | frozenset):
+        return [_plain(item) for item in value]
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _dump(value: Any, stream: IO[str]) -> None:
+    json.dump(_plain(value), stream, indent=2, ensure_ascii=False, allow_nan=False)
+    stream.write("\n")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from deepmsi._version import __version__
+
+        print(f"deepmsi {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where clips, run and report go.", show_default=True)
+    ] = Path("deepmsi-demo"),
+    seed: Annotated[int, typer.Option(help="Fixes clips and training.")] = 0,
+    speakers: Annotated[
+        int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")
+    ] = 16,
+    takes: Annotated[int, typer.Option(min=1, help="Clips per speaker and label.")] = 2,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe `demo`."),
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Try everything in minutes: no data, no network, no GPU needed.
+
+    Makes synthetic clips (drawn faces, synthesised voices), prepares them, trains, evaluates on speakers that
+    training never saw, predicts one clip and writes a report.
+    """
+    from deepmsi.demo import run_demo
+
+    with _reserved_stdout() as result:
+        summary = run_demo(out, seed=seed, speakers=speakers, takes=takes, overrides=settings or [])
+        if as_json:
+            _dump(summary.to_dict(), result)
+        else:
+            result.write(summary.render() + "\n")
+
+
+@app.command()
+def check(manifest: ManifestArg, as_json: JsonOpt = False) -> None:
+    """Look through a manifest: what is missing, corrupt, too short or long, duplicated; counts per label.
+
+    Exits with 1 where it found problems that keep rows from being used.
+    """
+    from deepmsi.data.check import check as check_manifest
+
+    with _reserved_stdout() as result:
+        report = check_manifest(manifest)
+        if as_json:
+            _dump(report.to_dict(), result)
+        else:
+            result.write(report.render().rstrip("\n") + "\n")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    manifest: ManifestArg,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where frames, sound and features go.")],
+    frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 15,
+    size: Annotated[int, typer.Option(min=8, help="Side of a frame in pixels.")] = 256,
+    resize: Annotated[Resize, typer.Option(help="How a frame becomes a square.")] = Resize.crop,
+    face: Annotated[bool, typer.Option("--face", help="Crop to the face (needs deepmsi[face]).")] = False,
+    text_encoder: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Store text features of this encoder.")
+    ] = None,
+    audio_encoder: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Store sound features of this encoder.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Decode every clip once into frames and features that training reads fast.
+
+    Run it again after an interruption: it goes on where it stopped. Clips that fail are listed with reasons.
+    """
+    from deepmsi.data.prepare import PrepareOptions
+    from deepmsi.data.prepare import prepare as prepare_manifest
+
+    with _reserved_stdout() as result:
+        options = PrepareOptions(
+            frames=frames,
+            size=size,
+            resize=resize.value,
+            face=face,
+            text_encoder=text_encoder,
+            audio_encoder=audio_encoder,
+        )
+        prepared = prepare_manifest(manifest, out, options, workers=workers)
+        summary = {"out": out, "rows": len(prepared.rows), "fingerprint": prepared.fingerprint}
+        if as_json:
+            _dump(summary, result)
+        else:
+            result.write(f"prepared {len(prepared.rows)} rows in {out}\n")
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="demo, ravdess, meld, iemocap, or a YAML file of your own."),
+    ],
+    data: DataOpt,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="New folder for the run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=5."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of RUN.")
+    ] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train a recipe by its protocol, and measure what it held out."""
+    from deepmsi.train.recipe import load_recipe
+    from deepmsi.train.run import train as train_recipe
+
+    with _reserved_stdout() as result:
+        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume)
+        if as_json:
+            _dump(metrics, result)
+        else:
+            result.write(_render_metrics(metrics) + f"run: {out}\n")
+
+
+@app.command()
+def evaluate(
+    run: RunArg,
+    data: DataOpt,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write metrics.json and predictions.csv here.")
+    ] = None,
+    drop: Annotated[
+        str,
+        typer.Option(metavar="MODALITIES", help="Leave modalities out: any of text,audio,video, by commas."),
+    ] = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure a trained model on labelled clips."""
+    from deepmsi.train.evaluate import evaluate as evaluate_run
+
+    dropped = [name.strip() for name in drop.split(",") if name.strip()]
+    unknown = [name for name in dropped if name not in ("text", "audio", "video")]
+    if unknown:
+        raise UserError(f"--drop names {unknown[0]!r}; it takes text, audio and video, separated by commas")
+    with _reserved_stdout() as result:
+        metrics = evaluate_run(run, data, out=out, drop=tuple(dropped))
+        if as_json:
+            _dump(metrics, result)
+        else:
+            result.write(_render_metrics(metrics) + (f"written to {out}\n" if out else ""))
+
+
+def _render_metrics(metrics: Mapping[str, Any]) -> str:
+    """Lay the main figures and the per-class table out for a terminal."""
+    from deepmsi.report.text import render_metrics
+
+    return render_metrics(metrics)
+
+
+@app.command()
+def predict(
+    run: RunArg,
+    clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Video or sound files.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", metavar="TEXT", help="What is said: once for all clips, or once for each, in order."
+        ),
+    ] = None,
+    timeline: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Go over one long recording in windows of this length."),
+    ] = None,
+    fmt: Annotated[
+        TimelineFormat | None, typer.Option("--format", help="Of the timeline; csv, or by the name of --out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write there in place of standard output.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what clips express: labels with probabilities, or a timeline of a long recording."""
+    from deepmsi.report import text as render
+
+    if text and len(text) not in (1, len(clips)):
+        raise UserError(
+            f"--text is given {len(text)} times for {len(clips)} clips; give it once, or once for each clip"
+        )
+    if timeline is None and fmt not in (None, TimelineFormat.json):
+        raise UserError(f"--format {fmt.value} is for a timeline; add --timeline SECONDS")
+    if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
+        raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
+    if timeline is not None and len(clips) > 1:
+        raise UserError(f"--timeline goes over one recording, and {len(clips)} clips are given")
+    if as_json and fmt not in (None, TimelineFormat.json):
+        raise UserError(f"--json and --format {fmt.value} exclude each other; give one of them")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"the folder of --out {out} does not exist; make it first")
+    by_name = {".srt": TimelineFormat.srt, ".json": TimelineFormat.json}.get(
+        out.suffix.lower() if out else ""
+    )
+    chosen = TimelineFormat.json if as_json else fmt or by_name or TimelineFormat.csv
+
+    with _reserved_stdout() as result:
+        from deepmsi.models.predict import load_run
+
+        model = load_run(run)
+        texts = [text[0]] * len(clips) if text and len(text) == 1 else text
+        predictions = model.predict(clips, texts=texts, timeline=timeline)
+        if chosen is TimelineFormat.json:
+            document = (
+                json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
+            )
+        elif timeline is None:
+            document = render.render_predictions(predictions)
+        elif chosen is TimelineFormat.srt:
+            document = render.render_subtitles(predictions)
+        else:
+            document = render.render_timeline(predictions)
+        if out is None:
+            result.write(document)
+        else:
+            temporary = out.with_name(out.name + ".part")
+            temporary.write_text(document, encoding="utf-8")
+            os.replace(temporary, out)
+            _say(f"written to {out}")
+
+
+@app.command()
+def report(run: RunArg, as_json: JsonOpt = False) -> None:
+    """Write RUN/report.html, one self-contained page, and report.md beside it."""
+    from deepmsi.report import report as write_report
+
+    with _reserved_stdout() as result:
+        page = write_report(run)
+        if as_json:
+            _dump({"html": page, "markdown": page.with_suffix(".md")}, result)
+        else:
+            result.write(f"{page}\n")
+
+
+@app.command()
+def explain(as_json: JsonOpt = False) -> None:
+    """Show which implementation of each op runs on this machine, and why the others do not."""
+    from deepmsi import explain as explain_backends
+
+    with _reserved_stdout() as result:
+        explanation = explain_backends()
+        if as_json:
+            _dump(explanation.to_dict(), result)
+        else:
+            result.write(f"{explanation}\n")
+
+
+def _resume_hint(argv: Sequence[str]) -> str:
+    command = next((word for word in argv if not word.startswith("-")), "")
+    if command == "train":
+        words = list(argv) if "--resume" in argv else [*argv, "--resume"]
+        return f"interrupted; go on with: deepmsi {shlex.join(words)}"
+    if command == "prepare":
+        return f"interrupted; what is done is kept, go on with: deepmsi {shlex.join(argv)}"
+    return "interrupted; nothing half-written is left, run the same command again"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after `deepmsi`; those of the process by default.
+
+    Returns:
+        the exit code (see the head of this file).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except UserError as error:
+        _say(f"deepmsi: {_one_line(str(error))}")
+        return 2
+    except _UsageProblem as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "deepmsi"
+        if not error.format_message():  # bare `deepmsi`: the help has been printed
+            return 2
+        _say(f"deepmsi: {_one_line(error.format_message())} (see: {where} --help)")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _say(f"deepmsi: {_resume_hint(words)}")
+        return 130
+    except BrokenPipeError:  # the reader of the output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        _say(f"deepmsi: the disk is full{place}; free some space and run the same command again")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
