@@ -11,12 +11,14 @@ traces through a choice without a break and without reading a tensor.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -177,10 +179,10 @@ def resolve(op: str, backend: str | None, device: str, dtype: torch.dtype, **fac
 def host_info() -> dict[str, str]:
     """Return what the host module says of the build and of this CPU, or why there is none."""
     try:
-        from deepmsi import _host
+        host: Any = importlib.import_module("deepmsi._host")
     except ImportError as error:
         return {"host module": f"not built ({error})"}
-    return dict(_host.info())
+    return dict(host.info())
 
 
 def explain() -> str:

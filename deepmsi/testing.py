@@ -7,6 +7,7 @@ at the kernel's precision, plus one rounding of the storage type.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def randn(
     device: torch.device | str = "cpu",
     scale: float = 1.0,
 ) -> Tensor:
-    """Return normal numbers that depend on the seed and the size alone; other types hold the float64 draw, rounded."""
+    """Return normal numbers that depend on seed and size alone: the float64 draw, rounded."""
     draw = torch.randn(*size, generator=generator(seed), dtype=torch.float64)
     return (draw * scale).to(device=device, dtype=dtype)
 
@@ -45,7 +46,7 @@ def tokens(
     clusters: int = 7,
     spread: float = 0.6,
 ) -> Tensor:
-    """Return rows [rows, channels] that lie about a few centres, as image tokens do, so that some are near others."""
+    """Return rows [rows, channels] that lie about a few centres, as image tokens do: some are near others."""
     centres = torch.randn(clusters, channels, generator=generator(seed), dtype=torch.float64)
     choice = torch.randint(clusters, (rows,), generator=generator(seed + 1))
     noise = torch.randn(rows, channels, generator=generator(seed + 2), dtype=torch.float64)
@@ -86,14 +87,15 @@ def assert_within_budget(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every fresh allocation with NaN (integers with their largest value), so that an unwritten output shows."""
+    """Fill every fresh allocation with NaN (integers: their largest), so that an unwritten output shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

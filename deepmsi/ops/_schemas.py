@@ -90,7 +90,8 @@ _VSC_FORWARD = (
 )
 _VSC_BACKWARD = (
     "(Tensor? grad_tokens, Tensor? grad_gate, Tensor x, Tensor? cu_seqlens, Tensor guide, "
-    "Tensor guide_weight, Tensor cu_out, Tensor index, Tensor assignment, Tensor state, Tensor mean, float fuse_alpha) -> "
+    "Tensor guide_weight, Tensor cu_out, Tensor index, Tensor assignment, Tensor state, Tensor mean, "
+    "float fuse_alpha) -> "
     "(Tensor grad_x, Tensor grad_guide, Tensor grad_guide_weight)"
 )
 

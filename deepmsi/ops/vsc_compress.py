@@ -28,7 +28,7 @@ class CompressedTokens(NamedTuple):
 
     tokens: Tensor
     cu_seqlens: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on this
     gate: Tensor
     relevance: Tensor
     assignment: Tensor
