@@ -84,7 +84,7 @@ class _EncoderConfig(Section):
         min_length=1,
         description="hub name or folder that computed the features; prediction on files runs it",
     )
-    options: dict[str, int | float | bool | str] = Field(
+    options: dict[str, int | float | bool | str | list[int] | None] = Field(
         default_factory=dict, description="sizes of an offline encoder, by the names of its constructor"
     )
 
@@ -119,7 +119,7 @@ class AudioConfig(_EncoderConfig):
     """Audio branch: 'features', 'logmel' (offline), a hub name or local folder of transformers, or 'none'."""
 
     sample_rate: int = Field(16000, ge=1000, description="Hz")
-    max_seconds: float = Field(20.0, gt=0, description="longer recordings are cut to their middle part")
+    max_seconds: float = Field(20.0, gt=0, description="longer recordings are cut there")
 
     @model_validator(mode="after")
     def _check(self) -> AudioConfig:
