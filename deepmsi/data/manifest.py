@@ -45,8 +45,9 @@ _C1_TO_CP1252 = {
 class Row:
     """One utterance. An absent modality is None; ``start`` and ``end`` are seconds from the file's beginning.
 
-    ``start`` and ``end`` cut the video and the audio alike, whether the sound comes from the video or from a
-    file of its own. ``text_features``, ``audio_features`` and ``frames`` name array files (.npy, .safetensors).
+    ``start`` and ``end`` cut the video and the audio alike, whether the sound comes from the video or from
+    a file of its own. ``text_features``, ``audio_features`` and ``frames`` name array files (.npy,
+    .safetensors).
     """
 
     id: str

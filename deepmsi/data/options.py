@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class PrepareOptions(BaseModel):
-    """How clips become arrays. Two preparations with equal options and equal input are equal byte for byte."""
+    """How clips become arrays. Equal options and equal input give equal bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,0 +1,154 @@
+"""Opens media files: which stream is meant, what the file says of itself, one sentence for each failure."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+
+from deepmsi.errors import UserError
+
+StreamType = Literal["video", "audio"]
+
+
+class NoStreamError(UserError):
+    """The file can be read and has no stream of the kind asked for."""
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a media file says of itself; nothing is decoded.
+
+    Attributes:
+        format: FFmpeg's name of the container.
+        duration: seconds, or None where the file does not say.
+        width, height: pixels as stored (before rotation) of the chosen video stream, or None.
+        frame_rate: mean frames per second of it, or None.
+        sample_rate, channels: of the chosen audio stream, or None.
+        video_streams, audio_streams: how many there are; cover pictures do not count.
+    """
+
+    path: Path
+    format: str
+    duration: float | None
+    width: int | None
+    height: int | None
+    frame_rate: float | None
+    sample_rate: int | None
+    channels: int | None
+    video_streams: int
+    audio_streams: int
+
+    @property
+    def has_video(self) -> bool:
+        """Whether a video stream is there."""
+        return self.video_streams > 0
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether an audio stream is there."""
+        return self.audio_streams > 0
+
+
+def probe(path: str | os.PathLike[str]) -> MediaInfo:
+    """Read a file's headers.
+
+    Raises:
+        UserError: missing, empty, truncated, or not a media file.
+    """
+    path = Path(path)
+    with open_media(path) as container:
+        video, audio = streams_of(container, "video"), streams_of(container, "audio")
+        duration = None if container.duration is None else container.duration / 1e6
+        if duration is None and (video or audio):
+            chosen = (video or audio)[0]
+            duration = float(chosen.duration * chosen.time_base) if chosen.duration else None
+        return MediaInfo(
+            path=path,
+            format=container.format.name,
+            duration=duration,
+            width=video[0].codec_context.width if video else None,
+            height=video[0].codec_context.height if video else None,
+            frame_rate=float(video[0].average_rate) if video and video[0].average_rate else None,
+            sample_rate=audio[0].codec_context.sample_rate if audio else None,
+            channels=audio[0].codec_context.channels if audio else None,
+            video_streams=len(video),
+            audio_streams=len(audio),
+        )
+
+
+@contextmanager
+def open_media(path: Path) -> Iterator[Any]:
+    """Open a local file for demuxing; FFmpeg's errors inside the block leave as UserError."""
+    check_file(path)
+    try:
+        # A playlist in a media file's clothes must not reach the network: local files only.
+        with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"}) as container:
+            if not len(container.streams):
+                raise UserError(f"{path}: the file has no streams, neither video nor audio")
+            yield container
+    except av.error.FFmpegError as error:
+        raise UserError(
+            f"{path}: FFmpeg cannot read this as a media file ({error.strerror or error})"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError where ``path`` is missing, empty, unreadable or visibly truncated."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: this is a folder, not a media file")
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(f"{path}: the file is empty")
+        box = _broken_box(path, size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be read ({error.strerror})") from error
+    if box:
+        raise UserError(f"{path}: the file is truncated, it ends inside its {box!r} part; copy it again")
+
+
+def streams_of(container: Any, kind: StreamType) -> list[Any]:
+    """Streams of one kind that have a decoder: those flagged default first, cover pictures left out."""
+    streams = [s for s in container.streams if s.type == kind and s.codec_context is not None]
+    if kind == "video":
+        streams = [s for s in streams if not s.disposition & av.stream.Disposition.attached_pic]
+    return sorted(streams, key=lambda s: not s.disposition & av.stream.Disposition.default)
+
+
+def origin_of(container: Any) -> Fraction:
+    """Seconds on the container's clock at which the file begins; priming before zero is no beginning."""
+    return max(Fraction(container.start_time or 0, 1_000_000), Fraction(0))
+
+
+def as_seconds(value: float) -> Fraction:
+    """A time as the decimal that was meant: 0.2 is 1/5, so that it meets the stamp of a frame at 1/5."""
+    return Fraction(value).limit_denominator(1_000_000)
+
+
+def _broken_box(path: Path, size: int) -> str | None:
+    """Name the top-level box of an MP4 or QuickTime file that runs past the end, if one does."""
+    with path.open("rb") as file:
+        if file.read(8)[4:8] not in (b"ftyp", b"moov", b"mdat", b"styp", b"wide", b"skip", b"free"):
+            return None
+        at = 0
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            if length == 0:  # "to the end of the file"
+                return None
+            if length < 8 or not kind.isascii():  # bytes after the last box, which players ignore
+                return None
+            if at + length > size:
+                return kind.decode("ascii", "replace")
+            at += length
+    return None
