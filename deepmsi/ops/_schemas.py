@@ -175,3 +175,71 @@ _register(
     _vsc_setup_context,
     _vsc_gradient,
 )
+
+
+# --- window_attention
+# Forward: qkv rows [R, 3C] (a dense grid is rows frame after frame, positions and cu_seqlens None), bias_table
+# [(2w - 1)², heads] and head_scale [heads] (exp of the clamped logit scale, None for V1) in float32. `lse` [R, heads]
+# float32 is the log-sum-exp of each row's logits. Rows past the last offset: out 0.
+
+_WINDOW_FORWARD = (
+    "(Tensor qkv, Tensor bias_table, Tensor? head_scale, float scale, Tensor? positions, Tensor? cu_seqlens, "
+    "int heads, int height, int width, int window, int shift) -> (Tensor out, Tensor lse)"
+)
+_WINDOW_BACKWARD = (
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor bias_table, Tensor? head_scale, float scale, "
+    "Tensor? positions, Tensor? cu_seqlens, int heads, int height, int width, int window, int shift) -> "
+    "(Tensor grad_qkv, Tensor grad_bias_table, Tensor grad_head_scale)"
+)
+
+
+def _window_fake_forward(qkv: Tensor, bias_table: Tensor, head_scale: Tensor | None, *rest: Any) -> Any:
+    heads = rest[3]
+    out = qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+    return out, qkv.new_empty((qkv.shape[0], heads), dtype=torch.float32)
+
+
+def _window_fake_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias_table: Tensor,
+    head_scale: Tensor | None,
+    *rest: Any,
+) -> Any:
+    heads = rest[3]
+    return (
+        qkv.new_empty(qkv.shape),
+        bias_table.new_empty(bias_table.shape),
+        bias_table.new_empty((heads,)),
+    )
+
+
+def _window_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, bias_table, head_scale, scale, positions, cu_seqlens, *sizes = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, bias_table, head_scale, positions, cu_seqlens)
+    ctx.scale, ctx.sizes = scale, sizes
+
+
+def _window_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None:
+        return (None,) * 11
+    qkv, out, lse, bias_table, head_scale, positions, cu_seqlens = ctx.saved_tensors
+    grad_qkv, grad_bias, grad_scale = bwd(
+        grads[0], qkv, out, lse, bias_table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes
+    )
+    return (grad_qkv, grad_bias, None if head_scale is None else grad_scale, *(None,) * 8)
+
+
+_register(
+    "window_attention",
+    _WINDOW_FORWARD,
+    _WINDOW_BACKWARD,
+    _window_fake_forward,
+    _window_fake_backward,
+    _window_setup_context,
+    _window_gradient,
+)
