@@ -435,7 +435,7 @@ def _load_model(source: str, key: str, weights: bool) -> PreTrainedModel:
     unset = [name for name in report["missing_keys"] if not any(part in name for part in UNUSED)]
     if unset:
         raise UserError(
-            f"{key}: the weights of {source} lack {len(unset)} of the model's tensors, {min(unset)} among them: "
+            f"{key}: the weights of {source} lack {len(unset)} of the model's tensors ({min(unset)}): "
             "they belong to another architecture than its configuration names."
         )
     return model

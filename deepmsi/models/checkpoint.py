@@ -1,0 +1,182 @@
+"""Checkpoints on disk: config.json, model.safetensors, and what rebuilds trained encoders.
+
+A checkpoint folder holds
+- `config.json`: the whole configuration, with label names and preprocessing, and the architecture's name;
+- `model.safetensors`: every weight except those of frozen encoders, which the configuration names;
+- `text_encoder/`, `audio_encoder/`: architecture and tokenizer files of encoders that were trained.
+
+Nothing in it is a pickle, and nothing else than these formats is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepmsi.errors import UserError
+from deepmsi.models.config import ARCHITECTURE, FORMAT, DeepMSIConfig, read_config
+from deepmsi.models.encoders import PretrainedEncoder, save_encoder
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ENCODERS = ("text_encoder", "audio_encoder")
+OWN_FILES = {CONFIG, WEIGHTS, "README.md", *ENCODERS}
+
+
+def write(model: DeepMSI, folder: Path) -> None:
+    """Write a model's files into an existing folder; `staged` is what makes that atomic."""
+    from safetensors.torch import save_file
+
+    config = {"architecture": ARCHITECTURE, "format": FORMAT, **model.config.model_dump(mode="json")}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    for name in ENCODERS:
+        encoder = getattr(model, name)
+        if encoder is not None:
+            save_encoder(encoder, getattr(model, name.replace("encoder", "processor")), folder / name)
+
+
+def stored_state(model: DeepMSI) -> dict[str, Tensor]:
+    """The part of the state dict that a checkpoint holds: all but frozen encoders."""
+    frozen = tuple(
+        f"{name}."
+        for name in ENCODERS
+        if isinstance(encoder := getattr(model, name), PretrainedEncoder) and not encoder.finetune
+    )
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(frozen)}
+
+
+def read(cls: type[DeepMSI], folder: Path) -> DeepMSI:
+    """Build the model of a checkpoint folder, in eval mode on the CPU.
+
+    Raises:
+        UserError: the folder holds no checkpoint of this architecture, or a damaged one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {folder}.")
+    config = read_config(folder / CONFIG)
+    weights = _read_weights(folder)
+    # Initial values are about to be overwritten: they must not move the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        model = cls(config, saved=folder)
+    _load(model, weights, folder)
+    return model.eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        if pickles:
+            raise UserError(
+                f"{folder} has {pickles[0]} where {WEIGHTS} is expected: pickled weights can run code and are "
+                "never loaded; save the model again with save_pretrained."
+            )
+        raise UserError(f"{folder} has no {WEIGHTS}: the checkpoint was not written to its end.")
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic == b"PK" or magic[:1] == b"\x80":
+        raise UserError(
+            f"{path} is a pickle under another name: pickled weights can run code and are never loaded."
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not written to its end ({error}).") from None
+
+
+def _load(model: DeepMSI, weights: dict[str, Tensor], folder: Path) -> None:
+    """Load strictly, and say in one sentence what does not fit."""
+    expected = stored_state(model)
+    problems = [f"it lacks {name}" for name in expected.keys() - weights.keys()]
+    problems += [f"it has {name}, which this model has not" for name in weights.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(weights[name].shape)} where the configuration makes it {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""
+        raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {min(problems)}{more}.")
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{folder / WEIGHTS} holds NaN or infinity in {broken[0]}: the training diverged.")
+    model.load_state_dict(weights, strict=False)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`; when the block ends well, put it in target's place.
+
+    A folder that exists already and holds nothing but a checkpoint is exchanged as a whole. In a folder that
+    holds other files, too, those stay, and the checkpoint's files are replaced one by one.
+
+    Raises:
+        UserError: `target` is a file, or cannot be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: give a folder to save the model in.")
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}).") from None
+    try:
+        try:
+            yield staging
+        except OSError as error:
+            raise UserError(f"{target} could not be written ({error.strerror or error}).") from None
+        _sync(staging)
+        _put(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put(staging: Path, target: Path) -> None:
+    # mkdtemp makes folders that only their owner can read.
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)
+    if target.is_dir() and {path.name for path in target.iterdir()} - OWN_FILES:
+        for name in ENCODERS:
+            shutil.rmtree(target / name, ignore_errors=True)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, target / path.name)
+    elif target.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.replace(target, old)
+        os.replace(staging, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(staging, target)
+
+
+def _sync(folder: Path) -> None:
+    """Flush the files to disk, so that the rename cannot be seen before what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def configured(config: DeepMSIConfig | dict) -> DeepMSIConfig:
+    """Accept a configuration or its plain data."""
+    return config if isinstance(config, DeepMSIConfig) else DeepMSIConfig.model_validate(config)
