@@ -40,9 +40,7 @@ DataOpt = Annotated[
     Path,
     typer.Option("--data", metavar="MANIFEST_OR_DIR", help="A manifest, or what `deepmsi prepare` wrote."),
 ]
-JsonOpt = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")
-]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 
 class Resize(StrEnum):
@@ -131,9 +129,7 @@ def demo(
         Path, typer.Option("--out", metavar="DIR", help="Where clips, run and report go.", show_default=True)
     ] = Path("deepmsi-demo"),
     seed: Annotated[int, typer.Option(help="Fixes clips and training.")] = 0,
-    speakers: Annotated[
-        int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")
-    ] = 16,
+    speakers: Annotated[int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")] = 16,
     takes: Annotated[int, typer.Option(min=1, help="Clips per speaker and label.")] = 2,
     settings: Annotated[
         list[str] | None,
@@ -227,9 +223,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=5."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of RUN.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of RUN.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a recipe by its protocol, and measure what it held out."""
@@ -285,9 +279,7 @@ def predict(
     clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Video or sound files.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            "--text", metavar="TEXT", help="What is said: once for all clips, or once for each, in order."
-        ),
+        typer.Option("--text", metavar="TEXT", help="What is said: once for all clips, or once for each, in order."),
     ] = None,
     timeline: Annotated[
         float | None,
@@ -318,9 +310,7 @@ def predict(
         raise UserError(f"--json and --format {fmt.value} exclude each other; give one of them")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"the folder of --out {out} does not exist; make it first")
-    by_name = {".srt": TimelineFormat.srt, ".json": TimelineFormat.json}.get(
-        out.suffix.lower() if out else ""
-    )
+    by_name = {".srt": TimelineFormat.srt, ".json": TimelineFormat.json}.get(out.suffix.lower() if out else "")
     chosen = TimelineFormat.json if as_json else fmt or by_name or TimelineFormat.csv
 
     with _reserved_stdout() as result:
@@ -330,9 +320,7 @@ def predict(
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
         predictions = model.predict(clips, texts=texts, timeline=timeline)
         if chosen is TimelineFormat.json:
-            document = (
-                json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
-            )
+            document = json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
         elif timeline is None:
             document = render.render_predictions(predictions)
         elif chosen is TimelineFormat.srt:

@@ -2,8 +2,8 @@
 
 Every clip is drawn from (seed, speaker, label, take) alone and written as a real mp4 file with sound. Each
 modality is silent about the label in part of the clips (a blank face, a flat voice, a phrase that fits
-several labels), independently of the others, so that none of them is sufficient and joining them helps. A score
-on this set says that the software works from end to end; it says nothing about people.
+several labels), independently of the others, so that none of them is sufficient and joining them helps. A
+score on this set says that the software works from end to end; it says nothing about people.
 """
 
 import csv
@@ -66,9 +66,7 @@ class Prosody:
 
 FACES = {
     "neutral": Expression(),
-    "joy": Expression(
-        mouth_curve=0.16, mouth_open=0.06, mouth_width=0.40, brow_raise=0.03, eye_open=0.07, nod=0.03
-    ),
+    "joy": Expression(mouth_curve=0.16, mouth_open=0.06, mouth_width=0.40, brow_raise=0.03, eye_open=0.07, nod=0.03),
     "sadness": Expression(mouth_curve=-0.12, mouth_width=0.27, brow_tilt=-0.09, eye_open=0.055, nod=0.02),
     "anger": Expression(
         mouth_curve=-0.06, mouth_width=0.33, brow_raise=-0.05, brow_tilt=0.11, eye_open=0.075, shake=0.03
@@ -88,14 +86,10 @@ FACES = {
 VOICES = {
     "neutral": Prosody(),
     "joy": Prosody(pitch=1.30, slope=0.05, swing=0.30, syllables=5.0, energy=0.42, tilt=1.1),
-    "sadness": Prosody(
-        pitch=0.86, slope=-0.25, swing=0.06, syllables=2.8, energy=0.16, tilt=1.9, breath=0.05
-    ),
+    "sadness": Prosody(pitch=0.86, slope=-0.25, swing=0.06, syllables=2.8, energy=0.16, tilt=1.9, breath=0.05),
     "anger": Prosody(pitch=1.15, slope=-0.15, swing=0.16, syllables=5.5, energy=0.60, tilt=0.7),
     "surprise": Prosody(pitch=1.35, slope=0.55, swing=0.12, syllables=3.2, energy=0.40, tilt=1.2),
-    "fear": Prosody(
-        pitch=1.45, slope=0.10, swing=0.06, syllables=5.2, energy=0.28, tremor=0.10, tilt=1.5, breath=0.12
-    ),
+    "fear": Prosody(pitch=1.45, slope=0.10, swing=0.06, syllables=5.2, energy=0.28, tremor=0.10, tilt=1.5, breath=0.12),
 }
 
 PHRASES = {
@@ -305,9 +299,7 @@ def render_frames(rng: np.random.Generator, who: Identity, label: str, talk: Arr
         if rng.random() < P_BLANK_FACE
         else _mix(FACES["neutral"], FACES[label], rng.uniform(0.55, 1.15))
     )
-    target = _perturb(
-        rng, target, {"mouth_curve": 0.025, "brow_raise": 0.02, "brow_tilt": 0.02, "mouth_width": 0.02}
-    )
+    target = _perturb(rng, target, {"mouth_curve": 0.025, "brow_raise": 0.02, "brow_tilt": 0.02, "mouth_width": 0.02})
     rest = _perturb(rng, FACES["neutral"], {"mouth_curve": 0.01, "brow_raise": 0.01})
     onset, blink = rng.uniform(0.0, 0.3) * steps, rng.integers(steps)
     half = rng.uniform(44, 54)
@@ -331,12 +323,8 @@ def render_frames(rng: np.random.Generator, who: Identity, label: str, talk: Arr
         open_eyes = 0.012 if abs(i - blink) < 1 else max(face.eye_open, 0.03)
         face = replace(face, mouth_open=max(face.mouth_open, 0.0) + 0.07 * float(talk[i]), eye_open=open_eyes)
         seconds = i / FPS
-        dx = face.shake * np.sin(2 * np.pi * 3.0 * seconds + phase[0]) + rng.normal(
-            0, max(face.tremble, 0) + 0.004
-        )
-        dy = face.nod * np.sin(2 * np.pi * 1.5 * seconds + phase[1]) + rng.normal(
-            0, max(face.tremble, 0) + 0.004
-        )
+        dx = face.shake * np.sin(2 * np.pi * 3.0 * seconds + phase[0]) + rng.normal(0, max(face.tremble, 0) + 0.004)
+        dy = face.nod * np.sin(2 * np.pi * 1.5 * seconds + phase[1]) + rng.normal(0, max(face.tremble, 0) + 0.004)
         canvas = Canvas(backdrop.copy())
         _draw_face(canvas, who, face, float(centre[0] + dx * half), float(centre[1] + dy * half), float(half))
         grain = rng.standard_normal((HEIGHT, WIDTH, 1), np.float32) * np.float32(noise)
@@ -416,9 +404,7 @@ def encode_clip(path: Path, frames: NDArray[np.uint8], waveform: Array) -> None:
         audio: Any = container.add_stream("aac", rate=SAMPLE_RATE)
         audio.layout = "mono"
         for frame in frames:
-            container.mux(
-                video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(video.encode(None))
         sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform[None]), format="fltp", layout="mono")
         sound.sample_rate, sound.pts, sound.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
@@ -517,9 +503,7 @@ def write_synthetic_set(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["id", "video", "audio", "text", "label", "speaker", "split"])
     for plan, text in zip(plans, texts, strict=True):
-        writer.writerow(
-            [plan.id, f"clips/{plan.id}.mp4", "", text, plan.label, f"s{plan.speaker:02d}", plan.split]
-        )
+        writer.writerow([plan.id, f"clips/{plan.id}.mp4", "", text, plan.label, f"s{plan.speaker:02d}", plan.split])
     (folder / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
     temporary = folder / "manifest.csv.part"
     temporary.write_text(table.getvalue(), encoding="utf-8")

@@ -112,7 +112,8 @@ class Published:
 
 _ALIASES = {
     "hap": "hap", "happy": "hap", "happiness": "hap", "sad": "sad", "sadness": "sad",
-    "neu": "neu", "neutral": "neu", "ang": "ang", "angry": "ang", "anger": "ang", "exc": "exc", "excited": "exc", "excitement": "exc",
+    "neu": "neu", "neutral": "neu", "ang": "ang", "angry": "ang", "anger": "ang",
+    "exc": "exc", "excited": "exc", "excitement": "exc",
     "fru": "fru", "frustrated": "fru", "frustration": "fru",
 }  # fmt: skip
 

@@ -1,0 +1,244 @@
+"""Gather what a run directory holds, and say what it lacks: a report is made of whatever is there."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepmsi.errors import UserError
+
+if TYPE_CHECKING:
+    from deepmsi.data.store import PreparedData
+
+MODALITY_LETTERS = {"text": "T", "audio": "A", "video": "V"}
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One line of predictions.csv."""
+
+    id: str
+    label: str
+    predicted: str
+    probabilities: Mapping[str, float]
+
+    @property
+    def right(self) -> bool:
+        return self.label == self.predicted
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the predicted label; 0 where the file does not tell."""
+        return self.probabilities.get(self.predicted, 0.0)
+
+
+@dataclass
+class RunFacts:
+    """What a run directory told.
+
+    Attributes:
+        path: the run directory.
+        made: run.json.
+        recipe: recipe.yaml.
+        history: the lines of history.jsonl.
+        metrics: metrics.json, or None.
+        predictions: the labelled rows of predictions.csv.
+        ablation: modalities in use ("T+A") and the metrics measured with them, the fullest last.
+        data: the prepared data of the run, where it is still there.
+        missing: one sentence per part that is not there.
+    """
+
+    path: Path
+    made: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] | None = None
+    predictions: list[ScoredRow] = field(default_factory=list)
+    ablation: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    data: "PreparedData | None" = None
+    missing: list[str] = field(default_factory=list)
+
+    def series(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
+        """Arrange the history as {quantity: {split: [(epoch or step, value), ...]}}."""
+        table: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for event in self.history:
+            split = str(event.get("split", "train"))
+            fold = event.get("fold")
+            name = split if fold is None else f"{split}, fold {fold}"
+            at = event.get("epoch", event.get("step"))
+            if at is None or not _is_number(at):
+                continue
+            for key, value in event.items():
+                if key not in ("step", "epoch", "split", "fold", "time", "seconds") and _is_number(value):
+                    table.setdefault(key, {}).setdefault(name, []).append((float(at), float(value)))
+        return table
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def collect(run: Path) -> RunFacts:
+    """Read a run directory.
+
+    Raises:
+        UserError: there is no such directory, or nothing in it is a run's.
+    """
+    if not run.is_dir():
+        raise UserError(f"there is no run folder at {run}; `deepmsi train` writes one")
+    facts = RunFacts(run)
+    facts.made = _read_json(run / "run.json", facts.missing) or {}
+    facts.recipe = _read_yaml(run / "recipe.yaml", facts.missing)
+    facts.history = _read_lines(run / "history.jsonl", facts.missing)
+    facts.metrics = _read_json(run / "metrics.json", facts.missing)
+    facts.predictions = _read_predictions(run / "predictions.csv", facts.missing)
+    if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
+        raise UserError(f"{run} holds no run: neither run.json nor metrics.json nor a history is in it")
+    facts.ablation = _read_ablation(run)
+    facts.data = _open_data(facts)
+    return facts
+
+
+def _read_text(path: Path, missing: list[str]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        missing.append(f"{path.name} is not in the run folder")
+    except (OSError, UnicodeDecodeError) as error:
+        missing.append(f"{path.name} cannot be read ({error})")
+    return None
+
+
+def _read_json(path: Path, missing: list[str]) -> dict[str, Any] | None:
+    text = _read_text(path, missing)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        missing.append(f"{path.name} is not JSON ({error})")
+        return None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} holds no JSON object")
+        return None
+    return value
+
+
+def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
+    import yaml
+
+    text = _read_text(path, missing)
+    try:
+        value = yaml.safe_load(text) if text is not None else {}
+    except yaml.YAMLError:
+        missing.append(f"{path.name} is not YAML")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    events = []
+    for line in (_read_text(path, missing) or "").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def _read_predictions(path: Path, missing: list[str]) -> list[ScoredRow]:
+    text = _read_text(path, missing)
+    if text is None:
+        return []
+    reader = csv.DictReader(text.splitlines())
+    fixed = {"id", "label", "predicted"}
+    if not fixed <= set(reader.fieldnames or ()):
+        missing.append(f"{path.name} lacks one of the columns id, label, predicted")
+        return []
+    rows = []
+    for cells in reader:
+        if cells["label"] and cells["predicted"]:
+            probabilities = {
+                name: value
+                for name, cell in cells.items()
+                if name is not None and name not in fixed and (value := _probability(cell)) is not None
+            }
+            rows.append(ScoredRow(cells["id"], cells["label"], cells["predicted"], probabilities))
+    return rows
+
+
+def _probability(cell: Any) -> float | None:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return value if 0 <= value <= 1 else None
+
+
+def _read_ablation(run: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Find the evaluations inside the run folder that left modalities out (`evaluate --drop … --out RUN/…`)."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(run.glob("*/metrics.json")) + sorted(run.glob("ablation/*/metrics.json")):
+        metrics = _read_json(path, [])
+        dropped = (metrics or {}).get("dropped")
+        if metrics is not None and isinstance(dropped, list) and dropped:
+            kept = [letter for name, letter in MODALITY_LETTERS.items() if name not in dropped]
+            found["+".join(kept)] = metrics
+    return sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+
+
+def _open_data(facts: RunFacts) -> "PreparedData | None":
+    from deepmsi.data.store import PreparedData
+
+    for place in _data_places(facts):
+        if place.is_dir():
+            try:
+                data = PreparedData.open(place)
+            except UserError as error:
+                facts.missing.append(f"the prepared data cannot be opened: {error}")
+                return None
+            fingerprint = facts.made.get("data_fingerprint")
+            if fingerprint is not None and data.fingerprint != fingerprint:
+                facts.missing.append("the prepared data has changed since the run, so no frame of it is shown")
+                return None
+            return data
+    facts.missing.append("the data of the run is no longer where it was, so that no frame can be shown")
+    return None
+
+
+def _data_places(facts: RunFacts) -> Iterable[Path]:
+    for key in ("prepared", "data"):
+        value = facts.made.get(key)
+        if isinstance(value, str):
+            yield Path(value)
+            yield facts.path / value
+    yield facts.path / "prepared"
+
+
+def speakers_table(facts: RunFacts, most: int = 30) -> list[tuple[str, int, float]]:
+    """Count rows and accuracy by speaker, the commonest first; beyond `most` they are summed as "others"."""
+    if facts.data is None:
+        return []
+    speaker = {row.id: row.speaker for row in facts.data.rows}
+    groups: dict[str, list[bool]] = {}
+    for scored in facts.predictions:
+        name = speaker.get(scored.id)
+        if name:
+            groups.setdefault(name, []).append(scored.right)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    table = [(name, len(hits), sum(hits) / len(hits)) for name, hits in ordered[:most]]
+    rest = [hit for _, hits in ordered[most:] for hit in hits]
+    if rest:
+        table.append((f"{len(ordered) - most} others", len(rest), sum(rest) / len(rest)))
+    return table
+
+
+def worst_errors(predictions: Sequence[ScoredRow], most: int = 8) -> list[ScoredRow]:
+    """The wrong predictions that were made with the greatest confidence."""
+    wrong = [row for row in predictions if not row.right]
+    return sorted(wrong, key=lambda row: (-row.confidence, row.id))[:most]

@@ -1,0 +1,103 @@
+"""Pictures of a report as data URIs, so that the page needs no other file."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INK, GRID, ACCENT = "#2b2f36", "#e4e6ea", ("#2f6db5", "#d0663a", "#4c9a6a", "#8a63b0", "#b59a2f", "#5d7783")
+DISPLAY_SIZE = 192  # pixels; small frames are enlarged to it by whole factors
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def image_uri(pixels: NDArray[np.uint8]) -> str:
+    """Encode pixels [H, W, 3] uint8 as a JPEG data URI."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=88, subsampling=0)
+    return _uri("image/jpeg", buffer.getvalue())
+
+
+def frame_pixels(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Turn a stored frame [3, S, S] uint8 into pixels [H, W, 3], enlarged where it is small."""
+    pixels = np.asarray(frame).transpose(1, 2, 0)
+    factor = max(1, round(DISPLAY_SIZE / pixels.shape[0]))
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def tokens_over_frame(frame: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Draw kept tokens over a frame as in Figure 4 of the paper: what was dropped is washed out.
+
+    Args:
+        frame: [3, S, S] uint8.
+        kept: [h, w] bool over the token grid.
+
+    Returns:
+        pixels [H, W, 3] uint8, with a thin line between the tokens.
+    """
+    pixels = frame_pixels(frame).astype(np.float32)
+    size, grid = pixels.shape[0], kept.shape
+    rows, columns = np.arange(size) * grid[0] // size, np.arange(pixels.shape[1]) * grid[1] // pixels.shape[1]
+    mask = kept[rows][:, columns][..., None]
+    washed = 0.12 * pixels.mean(axis=2, keepdims=True) + 0.88 * 246
+    out = np.where(mask, pixels, washed)
+    out[np.flatnonzero(np.diff(rows)) + 1] *= 0.93
+    out[:, np.flatnonzero(np.diff(columns)) + 1] *= 0.93
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def curves_uri(panels: Sequence[tuple[str, Series]]) -> str:
+    """Plot one panel per quantity, one line per split, as an SVG data URI.
+
+    Args:
+        panels: (title, {split: [(epoch, value), ...]}).
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # A figure of its own, not pyplot: no global state, no display.
+    figure = Figure(figsize=(4.2 * len(panels), 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    for place, (title, lines) in enumerate(panels):
+        axes: Any = figure.add_subplot(1, len(panels), place + 1)
+        folds = len(lines) > len(ACCENT)
+        for number, (name, points) in enumerate(lines.items()):
+            x, y = zip(*sorted(points), strict=True)
+            colour = ACCENT[0] if folds else ACCENT[number % len(ACCENT)]
+            axes.plot(
+                x,
+                y,
+                color=colour,
+                alpha=0.35 if folds else 1,
+                linewidth=1.0 if folds else 1.6,
+                marker="o" if len(x) < 3 else None,
+                label=None if folds else _plain_text(name),
+            )
+        axes.set_title(_plain_text(title), fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("epoch", fontsize=9, color=INK)
+        axes.tick_params(labelsize=8, colors=INK, length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if not folds and len(lines) > 1:
+            axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _uri("image/svg+xml", buffer.getvalue())
+
+
+def _plain_text(text: str) -> str:
+    """Keep matplotlib from reading $...$ in a name as a formula."""
+    return text.replace("$", r"\$")

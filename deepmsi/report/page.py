@@ -1,0 +1,263 @@
+"""Turn what a run directory told into one HTML page and its Markdown twin."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepmsi.report import figures
+from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
+from deepmsi.report.paper import PROTOCOL, canonical_label, published_for
+from deepmsi.report.text import NAMES, chance_of, interval_of
+
+# The quantities that get a curve, in this order, by the names that a history may use for them.
+CURVES = (
+    ("loss", ("loss",)),
+    ("cross-entropy", ("cross_entropy",)),
+    ("contrastive loss", ("contrastive",)),
+    ("accuracy", ("accuracy",)),
+    ("UAR", ("uar",)),
+    ("weighted F1", ("weighted_f1",)),
+    ("learning rate", ("learning_rate", "lr")),
+)
+
+
+def report(run: str | os.PathLike[str]) -> Path:
+    """Write `report.html`, one self-contained page, and `report.md` into a run directory.
+
+    A part that the run lacks is left out and named at the end of the page.
+
+    Args:
+        run: the folder that `deepmsi train` wrote.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        UserError: `run` is no run directory.
+    """
+    folder = Path(run)
+    facts = collect(folder)
+    context = build_context(facts)
+    page = folder / "report.html"
+    # The Markdown first: where the page is, its twin is.
+    _write(folder / "report.md", _render("report.md.j2", context))
+    _write(page, _render("report.html.j2", context))
+    return page
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("deepmsi.report"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(score=_score, md=_markdown, heat=_heat)
+    return environment.get_template(template).render(context)
+
+
+def _score(value: Any, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _heat(share: float) -> str:
+    """Background of a confusion cell: white at 0, blue at 1; the text turns white on dark cells."""
+    weight = min(max(share, 0.0), 1.0)
+    red, green, blue = (round(255 - weight * (255 - end)) for end in (38, 92, 158))
+    return f"background:rgb({red},{green},{blue});color:{'#fff' if weight > 0.55 else '#2b2f36'}"
+
+
+def _markdown(value: Any) -> str:
+    """Make any text inert inside a Markdown table: no markup, no cell or line breaks, no link."""
+    text = " ".join(str(value).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#!|~" else c for c in text)
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def build_context(facts: RunFacts) -> dict[str, Any]:
+    """Compute everything that the templates show."""
+    tokens, missing = _tokens(facts)
+    recipe = facts.recipe
+    name = str(recipe.get("name") or facts.made.get("recipe") or facts.path.name)
+    if not facts.ablation:
+        missing.append(
+            "the modality ablation has not been run; `deepmsi evaluate RUN --data DATA --drop video "
+            "--out RUN/ablation/T+A` and its like add it"
+        )
+    return {
+        "title": name,
+        "description": recipe.get("description") or "",
+        "made": _made(facts),
+        "scores": _scores(facts.metrics),
+        "chance": _chance(facts.metrics),
+        "folds": _folds(facts.metrics),
+        "curves": _curves(facts),
+        "confusion": _confusion(facts.metrics),
+        "per_class": _per_class(facts.metrics),
+        "ablation": [
+            {"modalities": modalities, **{key: metrics.get(key) for key in NAMES}, "n": metrics.get("n")}
+            for modalities, metrics in facts.ablation
+        ],
+        "tokens": tokens,
+        "errors": _errors(facts),
+        "n_errors": sum(not row.right for row in facts.predictions),
+        "speakers": [{"name": speaker, "n": n, "accuracy": accuracy} for speaker, n, accuracy in speakers_table(facts)],
+        "paper": _paper(facts.metrics),
+        "missing": [*facts.missing, *missing],
+        "names": NAMES,
+    }
+
+
+def _made(facts: RunFacts) -> list[tuple[str, str]]:
+    """What made the run, as pairs of a name and a text."""
+    made, recipe = facts.made, facts.recipe
+    pairs: list[tuple[str, Any]] = [
+        ("recipe", recipe.get("name")),
+        ("protocol", made.get("protocol") or recipe.get("protocol")),
+        ("modalities", recipe.get("modalities")),
+        ("seed", made.get("seed", recipe.get("seed"))),
+        ("rows scored", (facts.metrics or {}).get("n")),
+        ("data", made.get("data")),
+        ("data fingerprint", made.get("data_fingerprint") or made.get("fingerprint")),
+        ("started", made.get("started") or made.get("time")),
+        ("command", made.get("command")),
+        ("device", made.get("device")),
+        ("versions", made.get("versions")),
+    ]
+    return [(name, _phrase(value)) for name, value in pairs if value not in (None, "", [], {})]
+
+
+def _phrase(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_phrase(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        separator = " " if all(isinstance(item, str) for item in value) else ", "
+        return separator.join(_phrase(item) for item in value)
+    return str(value)
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "value": metrics[key], "interval": interval_of(metrics, key)}
+        for key, name in NAMES.items()
+        if metrics is not None and key in metrics
+    ]
+
+
+def _chance(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    if metrics is None or "confusion_matrix" not in metrics:
+        return None
+    even, commonest = chance_of(metrics)
+    return {"even": even, "commonest": commonest}
+
+
+def _folds(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Mean and standard deviation over folds or seeds, where the metrics carry them."""
+    summary = (metrics or {}).get("folds") or {}
+    if not isinstance(summary, Mapping):
+        return []
+    return [{"name": NAMES[key], **summary[key]} for key in NAMES if isinstance(summary.get(key), Mapping)]
+
+
+def _curves(facts: RunFacts) -> str | None:
+    series = facts.series()
+    panels = []
+    for title, keys in CURVES:
+        found = next((series[key] for key in keys if key in series), None)
+        if found is not None:
+            panels.append((title, found))
+    return figures.curves_uri(panels) if panels else None
+
+
+def _confusion(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if metrics is None or "confusion_matrix" not in metrics:
+        return None
+    rows = []
+    for label, counts in zip(metrics["labels"], metrics["confusion_matrix"], strict=True):
+        total = sum(counts)
+        rows.append({"label": label, "cells": [(n, n / total if total else 0.0) for n in counts], "total": total})
+    return {"labels": metrics["labels"], "rows": rows}
+
+
+def _per_class(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [{"label": label, **row} for label, row in ((metrics or {}).get("per_class") or {}).items()]
+
+
+def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:
+    """Kept tokens over frames of a few clips that were read rightly, with the sentences for what is missing."""
+    from deepmsi.report.tokens import kept_tokens
+
+    if facts.data is None:
+        return [], []
+    stages, reason = kept_tokens(facts)
+    if reason is not None:
+        return [], [reason]
+    strips = []
+    for clip in stages:
+        pictures = [{"caption": "frame", "uri": figures.image_uri(figures.frame_pixels(clip.frame))}]
+        for block, kept in clip.blocks:
+            share = f"{int(kept.sum())} of {kept.size} tokens"
+            pictures.append(
+                {
+                    "caption": f"{block}: {share}",
+                    "uri": figures.image_uri(figures.tokens_over_frame(clip.frame, kept)),
+                }
+            )
+        strips.append({"id": clip.id, "label": clip.label, "predicted": clip.predicted, "pictures": pictures})
+    return strips, []
+
+
+def _errors(facts: RunFacts) -> list[dict[str, Any]]:
+    rows = {row.id: i for i, row in enumerate(facts.data.rows)} if facts.data is not None else {}
+    return [_error(facts, scored, rows.get(scored.id)) for scored in worst_errors(facts.predictions)]
+
+
+def _error(facts: RunFacts, scored: ScoredRow, i: int | None) -> dict[str, Any]:
+    uri, text = None, None
+    if facts.data is not None and i is not None:
+        text = facts.data.rows[i].text
+        frames = facts.data.frames(i)
+        if frames is not None:
+            uri = figures.image_uri(figures.frame_pixels(frames[len(frames) // 2]))
+    return {
+        "id": scored.id,
+        "label": scored.label,
+        "predicted": scored.predicted,
+        "confidence": scored.probabilities.get(scored.predicted),
+        "truth": scored.probabilities.get(scored.label),
+        "text": text,
+        "uri": uri,
+    }
+
+
+def _paper(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The paper's tables beside this run's figures, where the label set is MELD's or IEMOCAP's."""
+    published = published_for(metrics["labels"]) if metrics and "labels" in metrics else None
+    if metrics is None or published is None:
+        return None
+    per_class: Mapping[str, Mapping[str, float]] = metrics.get("per_class") or {}
+    mine = {canonical_label(published.dataset, label): row for label, row in per_class.items()}
+    own: list[Sequence[float]] = [
+        (100 * mine[label]["recall"], 100 * mine[label]["f1"]) for label in published.table.labels if label in mine
+    ]
+    own.append((100 * metrics["accuracy"], 100 * metrics["weighted_f1"]))
+    return {
+        "dataset": published.dataset,
+        "title": published.table.title,
+        "columns": published.table.columns,
+        "rows": published.table.rows,
+        "own": own,
+        "ablation": published.ablation,
+        "note": published.table.note,
+        "protocol": PROTOCOL,
+    }

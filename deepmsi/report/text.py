@@ -1,0 +1,106 @@
+"""Results as plain text: tables for a terminal, CSV and subtitles for a timeline."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Prediction(Protocol):
+    """What `DeepMSI.predict` returns per clip or window, as far as it is printed here."""
+
+    @property
+    def clip(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def probabilities(self) -> Mapping[str, float]: ...
+    @property
+    def start(self) -> float | None: ...
+    @property
+    def end(self) -> float | None: ...
+
+
+NAMES = {"accuracy": "accuracy", "uar": "UAR", "weighted_f1": "weighted F1", "macro_f1": "macro F1"}
+
+
+def interval_of(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The 95% interval of a score: Wilson's for the accuracy where it is there, else the bootstrap's."""
+    intervals = metrics.get("intervals") or {}
+    pair = (intervals.get("accuracy_wilson") if name == "accuracy" else None) or intervals.get(name)
+    return (float(pair[0]), float(pair[1])) if pair else None
+
+
+def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy of guessing evenly over the classes that occur, and of always naming the commonest one."""
+    support = [int(sum(row)) for row in metrics["confusion_matrix"]]
+    total, present = sum(support), sum(1 for n in support if n)
+    return 1 / max(present, 1), max(support, default=0) / max(total, 1)
+
+
+def render_metrics(metrics: Mapping[str, Any]) -> str:
+    """Lay out the scores with their intervals and the per-class table."""
+    lines = []
+    for key, name in NAMES.items():
+        if key in metrics:
+            interval = interval_of(metrics, key)
+            between = f"  (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            lines.append(f"{name:<12} {metrics[key]:.3f}{between}")
+    if "confusion_matrix" in metrics:
+        even, commonest = chance_of(metrics)
+        lines.append(f"{'chance':<12} {even:.3f}, and {commonest:.3f} by always naming the commonest class")
+    per_class: Mapping[str, Mapping[str, float]] = metrics.get("per_class") or {}
+    if per_class:
+        width = max(len(label) for label in [*per_class, "class"])
+        lines += ["", f"{'class':<{width}}  precision  recall     f1      n"]
+        for label, row in per_class.items():
+            lines.append(
+                f"{label:<{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}"
+                f"  {row['support']:5d}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def render_predictions(predictions: Sequence[Prediction]) -> str:
+    """One line a clip: the label, and the three likeliest with their probabilities."""
+    lines = []
+    for item in predictions:
+        ranked = sorted(item.probabilities.items(), key=lambda pair: -pair[1])[:3]
+        likeliest = ", ".join(f"{label} {value:.2f}" for label, value in ranked)
+        lines.append(f"{item.clip}: {item.label} ({likeliest})")
+    return "\n".join(lines) + "\n"
+
+
+def render_timeline(predictions: Sequence[Prediction]) -> str:
+    """CSV: start, end (seconds), label, and a probability column per label."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    labels = list(predictions[0].probabilities) if predictions else []
+    writer.writerow(["start", "end", "label", *labels])
+    for item in predictions:
+        writer.writerow(
+            [
+                f"{item.start or 0:.3f}",
+                f"{item.end or 0:.3f}",
+                item.label,
+                *(f"{item.probabilities[label]:.4f}" for label in labels),
+            ]
+        )
+    return table.getvalue()
+
+
+def _timestamp(seconds: float) -> str:
+    milliseconds = round(seconds * 1000)
+    hours, rest = divmod(milliseconds, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d},{rest % 1000:03d}"
+
+
+def render_subtitles(predictions: Sequence[Prediction]) -> str:
+    """SubRip subtitles: the label and its probability, one cue a window."""
+    cues = [
+        f"{number}\n{_timestamp(item.start or 0)} --> {_timestamp(item.end or 0)}\n"
+        f"{item.label} {item.probabilities[item.label]:.0%}\n"
+        for number, item in enumerate(predictions, 1)
+    ]
+    return "\n".join(cues)

@@ -1,0 +1,188 @@
+"""The page of a run: complete, self-contained, escaped, and still written where parts are missing."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from deepmsi.errors import UserError
+from deepmsi.report import report
+from deepmsi.report.collect import collect, worst_errors
+
+HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and fails on tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(values["src"] or "")
+            assert values.get("alt"), "a picture without words for it"
+        if "id" in values:
+            self.ids.append(values["id"] or "")
+        self.references += [v or "" for k, v in attrs if k in ("href", "src", "srcset", "action", "data")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def assert_pictures_open(page: Page) -> None:
+    for uri in page.images:
+        kind, content = re.fullmatch(r"data:(image/[a-z+]+);base64,(.+)", uri).groups()  # type: ignore[union-attr]
+        raw = base64.b64decode(content, validate=True)
+        if kind == "image/svg+xml":
+            assert ElementTree.fromstring(raw).tag.endswith("svg")
+        else:
+            Image.open(io.BytesIO(raw)).load()
+
+
+def test_page_is_whole_and_self_contained(make_run) -> None:
+    run = make_run()
+    path = report(run)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert path == run / "report.html"
+    assert {"made", "curves", "confusion", "classes", "errors", "missing"} <= set(page.ids)
+    assert page.images
+    assert_pictures_open(page)
+    assert all(reference.startswith("data:") for reference in page.references)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    metrics = json.loads((run / "metrics.json").read_text())
+    words = " ".join(page.words)
+    for key in ("accuracy", "uar", "weighted_f1", "macro_f1"):
+        assert f"{metrics[key]:.3f}" in words
+    low, high = metrics["intervals"]["accuracy_wilson"]
+    assert f"{low:.2f} to {high:.2f}" in words
+    for row in metrics["per_class"].values():
+        assert f"{row['legacy_f1']:.3f}" in words
+    assert not list(run.glob("*.part"))
+
+
+def test_markdown_twin_tells_the_same(make_run) -> None:
+    run = make_run()
+    report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"| accuracy | {metrics['accuracy']:.3f} |" in text
+    first = metrics["confusion_matrix"][0]
+    assert f"| joy | {' | '.join(map(str, first))} |" in text
+    # every table has as many cells in each row as in its head
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({line.count("|") - line.count(r"\|") for line in table.splitlines()}) == 1
+
+
+def test_a_second_report_of_one_run_is_the_same(make_run) -> None:
+    run = make_run()
+    first = report(run).read_bytes()
+    # matplotlib salts the ids of an SVG; the rest must agree
+    assert re.sub(rb'base64,[^"]+', b"", first) == re.sub(rb'base64,[^"]+', b"", report(run).read_bytes())
+
+
+def test_untrusted_text_is_escaped(make_run) -> None:
+    run = make_run(("joy", HOSTILE, "anger"), name=HOSTILE)
+    text = report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script>alert" not in text
+    assert HOSTILE in "".join(page.words)
+    assert_pictures_open(page)
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+
+
+@pytest.mark.parametrize(
+    "part", ["run.json", "recipe.yaml", "history.jsonl", "metrics.json", "predictions.csv"], ids=str
+)
+@pytest.mark.parametrize("damage", ["absent", "garbage"])
+def test_a_missing_part_is_named_and_the_rest_reported(make_run, part: str, damage: str) -> None:
+    run = make_run()
+    if damage == "absent":
+        (run / part).unlink()
+    else:
+        (run / part).write_bytes(b"\xff\xfe{[: not this")
+    page = Page(report(run).read_text(encoding="utf-8"))
+    assert_pictures_open(page)
+    assert part in " ".join(page.words)
+    expected = {"history.jsonl": "curves", "metrics.json": "confusion", "predictions.csv": "errors"}
+    for name, section in expected.items():
+        assert (section in page.ids) == (name != part)
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        report(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        report(tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_ablation_is_read_from_evaluations_inside_the_run(make_run) -> None:
+    run = make_run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    for dropped, accuracy in ((["video"], 0.125), (["text", "audio"], 0.375)):
+        folder = run / "ablation" / "-".join(dropped)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "accuracy": accuracy, "dropped": dropped}))
+    assert [(name, m["accuracy"]) for name, m in collect(run).ablation] == [("V", 0.375), ("T+A", 0.125)]
+    page = Page(report(run).read_text(encoding="utf-8"))
+    assert "ablation" in page.ids
+    assert "0.125" in " ".join(page.words)
+
+
+def test_worst_errors_are_wrong_and_most_confident(make_run) -> None:
+    rows = collect(make_run(n=60)).predictions
+    worst = worst_errors(rows, most=5)
+    assert len(worst) == 5
+    assert not any(row.right for row in worst)
+    assert min(row.confidence for row in worst) >= max(
+        (row.confidence for row in rows if not row.right and row not in worst), default=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "dataset", "figure"),
+    [
+        (("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"), "MELD", "92.6"),
+        (("hap", "sad", "neu", "ang", "exc", "fru"), "IEMOCAP", "94.3"),
+        (("joy", "anger"), None, None),
+    ],
+    ids=["meld", "iemocap", "own"],
+)
+def test_paper_stands_beside_its_own_data_sets_only(make_run, labels, dataset, figure) -> None:
+    run = make_run(labels, n=80)
+    page = Page(report(run).read_text(encoding="utf-8"))
+    words = " ".join(page.words)
+    assert ("paper" in page.ids) == (dataset is not None)
+    if dataset is not None:
+        assert figure in words
+        assert "10-fold cross-validation over shuffled utterances" in words
