@@ -60,13 +60,9 @@ def compute_metrics(
         raise UserError("There are no labelled rows to score: give rows that have a label.")
     classes = np.arange(len(labels))
     matrix = confusion_matrix(true, pred, labels=classes)
-    precision, recall, f1, support = precision_recall_fscore_support(
-        true, pred, labels=classes, zero_division=0.0
-    )
+    precision, recall, f1, support = precision_recall_fscore_support(true, pred, labels=classes, zero_division=0.0)
     scores = _scores(matrix[None])
-    intervals: dict[str, list[float]] = {
-        "accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))
-    }
+    intervals: dict[str, list[float]] = {"accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))}
     if resamples:
         sampled = _scores(_resampled_matrices(true, pred, len(labels), resamples, seed))
         for name in SUMMARY:
@@ -135,9 +131,9 @@ def compare_predictions(
         seed: of the bootstrap.
 
     Returns:
-        `n`, the exact two-sided McNemar p-value of the accuracies (`mcnemar_p`, with `only_a` and `only_b` the
-        rows that only one of them has right), and for each score `a`, `b`, `difference` (b - a) and its 95%
-        interval.
+        `n`, the exact two-sided McNemar p-value of the accuracies (`mcnemar_p`, with `only_a` and `only_b`
+        the rows that only one of them has right), and for each score `a`, `b`, `difference` (b - a) and its
+        95% interval.
 
     Raises:
         UserError: a file is missing or no predictions file, nothing is in common, or the true labels differ.

@@ -1,4 +1,4 @@
-"""Which rows train and which are reported: the splits of every protocol, and the inner parts that choose epochs.
+"""Which rows train and which are reported: the splits of every protocol, and the parts that choose epochs.
 
 A protocol yields `Fold`s of row indices. Whatever picks the number of epochs sees the fold's training part
 (`inner_folds`) or the manifest's dev part (`Fold.dev`), never the part that is reported (`Fold.test`).
@@ -41,7 +41,7 @@ Indices = NDArray[np.int64]
 
 
 class ProtocolSettings(Section):
-    """How the reported numbers are taken. Written in a recipe as `protocol: {name: ...}` or `protocol: NAME`."""
+    """How the reported numbers are taken; in a recipe `protocol: {name: ...}` or `protocol: NAME`."""
 
     name: ProtocolName = "split-column"
     folds: int = Field(5, ge=2, description="of stratified-kfold and group-kfold")
@@ -53,9 +53,7 @@ class ProtocolSettings(Section):
         default_factory=list,
         description="modalities a row needs to be held out and reported; rows without them always train",
     )
-    final_fit: bool = Field(
-        True, description="after folds were measured, fit the model that is kept on all rows"
-    )
+    final_fit: bool = Field(True, description="after folds were measured, fit the model that is kept on all rows")
 
     @field_validator("name", mode="before")
     @classmethod
@@ -141,7 +139,8 @@ def make_folds(settings: ProtocolSettings, rows: Sequence[RowLike], seed: int) -
         may be held out; a fold's train, dev and test are disjoint.
 
     Raises:
-        UserError: the rows do not allow the protocol (a column without values, one speaker only, too few rows of
+        UserError: the rows do not allow the protocol (a column without values, one speaker only, too few
+        rows of
             a label, a fold whose training part lacks a class).
     """
     if settings.name == "split-column":
@@ -200,14 +199,14 @@ def inner_folds(
                 result.append(Fold(f"inner-{repeat * folds + k + 1:02d}", rest, test))
     if not result:
         raise UserError(
-            f"The training part of {len(train)} rows cannot be split into {folds} inner folds that keep every "
-            "class: set train.selection=last and a number of epochs."
+            f"The training part of {len(train)} rows cannot be split into {folds} inner folds that keep "
+            "every class: set train.selection=last and a number of epochs."
         )
     return result
 
 
 def session_of(row: RowLike) -> str | None:
-    """The recording session: the column `session`, else the digits of an IEMOCAP name (Ses01F_impro01_F000)."""
+    """The recording session: the column `session`, else the digits of an IEMOCAP name (Ses01F_...)."""
     if row.extra.get("session"):
         digits = re.search(r"\d+", row.extra["session"])
         return str(int(digits.group())) if digits else row.extra["session"]
@@ -238,8 +237,8 @@ def _split_column(rows: Sequence[RowLike]) -> list[Fold]:
         if part not in parts:
             said = f"the split {row.split!r}" if row.split else "no split"
             raise UserError(
-                f"Row {row.id!r} has {said}: fill the column split with train, dev or test, or set protocol to "
-                "one that makes its own folds (such as group-kfold)."
+                f"Row {row.id!r} has {said}: fill the column split with train, dev or test, or set protocol "
+                "to one that makes its own folds (such as group-kfold)."
             )
         parts[part].append(i)
     train, dev, test = (np.array(parts[name], dtype=np.int64) for name in ("train", "dev", "test"))
@@ -250,8 +249,8 @@ def _split_column(rows: Sequence[RowLike]) -> list[Fold]:
     if len(dev):
         return [Fold("dev", train, dev)]
     raise UserError(
-        "Every row has the split 'train', so there is nothing to report: give dev or test rows, or set protocol "
-        "to one that makes its own folds (such as stratified-kfold)."
+        "Every row has the split 'train', so there is nothing to report: give dev or test rows, or set "
+        "protocol to one that makes its own folds (such as stratified-kfold)."
     )
 
 
@@ -275,15 +274,13 @@ def _stratified(
         raise UserError(f"{len(candidates)} rows cannot make {settings.folds} folds: set protocol.folds lower.")
     if least < 2 and Counter(labels)[label] < 2:
         raise UserError(
-            f"The class {label!r} has one row, so no fold could both train on it and report it: give more rows "
-            "of it or leave it out (exclude_labels)."
+            f"The class {label!r} has one row, so no fold could both train on it and report it: give more "
+            "rows of it or leave it out (exclude_labels)."
         )
     return [
         _fold(f"{repeat * settings.folds + k + 1:02d}", len(rows), candidates[part])
         for repeat in range(settings.repeats)
-        for k, part in enumerate(
-            _stratified_parts([labels[i] for i in candidates], settings.folds, seed + repeat)
-        )
+        for k, part in enumerate(_stratified_parts([labels[i] for i in candidates], settings.folds, seed + repeat))
     ]
 
 
@@ -316,22 +313,18 @@ def _grouped(
     held = [groups[i] for i in candidates]
     if len(set(held)) < settings.folds:
         raise UserError(
-            f"The column {settings.group!r} has {len(set(held))} groups, too few for {settings.folds} folds: set "
-            "protocol.folds lower."
+            f"The column {settings.group!r} has {len(set(held))} groups, too few for {settings.folds} "
+            "folds: set protocol.folds lower."
         )
     return [
         _group_fold(f"{repeat * settings.folds + k + 1:02d}", groups, candidates, candidates[part])
         for repeat in range(settings.repeats)
-        for k, part in enumerate(
-            _grouped_parts(held, [labels[i] for i in candidates], settings.folds, seed + repeat)
-        )
+        for k, part in enumerate(_grouped_parts(held, [labels[i] for i in candidates], settings.folds, seed + repeat))
     ]
 
 
-def _grouped_parts(
-    groups: Sequence[Hashable], labels: Sequence[Hashable], folds: int, seed: int
-) -> list[Indices]:
-    """Give whole groups to folds, the largest first, each to the fold that it leaves best balanced by label."""
+def _grouped_parts(groups: Sequence[Hashable], labels: Sequence[Hashable], folds: int, seed: int) -> list[Indices]:
+    """Give whole groups to folds, the largest first, each to the fold that it balances best by label."""
     rng = np.random.default_rng([seed, 0x6F01D])
     names = sorted(set(groups), key=str)
     kinds = {label: k for k, label in enumerate(sorted(set(labels), key=str))}
@@ -364,8 +357,8 @@ def _leave_group_out(column: str) -> Callable[..., list[Fold]]:
         held = sorted({groups[i] for i in candidates}, key=_natural)
         if len(set(groups)) < 2:
             raise UserError(
-                f"All rows are of one {column} ({held[0]!r}), so leaving one {column} out leaves nothing to train "
-                "on: choose another protocol."
+                f"All rows are of one {column} ({held[0]!r}), so leaving one {column} out leaves nothing to "
+                "train on: choose another protocol."
             )
         return [
             _group_fold(
@@ -386,9 +379,7 @@ def _session5(
     groups = _groups(rows, "session")
     present = sorted(set(groups))
     if "5" not in present or len(present) < 2:
-        raise UserError(
-            f"iemocap-session5 needs Session 5 and others; the rows are of session {', '.join(present)}."
-        )
+        raise UserError(f"iemocap-session5 needs Session 5 and others; the rows are of session {', '.join(present)}.")
     test = np.array([i for i in candidates if groups[i] == "5"], dtype=np.int64)
     return [_group_fold("session-5", groups, candidates, test)]
 
@@ -419,16 +410,12 @@ def _groups(rows: Sequence[RowLike], column: str) -> list[str]:
         value = column_of(row, column)
         if value is None:
             hint = " (or IEMOCAP's own ids)" if column == "session" else ""
-            raise UserError(
-                f"Row {row.id!r} has no {column}: the protocol needs the column {column!r}{hint} filled."
-            )
+            raise UserError(f"Row {row.id!r} has no {column}: the protocol needs the column {column!r}{hint} filled.")
         groups.append(value)
     return groups
 
 
-def _inner_groups(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices
-) -> list[str] | None:
+def _inner_groups(settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices) -> list[str] | None:
     column = {
         "group-kfold": settings.group,
         "leave-one-speaker-out": "speaker",
@@ -457,6 +444,4 @@ def _group_fold(name: str, groups: Sequence[str], candidates: Indices, test: Ind
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [
-        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part
-    ]
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -1,4 +1,4 @@
-"""Splits: disjoint, complete, grouped, repeatable, and refused in one sentence where the rows do not allow them."""
+"""Splits: disjoint, complete, grouped, repeatable, refused in one sentence where rows do not allow them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ def test_folds_are_disjoint_complete_and_repeatable(settings: dict) -> None:
     rows, protocol = corpus(), ProtocolSettings(**settings)
     folds = make_folds(protocol, rows, seed=1)
     reported = Counter(int(i) for fold in folds for i in fold.test)
-    assert reported == {i: protocol.repeats for i in range(len(rows))}
+    assert reported == dict.fromkeys(range(len(rows)), protocol.repeats)
     assert len({fold.name for fold in folds}) == len(folds)
     for fold in folds:
         assert not set(fold.train) & set(fold.test)
@@ -87,9 +87,7 @@ def test_groups_stay_on_one_side(settings: dict, column: str) -> None:
         train, test = ({getattr(rows[i], column) for i in part} for part in (fold.train, fold.test))
         assert not train & test
         for inner in inner_folds(rows, fold.train, ProtocolSettings(**settings), 3, 1, seed=0):
-            assert not {getattr(rows[i], column) for i in inner.train} & {
-                getattr(rows[i], column) for i in inner.test
-            }
+            assert not {getattr(rows[i], column) for i in inner.train} & {getattr(rows[i], column) for i in inner.test}
             assert not set(inner.test) & set(fold.test)
             assert not set(inner.train) & set(fold.test)
 

@@ -1,0 +1,389 @@
+"""Rows of a prepared folder as batches of the model: order, augmentation, modality dropout, padding.
+
+Every random draw comes from (seed, epoch, row id), and the sampler hands the epoch to the workers inside its
+keys. So a batch is the same whichever process makes it, with any number of workers, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from deepmsi.data.store import PreparedData, PreparedRow
+from deepmsi.errors import UserError
+from deepmsi.models.config import MODALITIES, ModelSections
+from deepmsi.models.encoders import context_strings
+from deepmsi.train.recipe import AugmentSettings
+from deepmsi.train.seeding import derive_seed
+
+Batch = dict[str, Tensor]
+Key = tuple[int, int, int]
+"""(epoch, how many times the epoch drew this row before, position in the dataset)."""
+
+
+def present_modalities(row: PreparedRow, config: ModelSections) -> tuple[bool, bool, bool]:
+    """Whether a row has what the model reads of (video, text, audio): a feature model needs the feature."""
+    video = config.vision.backbone != "none" and "frames" in row.slots
+    text = config.text.present and (
+        "text_features" in row.slots if config.text.encoder == "features" else row.text is not None
+    )
+    audio = config.audio.present and (
+        "audio_features" in row.slots if config.audio.encoder == "features" else "audio" in row.slots
+    )
+    return video, text, audio
+
+
+def check_data(data: PreparedData, config: ModelSections) -> None:
+    """Refuse a prepared folder that the model cannot read.
+
+    Raises:
+        UserError: frames of another number or smaller than the model's, another sample rate, or features of
+            another length.
+    """
+    rows = data.rows
+    if config.vision.backbone != "none" and any("frames" in row.slots for row in rows):
+        if data.options.frames != config.vision.frames:
+            raise UserError(
+                f"{data.path} holds {data.options.frames} frames per utterance and the model reads "
+                f"{config.vision.frames}: prepare it again with frames={config.vision.frames}, or set "
+                "vision.frames."
+            )
+        if data.options.size < config.vision.image_size:
+            raise UserError(
+                f"{data.path} holds frames of {data.options.size} pixels and the model reads "
+                f"{config.vision.image_size}: prepare it again with size={config.vision.image_size}, or set "
+                "vision.image_size."
+            )
+    if (
+        config.audio.encoded
+        and any("audio" in row.slots for row in rows)
+        and data.options.sample_rate != config.audio.sample_rate
+    ):
+        raise UserError(
+            f"{data.path} holds sound at {data.options.sample_rate} Hz and the model reads "
+            f"{config.audio.sample_rate} Hz: prepare it again with sample_rate={config.audio.sample_rate}."
+        )
+    for name in ("text", "audio"):
+        section = getattr(config, name)
+        if section.encoder == "features" and data.feature_dims.get(name, section.dim) != section.dim:
+            raise UserError(
+                f"{data.path} holds {name} features of length {data.feature_dims[name]} and the model "
+                f"reads {section.dim}: they come from another encoder; set {name}.dim, or prepare them "
+                "again."
+            )
+
+
+@dataclass
+class Example:
+    """One row as the collator takes it; an absent or hidden modality is None."""
+
+    frames: Tensor | None
+    text: str | NDArray[np.float32] | None
+    audio: NDArray[np.float32] | None
+    label: int
+
+
+class UtteranceDataset(Dataset[Example]):
+    """Rows of a prepared folder, by position; a `Key` augments, a plain position does not.
+
+    Args:
+        data: the prepared folder.
+        indices: rows of the folder that take part, in their order.
+        labels: class of each of them; -1 where it is unknown.
+        config: the model's sections.
+        augment: augmentation of training clips; None for none.
+        seed: of augmentation and modality dropout.
+        hidden: modalities to leave out (`--drop`).
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        indices: Sequence[int] | NDArray[np.int64],
+        labels: Sequence[int] | NDArray[np.int64],
+        config: ModelSections,
+        *,
+        augment: AugmentSettings | None = None,
+        seed: int = 0,
+        hidden: Sequence[str] = (),
+    ) -> None:
+        self.data = data
+        self.indices = [int(i) for i in indices]
+        self.labels = [int(label) for label in labels]
+        self.config = config
+        self.augment = augment
+        self.seed = seed
+        self.hidden = tuple(name in hidden for name in MODALITIES)
+        encoded = config.text.encoded
+        self.texts = context_strings(data.rows, config.text.context) if encoded else [None] * len(data.rows)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def present(self, position: int) -> tuple[bool, ...]:
+        """Whether (video, text, audio) of a row are there and not hidden."""
+        there = present_modalities(self.data.rows[self.indices[position]], self.config)
+        return tuple(has and not hide for has, hide in zip(there, self.hidden, strict=True))
+
+    def __getitem__(self, key: Key | int) -> Example:
+        if isinstance(key, tuple):
+            epoch, draw, position = key
+            row_id = self.data.rows[self.indices[position]].id
+            rng = np.random.default_rng(derive_seed(self.seed, epoch, draw, row_id))
+            return self._load(position, rng)
+        return self._load(key, None)
+
+    def _load(self, position: int, rng: np.random.Generator | None) -> Example:
+        i, config = self.indices[position], self.config
+        row = self.data.rows[i]
+        video, text, audio = self.present(position)
+        if rng is not None:
+            video, text, audio = hide_modalities((video, text, audio), config.fusion.modality_dropout, rng)
+        frames = sound = None
+        words: str | NDArray[np.float32] | None = None
+        if video:
+            frames = self._frames(i, rng)
+        if text:
+            words = self._features("text", i) if config.text.encoder == "features" else self.texts[i]
+        if audio and config.audio.encoder == "features":
+            sound = self._features("audio", i)
+        elif audio:
+            sound = self.data.waveform(i)
+            if sound is None:
+                raise UserError(f"{self.data.path}: the sound of row {row.id!r} is gone; prepare it again.")
+            if rng is not None and self.augment is not None:
+                sound = augment_audio(sound, self.augment, rng)
+        return Example(frames, words, sound, self.labels[position])
+
+    def _frames(self, i: int, rng: np.random.Generator | None) -> Tensor:
+        stored = self.data.frames(i)
+        if stored is None:
+            raise UserError(f"{self.data.path}: the frames of row {self.data.rows[i].id!r} are gone.")
+        frames = torch.from_numpy(np.array(stored))
+        spare = frames.shape[-1] - self.config.vision.image_size
+        augment = self.augment if rng is not None else None
+        if spare:
+            top, left = (
+                (spare // 2, spare // 2)
+                if augment is None or rng is None
+                else (int(rng.integers(spare + 1)), int(rng.integers(spare + 1)))
+            )
+            size = self.config.vision.image_size
+            frames = frames[..., top : top + size, left : left + size]
+        if augment is not None and rng is not None:
+            frames = augment_frames(frames, augment, rng)
+        return frames
+
+    def _features(self, modality: str, i: int) -> NDArray[np.float32]:
+        features = self.data.features(modality, i)
+        if features is None or not np.isfinite(features).all():
+            raise UserError(
+                f"{self.data.path}: the {modality} features of row {self.data.rows[i].id!r} hold NaN or "
+                "infinity; extract them again."
+            )
+        return features
+
+
+def hide_modalities(present: tuple[bool, ...], chance: float, rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Hide each present modality with a chance, never all: one of the hidden ones stays if none would."""
+    draws, keep = rng.random(3), int(rng.integers(3))
+    left = [has and draw >= chance for has, draw in zip(present, draws, strict=True)]
+    if not any(left):
+        options = [k for k, has in enumerate(present) if has]
+        if options:
+            left[options[keep % len(options)]] = True
+    return left[0], left[1], left[2]
+
+
+def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
+    """Augment one clip `[T, 3, S, S]` uint8: flip, crop and shift, brightness, contrast, loss of colour."""
+    size = frames.shape[-1]
+    flip, grey = rng.random() < settings.flip, rng.random() < settings.grey
+    scale = 1.0 - settings.crop * rng.random()
+    shift_y, shift_x = rng.uniform(-settings.shift, settings.shift, 2)
+    centre_y, centre_x = rng.uniform(-(1 - scale), 1 - scale, 2)
+    brightness = 1.0 + settings.brightness * rng.uniform(-1, 1)
+    contrast = 1.0 + settings.contrast * rng.uniform(-1, 1)
+
+    pixels = frames.float()
+    if scale < 1 or settings.shift:
+        # In grid_sample's units the side is 2 long; "border" repeats the edge, as a shift needs.
+        theta = torch.tensor(
+            [[scale, 0, centre_x + 2 * shift_x], [0, scale, centre_y + 2 * shift_y]], dtype=torch.float32
+        )
+        shape = [1, 3, size, size]
+        grid = torch.nn.functional.affine_grid(theta[None], shape, align_corners=False)
+        pixels = torch.nn.functional.grid_sample(
+            pixels.flatten(0, 1)[None], grid, padding_mode="border", align_corners=False
+        )[0].view_as(frames)
+    if flip:
+        pixels = pixels.flip(-1)
+    if grey:
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        pixels = (pixels * luma).sum(1, keepdim=True).expand_as(pixels)
+    mean = pixels.mean()
+    pixels = (pixels - mean) * (contrast * brightness) + mean * brightness
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def augment_audio(
+    waveform: NDArray[np.float32], settings: AugmentSettings, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Augment one waveform `[n]`: speed, crop, shift (silence moves in), gain, noise."""
+    factor = 1.0 + settings.speed * rng.uniform(-1, 1)
+    cut, start = settings.audio_crop * rng.random(), rng.random()
+    shift = settings.time_shift * rng.uniform(-1, 1)
+    gain = 10.0 ** (settings.gain * rng.uniform(-1, 1) / 20.0)
+    noisy, depth = rng.random() < settings.noise, rng.uniform(15.0, 40.0)
+
+    x = waveform
+    if settings.speed and len(x) > 1:
+        places = np.arange(0, len(x) - 1, factor)
+        x = np.interp(places, np.arange(len(x)), x).astype(np.float32)
+    length = max(1, round(len(x) * (1 - cut)))
+    offset = round((len(x) - length) * start)
+    x = x[offset : offset + length]
+    move = round(len(x) * shift)
+    if move > 0:
+        x = np.concatenate([np.zeros(move, np.float32), x[:-move]])
+    elif move < 0:
+        x = np.concatenate([x[-move:], np.zeros(-move, np.float32)])
+    x = x * np.float32(gain)
+    if noisy and len(x):
+        level = float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) * 10.0 ** (-depth / 20.0)
+        x = x + rng.standard_normal(len(x), dtype=np.float32) * np.float32(level)
+    return np.clip(x, -1.0, 1.0)
+
+
+class Collator:
+    """Turns examples into the keyword arguments of `DeepMSI.forward`.
+
+    Args:
+        config: the model's sections.
+        text_processor: of the model's text encoder; None where it reads features.
+        audio_processor: of the model's audio encoder; None where it reads features.
+        with_labels: include `labels` (left out where only logits are wanted).
+    """
+
+    def __init__(
+        self,
+        config: ModelSections,
+        text_processor: Callable[[Sequence[str]], dict[str, Tensor]] | None,
+        audio_processor: Callable[[Sequence[np.ndarray]], dict[str, Tensor]] | None,
+        with_labels: bool = True,
+    ) -> None:
+        self.config = config
+        self.text_processor = text_processor
+        self.audio_processor = audio_processor
+        self.with_labels = with_labels
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Collate U examples.
+
+        Returns:
+            `modality_mask [U, 3]` bool; `pixel_values [U', T, 3, S, S]` uint8 of the rows that have video
+            (absent where none has); `text_features [U, D]` or the text processor's tensors; `audio_features
+            [U, D]` or the audio processor's tensors (`audio_attention_mask [U, S]`); `labels [U]` int64.
+            Rows without a modality hold zeros or the empty text there, and the mask says so.
+        """
+        batch: Batch = {
+            "modality_mask": torch.tensor(
+                [[e.frames is not None, e.text is not None, e.audio is not None] for e in examples]
+            )
+        }
+        if self.with_labels:
+            batch["labels"] = torch.tensor([e.label for e in examples])
+        frames = [e.frames for e in examples if e.frames is not None]
+        if frames:
+            batch["pixel_values"] = torch.stack(frames)
+        text, audio = self.config.text, self.config.audio
+        if text.encoder == "features":
+            batch["text_features"] = _stack_features([e.text for e in examples], text.dim)
+        elif self.text_processor is not None:
+            batch.update(self.text_processor([e.text if isinstance(e.text, str) else "" for e in examples]))
+        if audio.encoder == "features":
+            batch["audio_features"] = _stack_features([e.audio for e in examples], audio.dim)
+        elif self.audio_processor is not None:
+            silence = np.zeros(1, dtype=np.float32)
+            batch.update(self.audio_processor([silence if e.audio is None else e.audio for e in examples]))
+        return batch
+
+
+def _stack_features(features: Sequence[Any], dim: int | None) -> Tensor:
+    stacked = np.zeros((len(features), dim or 0), dtype=np.float32)
+    for row, feature in zip(stacked, features, strict=True):
+        if feature is not None:
+            row[:] = feature
+    return torch.from_numpy(stacked)
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of keys for one process; the order depends on (seed, epoch) alone.
+
+    A global batch of `batch_size · world` keys is cut into one run of keys per process. The last one may be
+    smaller: it is dealt out evenly, and where it has fewer keys than there are processes, the first keys of
+    the epoch fill it up so that every process has at least one.
+
+    Args:
+        labels: class of each row of the dataset.
+        batch_size: keys per process.
+        seed: of the order.
+        balanced: draw every class equally often; rows of rare classes come several times.
+        rank, world: this process and the number of processes.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        balanced: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.labels = np.asarray(labels)
+        self.batch_size, self.seed, self.balanced = batch_size, seed, balanced
+        self.rank, self.world = rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration takes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // (self.batch_size * self.world))
+
+    def keys(self) -> list[Key]:
+        """The epoch's keys in order, all processes together."""
+        rng = np.random.default_rng(derive_seed(self.seed, "order", self.epoch))
+        if not self.balanced:
+            return [(self.epoch, 0, int(i)) for i in rng.permutation(len(self.labels))]
+        classes = np.unique(self.labels)
+        share, extra = divmod(len(self.labels), len(classes))
+        bonus = rng.permutation(len(classes))  # which classes get one more
+        keys: list[Key] = []
+        for k, label in enumerate(classes):
+            rows = np.flatnonzero(self.labels == label)
+            count = share + int(bonus[k] < extra)
+            for draw in range(-(-count // len(rows))):
+                order = rng.permutation(rows)[: count - draw * len(rows)]
+                keys += [(self.epoch, draw, int(i)) for i in order]
+        return [keys[i] for i in rng.permutation(len(keys))]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys, size = self.keys(), self.batch_size * self.world
+        for start in range(0, len(keys), size):
+            joined = keys[start : start + size]
+            if len(joined) < self.world:
+                joined = joined + (keys * self.world)[: self.world - len(joined)]
+            base, extra = divmod(len(joined), self.world)
+            begin = self.rank * base + min(self.rank, extra)
+            yield joined[begin : begin + base + (self.rank < extra)]

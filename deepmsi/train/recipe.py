@@ -1,0 +1,296 @@
+"""Recipes: everything that decides a training run, as typed plain data from YAML and `--set key=value`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from deepmsi.data.options import PrepareOptions
+from deepmsi.errors import UserError
+from deepmsi.models.config import MODALITIES, ModelSections, Section, validated
+from deepmsi.train.protocols import ProtocolSettings
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+class TrainSettings(Section):
+    """Optimisation, and how the number of epochs is found."""
+
+    epochs: int = Field(
+        20,
+        ge=1,
+        description="epochs to train, or the most to try where a selection chooses; sets the schedule",
+    )
+    selection: Literal["auto", "last", "dev", "inner-validation", "inner-folds"] = Field(
+        "auto",
+        description="last: train `epochs`; dev: best epoch on the manifest's dev part; inner-validation: "
+        "best epoch on a held-out part of the training part; inner-folds: the number of epochs that is best "
+        "over inner folds of the training part, which is then fitted whole; auto: dev where a test part is "
+        "reported beside it, else inner-validation",
+    )
+    metric: Literal["accuracy", "uar", "weighted_f1", "macro_f1", "loss"] = Field(
+        "weighted_f1", description="what the selection looks at"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop where the watched metric has not improved for so many epochs"
+    )
+    inner_folds: int = Field(4, ge=2, description="of inner-folds; inner-validation holds out one part of so many")
+    inner_repeats: int = Field(1, ge=1, description="of inner-folds, each shuffled anew")
+
+    batch_size: int = Field(16, ge=1, description="utterances per process and micro-batch")
+    eval_batch_size: int | None = Field(None, ge=1, description="null takes batch_size")
+    accumulation: int = Field(
+        1, ge=1, description="micro-batches per step; the contrastive term sees one micro-batch at a time"
+    )
+    lr: float = Field(3e-4, gt=0)
+    encoder_lr: float | None = Field(
+        None, gt=0, description="for encoders that start from pretrained weights; null takes lr"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of weight matrices; not of biases, norms and scalars")
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    sampler: Literal["shuffle", "balanced"] = Field(
+        "shuffle", description="balanced: every class is drawn equally often in an epoch"
+    )
+    focal_gamma: float = Field(0.0, ge=0, description="focal loss (1 - p)^γ CE; 0 is cross-entropy")
+    logit_adjustment: float = Field(
+        0.0, ge=0, description="τ·log prior of the training part added to the logits in the loss (Menon 2021)"
+    )
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = Field(0, ge=0, description="processes that load and augment; results do not depend on it")
+    log_every: int = Field(10, ge=1, description="steps")
+    checkpoint_every: int = Field(1, ge=1, description="epochs")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps, beside the epochs")
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class AugmentSettings(Section):
+    """Augmentation of training clips: one draw per clip, the same for all its frames."""
+
+    flip: float = Field(0.5, ge=0, le=1, description="chance of a horizontal flip")
+    crop: float = Field(0.0, ge=0, lt=1, description="largest share of the side cut away before resizing back")
+    shift: float = Field(0.05, ge=0, lt=1, description="largest shift as a share of the side; edges repeat")
+    brightness: float = Field(0.2, ge=0, lt=1, description="factor within 1 ± this")
+    contrast: float = Field(0.2, ge=0, lt=1, description="factor within 1 ± this, about the clip's mean")
+    grey: float = Field(0.1, ge=0, le=1, description="chance of losing the colours")
+
+    gain: float = Field(6.0, ge=0, description="loudness within ± so many dB")
+    noise: float = Field(0.5, ge=0, le=1, description="chance of white noise, 15 to 40 dB below the utterance")
+    time_shift: float = Field(0.1, ge=0, lt=1, description="largest shift as a share of the duration")
+    audio_crop: float = Field(0.1, ge=0, lt=1, description="largest share of the duration cut away")
+    speed: float = Field(0.0, ge=0, lt=1, description="tempo and pitch by a factor within 1 ± this")
+
+    @classmethod
+    def none(cls) -> AugmentSettings:
+        """No augmentation at all."""
+        return cls(**dict.fromkeys(cls.model_fields, 0.0))
+
+
+class Recipe(ModelSections):
+    """A training run: the model's sections, the data, the protocol, the optimisation.
+
+    `prepare` takes frames, size, resize, face and sample rate from the model's sections where it does not say
+    its own; a stored frame that is larger than `vision.image_size` is cropped (at random in training).
+    """
+
+    name: str = "unnamed"
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    labels: list[str] | None = Field(
+        None, min_length=2, description="classes, in the order of the logits; null takes those of the data"
+    )
+    exclude_labels: list[str] = Field(
+        default_factory=list, description="rows with these labels are left out, and this is said"
+    )
+    drop: list[str] = Field(
+        default_factory=list, description="modalities that the model is built without: video, text, audio"
+    )
+    protocol: ProtocolSettings = ProtocolSettings()
+    prepare: PrepareOptions = PrepareOptions()
+    train: TrainSettings = TrainSettings()
+    augment: AugmentSettings = AugmentSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_sections(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data, drop = dict(data), data.get("drop")
+        if isinstance(drop, str):
+            data["drop"] = drop = [name.strip() for name in drop.split(",") if name.strip()]
+        for name in drop if isinstance(drop, list) else ():
+            if name == "video":
+                vision = data.get("vision") or {}
+                said = vision.model_dump(exclude_unset=True) if isinstance(vision, Section) else vision
+                data["vision"] = {**said, "backbone": "none"}
+            elif name in ("text", "audio"):
+                data[name] = {"encoder": "none"}
+        return data
+
+    @field_validator("drop")
+    @classmethod
+    def _known_modalities(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in MODALITIES:
+                raise ValueError(f"{name!r} is no modality; there are {', '.join(MODALITIES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        said = self.prepare.model_fields_set
+        own: dict[str, Any] = {
+            "frames": self.vision.frames,
+            "size": self.vision.image_size,
+            "resize": self.vision.resize,
+            "face": self.vision.face,
+            "sample_rate": self.audio.sample_rate,
+        }
+        for name in ("text", "audio"):
+            section = getattr(self, name)
+            if section.encoder == "features" and section.features_from:
+                own[f"{name}_encoder"] = section.features_from
+        for key in ("frames", "resize", "face", "sample_rate"):
+            if key in said and getattr(self.prepare, key) != own[key]:
+                section = "audio" if key == "sample_rate" else "vision"
+                raise ValueError(
+                    f"prepare.{key} is {getattr(self.prepare, key)!r} and {section}.{key} is {own[key]!r}: "
+                    "make them agree"
+                )
+        if self.prepare.size < self.vision.image_size and "size" in said:
+            raise ValueError(
+                f"prepare.size is {self.prepare.size} and vision.image_size is {self.vision.image_size}: "
+                "frames cannot be stored smaller than the model reads them"
+            )
+        missing = {key: value for key, value in own.items() if key not in said}
+        # Not through setattr: validation on assignment would run this validator again.
+        self.__dict__["prepare"] = PrepareOptions(**{**self.prepare.model_dump(), **missing})
+        if self.labels is not None:
+            if len(set(self.labels)) != len(self.labels):
+                raise ValueError("labels has a name twice")
+            both = set(self.labels) & set(self.exclude_labels)
+            if both:
+                raise ValueError(f"{min(both)!r} stands in labels and in exclude_labels")
+        return self
+
+    def sections(self) -> dict[str, Any]:
+        """The model's sections as plain data: what `DeepMSIConfig` takes beside the labels."""
+        return self.model_dump(mode="json", include=set(ModelSections.model_fields))
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe and apply `--set` overrides.
+
+    Args:
+        name_or_path: a shipped name (`shipped_recipes`) or a YAML file.
+        overrides: `key=value`, dotted keys, YAML values; later ones win.
+
+    Returns:
+        The recipe, all defaults and presets filled in.
+
+    Raises:
+        UserError: no such recipe, no YAML, an unknown key (with the nearest known one), a value out of range.
+    """
+    path = _find(name_or_path)
+    data = _read_yaml(path)
+    if "name" not in data:
+        data["name"] = path.stem
+    for override in overrides:
+        _apply(data, override)
+    where = f"recipe {path.stem if path.parent == RECIPES else path}"
+    return validated(Recipe, data, f"{where} with --set" if overrides else where)
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
+    given = Path(name_or_path)
+    if given.suffix in (".yaml", ".yml") or len(given.parts) > 1:
+        if not given.is_file():
+            raise UserError(f"There is no recipe file {given}.")
+        return given
+    shipped = RECIPES / f"{given}.yaml"
+    if shipped.is_file():
+        return shipped
+    if given.is_file():
+        return given
+    raise UserError(
+        f"There is no recipe {str(given)!r}: the package has {', '.join(shipped_recipes())}; else give a .yaml file."
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML that refuses a key written twice, which would otherwise win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"The recipe {path}{line} is no YAML: {problem}.") from None
+    if data is None:
+        raise UserError(f"The recipe {path} is empty.")
+    if not isinstance(data, dict):
+        raise UserError(f"The recipe {path} holds {type(data).__name__} at its top level: write key: value.")
+    return {str(key): value for key, value in data.items() if value is not None or key in ("labels", "preset")}
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(f"--set {override!r}: write key=value, such as train.lr=1e-4.")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is no YAML.") from None
+    *sections, last = key.split(".")
+    here = data
+    for depth, section in enumerate(sections):
+        below = here.get(section)
+        if below is None:
+            below = {}
+        elif section == "protocol" and isinstance(below, str):
+            below = {"name": below}
+        elif not isinstance(below, dict):
+            said = ".".join(sections[: depth + 1])
+            raise UserError(f"--set {override!r}: {said} is {below!r} and has no keys of its own.")
+        here[section] = here = dict(below)
+    here[last] = value
