@@ -18,11 +18,15 @@ _DETECT_EDGE = 640  # pictures are searched at this long edge at most
 class FaceDetector:
     """Finds the largest face of a picture: YuNet where its .onnx file is given, else OpenCV's Haar cascade.
 
+    Attributes:
+        misses: clips so far in which no face was found.
+
     Raises:
         UserError: OpenCV is not installed, carries no cascade (version 5), or the model cannot be read.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None) -> None:
+        self.misses = 0
         self._cv2 = _opencv()
         self._yunet = None if model is None else _load_yunet(self._cv2, Path(model))
         self._haar = None if self._yunet is not None else _load_haar(self._cv2)
@@ -35,6 +39,7 @@ class FaceDetector:
         """
         found = [box for box in (self._largest(picture) for picture in pictures) if box is not None]
         if not found:
+            self.misses += 1
             return None
         boxes = np.array(found, np.float64)
         centre_x, centre_y = np.median(boxes[:, :2] + boxes[:, 2:] / 2, axis=0)

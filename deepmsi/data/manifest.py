@@ -36,9 +36,7 @@ COLUMNS = ("id", *PATH_COLUMNS, *TEXT_COLUMNS, "start", "end", "side")
 
 _SEPARATORS = ",;\t"
 # MELD went through cp1252 once: its UTF-8 copies hold C1 controls where cp1252 has quotes and dashes.
-_C1_TO_CP1252 = {
-    c: bytes([c]).decode("cp1252") for c in range(0x80, 0xA0) if c not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
-}
+_C1_TO_CP1252 = {c: bytes([c]).decode("cp1252") for c in range(0x80, 0xA0) if c not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,7 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
         if "id" not in columns and records:
             near = next((c for c in columns if c.strip().lower() in ("id", "ids", "name", "clip")), None)
             hint = f"; rename the column {near!r}" if near else ""
-            raise UserError(
-                f"{path}: the manifest has no column 'id' (its columns: {', '.join(columns)}){hint}"
-            )
+            raise UserError(f"{path}: the manifest has no column 'id' (its columns: {', '.join(columns)}){hint}")
         parse, kind = _TableParser(path), "table"
     rows: list[Row] = []
     origins: list[str] = []
@@ -329,9 +325,7 @@ class _TableParser(_Parser):
         if row.start is not None and row.end is not None and row.end <= row.start:
             raise UserError(f"the end {row.end:g} s does not lie after the start {row.start:g} s")
         if not any((row.video, row.audio, row.text, row.text_features, row.audio_features, row.frames)):
-            raise UserError(
-                f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row"
-            )
+            raise UserError(f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row")
         return row
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class PrepareOptions(BaseModel):
@@ -19,13 +19,17 @@ class PrepareOptions(BaseModel):
     face_model: str | None = Field(
         None, description="path of a YuNet .onnx file for the face crop; otherwise OpenCV's Haar cascade"
     )
-    sample_rate: int = Field(
-        16000, ge=4000, le=192000, description="samples per second of the stored waveforms"
-    )
+    sample_rate: int = Field(16000, ge=4000, le=192000, description="samples per second of the stored waveforms")
     text_encoder: str | None = Field(
-        None,
-        description="a frozen encoder whose text features are stored: a hub name, a local folder, 'hashing'",
+        None, min_length=1, description="hub name or folder of a frozen encoder whose text features are stored"
     )
     audio_encoder: str | None = Field(
-        None, description="a frozen encoder whose audio features are stored: a hub name, a folder, 'logmel'"
+        None, min_length=1, description="hub name or folder of a frozen encoder whose audio features are stored"
     )
+
+    @field_validator("text_encoder", "audio_encoder")
+    @classmethod
+    def _pretrained(cls, name: str | None) -> str | None:
+        if name in ("hashing", "logmel"):
+            raise ValueError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
+        return name
