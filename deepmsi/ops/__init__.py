@@ -1,5 +1,14 @@
 """The four operations: public functions that check their arguments, choose a backend and call it."""
 
+from deepmsi.ops.cross_modal_contrastive import cross_modal_contrastive
+from deepmsi.ops.dilated_causal_conv1d import dilated_causal_conv1d
 from deepmsi.ops.vsc_compress import CompressedTokens, vsc_compress
+from deepmsi.ops.window_attention import window_attention
 
-__all__ = ["CompressedTokens", "vsc_compress"]
+__all__ = [
+    "CompressedTokens",
+    "cross_modal_contrastive",
+    "dilated_causal_conv1d",
+    "vsc_compress",
+    "window_attention",
+]

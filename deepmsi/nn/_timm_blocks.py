@@ -1,0 +1,106 @@
+"""timm's Swin blocks with their attention replaced: the one module that imports timm at its top, loaded by ``fuse``.
+
+The classes add no state: a block changes its class in place, and keeps its weights, its state dict, its hooks and all
+that timm does around the attention (drop path, checkpointing, changes of the input size).
+"""
+
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import Tensor
+
+from deepmsi.ops import window_attention
+
+
+def why_not(block: Any) -> str | None:
+    """Return why a block's attention cannot run as the operation, or None where it can."""
+    if block.window_size[0] != block.window_size[1] or block.shift_size[0] != block.shift_size[1]:
+        window, shift = tuple(block.window_size), tuple(block.shift_size)
+        return f"its windows are {window} with shift {shift}, and only square ones are fused: use square images"
+    return None
+
+
+def _attend(block: Any, x: Tensor, qkv: Tensor, **options: Any) -> Tensor:
+    """Attend over a grid: qkv of the (padded) grid that timm would shift, to the grid of x."""
+    attn = block.attn
+    out = window_attention(qkv, attn.num_heads, qkv.shape[1:3], block.window_size[0], block.shift_size[0], **options)
+    return attn.proj_drop(attn.proj(out))
+
+
+def _grids(block: Any, x: Tensor) -> tuple[int, int]:
+    window = block.window_size[0]
+    return -x.shape[1] % window, -x.shape[2] % window
+
+
+def _pad_as_timm(block: Any, x: Tensor) -> Tensor:
+    """Pad a grid that is no multiple of the window, as timm does: behind the cyclic shift, with zeros that take part.
+
+    The operation shifts the padded grid, so the result is shifted back on it.
+    """
+    down, across = _grids(block, x)
+    shift = block.shift_size[0]
+    if not (down or across):
+        return x
+    shifted = x.roll((-shift, -shift), (1, 2)) if shift else x
+    padded = torch.nn.functional.pad(shifted, (0, 0, 0, across, 0, down))
+    return padded.roll((shift, shift), (1, 2)) if shift else padded
+
+
+def _crop_as_timm(block: Any, y: Tensor, x: Tensor) -> Tensor:
+    """Undo :func:`_pad_as_timm` on the attention's output."""
+    down, across = _grids(block, x)
+    shift = block.shift_size[0]
+    if not (down or across):
+        return y
+    shifted = y.roll((-shift, -shift), (1, 2)) if shift else y
+    cropped = shifted[:, : x.shape[1], : x.shape[2]].contiguous()
+    return cropped.roll((shift, shift), (1, 2)) if shift else cropped
+
+
+def _runs_fused(block: Any) -> bool:
+    """Whether the operation computes this call: it has no dropout on the attention's weights."""
+    dropping = block.training and block.attn.attn_drop.p > 0
+    return not dropping and why_not(block) is None
+
+
+class FusedSwinBlock(SwinTransformerBlock):
+    """A block of timm's Swin V1 and S3."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if not _runs_fused(self):
+            return super()._attn(x)
+        attn = self.attn
+        out = _attend(
+            self,
+            x,
+            attn.qkv(_pad_as_timm(self, x)),
+            bias_table=attn.relative_position_bias_table,
+            scale=attn.scale,
+        )
+        return _crop_as_timm(self, out, x)
+
+
+class FusedSwinV2Block(SwinTransformerV2Block):
+    """A block of timm's Swin V2."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if not _runs_fused(self):
+            return super()._attn(x)
+        attn = self.attn
+        padded = _pad_as_timm(self, x)
+        if attn.q_bias is None:
+            qkv = attn.qkv(padded)
+        else:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            if attn.qkv_bias_separate:
+                qkv = attn.qkv(padded) + bias
+            else:
+                qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
+        table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
+        out = _attend(self, x, qkv, bias_table=16 * table.sigmoid(), logit_scale=attn.logit_scale)
+        return _crop_as_timm(self, out, x)
+
+
+FUSED: dict[type, type] = {SwinTransformerBlock: FusedSwinBlock, SwinTransformerV2Block: FusedSwinV2Block}

@@ -1,0 +1,150 @@
+"""The cross-modal contrastive loss as a module, over the joined batch of all processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepmsi.ops import cross_modal_contrastive
+
+
+class CrossModalContrastiveLoss(nn.Module):
+    """Contrast modalities by labels (Eq. 5), over the batch of all processes where there are several.
+
+    Each process computes the part of the joined loss that its rows of ``a`` have, times the number of processes, so
+    that the mean over processes (which DistributedDataParallel takes of the gradients) is the loss of one process on
+    the joined batch. Batches of unequal length are padded with rows that take no part. Under gradient accumulation the
+    contrastive batch is the micro-batch of all processes.
+
+    Args:
+        temperature: τ_c > 0.
+        include_matched: Whether the matched pair (i, i) is a positive, too.
+        normalize: ``"batch"`` divides by B - 1, ``"positives"`` by the number of positives.
+        gather: Whether to join the batches of all processes of a running ``torch.distributed``.
+        batch_size: The largest number of rows that a process passes. Given, nothing waits for the device; None reads
+            the processes' numbers of rows on the host in every step.
+        group: The processes; None means all of them.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        include_matched: bool = False,
+        normalize: str = "batch",
+        gather: bool = True,
+        batch_size: int | None = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.include_matched = include_matched
+        self.normalize = normalize
+        self.gather = gather
+        self.batch_size = batch_size
+        self.group = group
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        valid_a: Tensor | None = None,
+        valid_b: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Return the loss of a [B, D] against b [B, D], or the mean over a sequence of such b.
+
+        Args:
+            a: [B, D], normalised inside.
+            b: [B, D], or a sequence of them.
+            labels: [B], integers.
+            valid_a: Whether a row has its a-side [B] bool; None means all.
+            valid_b: Whether a row has its b-side [B] bool, or a sequence of them where b is one.
+
+        Returns:
+            A scalar. With several processes: this process's part, times their number.
+        """
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "include_matched": self.include_matched,
+            "normalize": self.normalize,
+        }
+        if not self._distributed():
+            return cross_modal_contrastive(a, b, labels, valid_a=valid_a, valid_b=valid_b, **options)
+        others = [b] if isinstance(b, Tensor) else list(b)
+        masks = list(valid_b) if isinstance(valid_b, Sequence) else [valid_b] * len(others)
+        rows, size = a.shape[0], self._joined_rows(a)
+        world, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+
+        present = torch.ones(rows, dtype=torch.bool, device=a.device)
+        columns = [labels, present if valid_a is None else valid_a]
+        columns += [present if mask is None else mask for mask in masks]
+        facts = _pad(torch.stack([column.long() for column in columns], 1), size)
+        facts = _gather(facts, self.group)
+        everything = _GatherRows.apply(_pad(torch.cat(others, 1), size), self.group)
+        has_a = facts[:, 1].bool()
+        part = cross_modal_contrastive(
+            _pad(a, size),
+            list(everything.split([other.shape[1] for other in others], 1)),
+            _pad(labels, size),
+            valid_a=has_a,
+            valid_b=[facts[:, 2 + i].bool() for i in range(len(others))],
+            labels_b=facts[:, 0].contiguous(),
+            row_offset=rank * size,
+            **options,
+        )
+        return part * world
+
+    def _distributed(self) -> bool:
+        return self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
+
+    def _joined_rows(self, a: Tensor) -> int:
+        """Return the rows that every process pads its batch to."""
+        if self.batch_size is not None:
+            if a.shape[0] > self.batch_size:
+                raise ValueError(
+                    f"CrossModalContrastiveLoss: {a.shape[0]} rows are more than batch_size {self.batch_size}"
+                )
+            return self.batch_size
+        largest = torch.tensor(a.shape[0], device=a.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        return int(largest)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, include_matched={self.include_matched}, normalize={self.normalize!r}"
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    """Append rows of zeros (labels 0, absent on every side) up to ``rows``."""
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    """Return the rows of all processes [world · n, ...], in the order of their ranks."""
+    joined = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(joined, x.contiguous(), group)
+    return joined
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose backward is a reduce-scatter sum: every process's use of a row counts in its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.rows = group, x.shape[0]
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        own = grad.new_empty(ctx.rows, *grad.shape[1:])
+        if dist.get_backend(ctx.group) == "gloo":
+            # Gloo has no reduce-scatter in every release of torch that runs this.
+            grad = grad.clone()
+            dist.all_reduce(grad, dist.ReduceOp.SUM, ctx.group)
+            start = dist.get_rank(ctx.group) * ctx.rows
+            own.copy_(grad[start : start + ctx.rows])
+        else:
+            dist.reduce_scatter_tensor(own, grad, dist.ReduceOp.SUM, ctx.group)
+        return own, None

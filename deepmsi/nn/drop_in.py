@@ -1,0 +1,56 @@
+"""``fuse``: timm's Swin models on deepmsi's operations, in place."""
+
+import importlib
+from typing import TypeVar
+
+from torch import nn
+
+from deepmsi.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model) -> Model:
+    """Run the window attention of timm's ``swin_*``, ``swin_s3_*`` or ``swinv2_*`` on deepmsi's operation, in place.
+
+    Weights, state dict and outputs stay; shift, partition, bias, softmax and reversal become one operation. Training
+    and inference alike: drop path and the dropout of projections stay timm's; in training with dropout on the
+    attention's weights (``attn_drop_rate``), which the operation has not, a block computes as timm does. Grids that
+    are no multiple of the window are padded as timm pads them. Works on any module that contains such blocks, and
+    again on one that is fused.
+
+    Args:
+        model: The model, or a module that contains it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UserError: There is no such block in the model, or one cannot be fused; the model is then unchanged.
+    """
+    try:
+        blocks = importlib.import_module("deepmsi.nn._timm_blocks")
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"fuse needs timm, which does not import ({str(error).splitlines()[0]}): install timm, and a torchvision "
+            "that fits the installed torch"
+        ) from error
+    chosen: list[tuple[nn.Module, type]] = []
+    for name, module in model.named_modules():
+        if type(module).__name__ == "SwinTransformerV2CrBlock":
+            raise UserError(
+                f"fuse: {name or 'the model'} is a block of swinv2_cr_*, whose attention is another than Swin V2's: "
+                "take a swin_*, swin_s3_* or swinv2_* model"
+            )
+        if type(module) in blocks.FUSED or type(module) in blocks.FUSED.values():
+            reason = blocks.why_not(module)
+            if reason is not None:
+                raise UserError(f"fuse: block {name} cannot be fused: {reason}")
+            chosen.append((module, blocks.FUSED.get(type(module), type(module))))
+    if not chosen:
+        raise UserError(
+            f"fuse: {type(model).__name__} has no block of timm's swin_*, swin_s3_* or swinv2_*: there is nothing to fuse"
+        )
+    for module, fused in chosen:
+        module.__class__ = fused
+    return model

@@ -1,0 +1,299 @@
+"""The parts of a Swin V2 that may lose tokens on its way: attention, MLP, compression, merging, on dense or packed rows.
+
+Parameters have timm's names. All frames run at once, in one of two layouts (:class:`Tokens`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepmsi.nn.vsc import VSC
+from deepmsi.ops import window_attention
+
+
+class Tokens(NamedTuple):
+    """The tokens of all frames.
+
+    Attributes:
+        x: [F, H, W, C] where every place of the grid has its token, else packed [R, C], by frame and position.
+        grid: (H, W) on which positions lie.
+        place: Position y · W + x of each packed row [R] int32. In the regrid layout it is where a token lay on the
+            grid of its stage before the first compression, for reports; None where every token is at its own place.
+        cu_seqlens: Packed: offsets of the frames' rows [F + 1] int32; the rows past the last one do not count.
+        per_frame: Packed: the number of rows of every frame, where that is one number known beforehand.
+    """
+
+    x: Tensor
+    grid: tuple[int, int]
+    place: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    per_frame: int | None = None
+
+
+class KeptTokens(NamedTuple):
+    """What one compressing block kept, for reports and logs.
+
+    Attributes:
+        block: Its name in the state dict, such as ``layers.2.blocks.0``.
+        grid: (H, W) of its stage.
+        positions: y · W + x on that grid of each kept token [R'] int32; past ``cu_seqlens[-1]`` they mean nothing.
+        cu_seqlens: Offsets of the frames' rows [F + 1] int32.
+        relevance: r of each kept token [R'].
+        ratio: Kept tokens over tokens that came in, a 0-dim tensor.
+    """
+
+    block: str
+    grid: tuple[int, int]
+    positions: Tensor
+    cu_seqlens: Tensor
+    relevance: Tensor
+    ratio: Tensor
+
+
+def frame_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Return the frame of each packed row [rows]; rows past the last offset give F."""
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], row, right=True)
+
+
+class WindowAttention(nn.Module):
+    """Cosine window attention with log-spaced continuous position bias (Swin V2).
+
+    Args:
+        dim: Channels.
+        heads: Number of heads.
+        window: Side of a window.
+        shift: Shift of the windows.
+        reference_window: The window whose ``reference_window - 1`` scales the bias's coordinates: that of the loaded
+            weights.
+    """
+
+    fixed_table: Tensor | None
+    offsets: Tensor
+
+    def __init__(self, dim: int, heads: int, window: int, shift: int, reference_window: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.reference_window = reference_window
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        step = torch.arange(1 - window, window)
+        # Integers, so that a change of the module's type cannot round them.
+        self.register_buffer("offsets", torch.cartesian_prod(step, step), persistent=False)
+        self.register_buffer("fixed_table", None, persistent=False)
+
+    def bias_table(self) -> Tensor:
+        """Return 16 · sigmoid of the position bias for every offset in a window [(2w - 1)², heads], at least float32."""
+        if self.fixed_table is not None:
+            return self.fixed_table
+        hidden, _, out = self.cpb_mlp
+        wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
+        with torch.autocast(self.offsets.device.type, enabled=False):
+            scaled = self.offsets.float() / max(self.reference_window - 1, 1) * 8
+            coordinates = (scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)).to(wide)
+            raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
+            return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return the attention's output in the layout of the tokens."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        packed = tokens.cu_seqlens is not None
+        out = window_attention(
+            nn.functional.linear(tokens.x, self.qkv.weight, bias),
+            self.heads,
+            tokens.grid,
+            self.window,
+            self.shift,
+            bias_table=self.bias_table(),
+            logit_scale=self.logit_scale,
+            positions=tokens.place if packed else None,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+        return self.proj(out)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class Compression(nn.Module):
+    """VSC, then the norm and the gate: ``x ← gate · LN(y)``.
+
+    Args:
+        dim: Channels of the stage.
+        guide_dim: Channels of the guide; where they differ, a linear projection stands before it.
+        vsc: The compression.
+        norm: Whether the layer norm follows.
+        regrid: Whether to lay the kept tokens on a smaller square grid.
+    """
+
+    def __init__(self, dim: int, guide_dim: int, vsc: VSC, norm: bool, regrid: bool) -> None:
+        super().__init__()
+        self.vsc = vsc
+        self.norm = nn.LayerNorm(dim) if norm else None
+        self.guide = nn.Linear(guide_dim, dim) if guide_dim != dim else None
+        self.regrid = regrid
+
+    def forward(self, tokens: Tokens, guide: Tensor, name: str, kept: list[KeptTokens] | None = None) -> Tokens:
+        """Compress the tokens of every frame under its guide [F, G]; append what stayed to ``kept``."""
+        x, grid, place, cu_seqlens, per_frame = tokens
+        channels, area = x.shape[-1], grid[0] * grid[1]
+        if cu_seqlens is None:
+            x, per_frame = x.flatten(1, 2), area
+        elif per_frame is not None:
+            # Equal lengths are a dense batch, whose output has a size known beforehand.
+            x, cu_seqlens = x.view(-1, per_frame, channels), None
+        out = self.vsc(x, cu_seqlens, guide if self.guide is None else self.guide(guide), max_seqlen=area)
+        y = out.tokens if self.norm is None else self.norm(out.tokens)
+        y = y * out.gate.to(y.dtype).unsqueeze(1)
+
+        index = out.index.clamp(min=0)
+        place = (index % area).to(torch.int32) if place is None else place[index]
+        if kept is not None:
+            came = out.relevance.shape[0] if cu_seqlens is None else cu_seqlens[-1]
+            kept.append(KeptTokens(name, grid, place, out.cu_seqlens, out.relevance[index], out.cu_seqlens[-1] / came))
+        keep = self.vsc.keep
+        left = min(keep, per_frame) if keep is not None and per_frame is not None else None
+        if self.regrid and left is not None:
+            side = math.isqrt(left)
+            return Tokens(y.view(-1, side, side, channels), (side, side), place)
+        if self.vsc.capacity is not None and self.vsc.capacity != left:
+            left = None
+        return Tokens(y, grid, place, out.cu_seqlens, left)
+
+
+class Block(nn.Module):
+    """A residual post-norm block, with a compression between attention and MLP where it has one.
+
+    Args:
+        dim: Channels.
+        attn: Its attention.
+        hidden: Width of the MLP.
+        drop_path: Chance that a branch is dropped for a frame.
+        compress: Its compression, or None.
+    """
+
+    def __init__(
+        self, dim: int, attn: WindowAttention, hidden: int, drop_path: float, compress: Compression | None
+    ) -> None:
+        super().__init__()
+        self.attn = attn
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden)
+        self.norm2 = nn.LayerNorm(dim)
+        self.drop_path = drop_path
+        self.compress = compress
+
+    def attend(self, tokens: Tokens) -> Tokens:
+        """x + LN(attn(x))."""
+        branch = self._dropped(self.norm1(self.attn(tokens)), tokens)
+        return tokens._replace(x=tokens.x + branch)
+
+    def transform(self, tokens: Tokens) -> Tokens:
+        """x + LN(mlp(x))."""
+        branch = self._dropped(self.norm2(self.mlp(tokens.x)), tokens)
+        return tokens._replace(x=tokens.x + branch)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Attention and MLP, of a block that does not compress."""
+        return self.transform(self.attend(tokens))
+
+    def _dropped(self, branch: Tensor, tokens: Tokens) -> Tensor:
+        """Drop the whole branch of a frame at random in training (stochastic depth)."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        if tokens.cu_seqlens is None:
+            return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        frames = tokens.cu_seqlens.shape[0] - 1
+        # One number more, for the rows past the last frame.
+        scale = branch.new_empty(frames + 1, 1).bernoulli_(keep).div_(keep)
+        return branch * scale[frame_of_row(tokens.cu_seqlens, branch.shape[0])]
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches, embed and normalise them."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map [F, 3, S, S] to [F, S/p, S/p, C]."""
+        return self.norm(self.proj(frames).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Join the tokens of each 2x2 cell: channels in timm's order, zeros for missing ones; empty cells are left out."""
+
+    def __init__(self, dim: int, trim: bool) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+        self.trim = trim
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Halve the grid. Packed rows keep their layout; with ``trim`` one integer is read on the host."""
+        height, width = tokens.grid
+        grid = ((height + 1) // 2, (width + 1) // 2)
+        if tokens.cu_seqlens is not None:
+            merged = self._packed(tokens, grid)
+        else:
+            x = tokens.x
+            if height % 2 or width % 2:
+                x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+            x = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+            merged = Tokens(x, grid)
+        return merged._replace(x=self.norm(self.reduction(merged.x)))
+
+    def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+        x, place, cu_seqlens = tokens.x, tokens.place, tokens.cu_seqlens
+        assert place is not None and cu_seqlens is not None
+        rows, channels = x.shape
+        frames, cells, width = cu_seqlens.shape[0] - 1, grid[0] * grid[1], tokens.grid[1]
+        row, column = place.long() // width, place.long() % width
+        frame = frame_of_row(cu_seqlens, rows)
+        # One cell past the end takes the rows that do not count.
+        cell = torch.where(frame < frames, frame * cells + (row // 2) * grid[1] + column // 2, frames * cells)
+        filled = torch.zeros(frames * cells + 1, dtype=torch.bool, device=x.device).index_fill(0, cell, True)
+        filled = filled[:-1]
+        counts = filled.view(frames, cells).sum(1)
+        offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
+        count = int(offsets[-1]) if self.trim else min(rows, frames * cells)
+        rank = nn.functional.pad(filled.cumsum(0) - 1, (0, 1), value=count)
+        # Within a cell timm puts the column's parity before the row's.
+        slot = torch.where(frame < frames, rank[cell] * 4 + (column % 2) * 2 + row % 2, 4 * count)
+        joined = x.new_zeros(4 * count + 1, channels).index_copy(0, slot, x)[: 4 * count].view(count, 4 * channels)
+        where = torch.where(filled, rank[:-1], count)
+        every = torch.arange(frames * cells, device=x.device, dtype=torch.int32) % cells
+        place = every.new_zeros(count + 1).scatter(0, where, every)[:count]
+        return Tokens(joined, grid, place, offsets.to(torch.int32))
+
+
+def mean_of_frames(tokens: Tokens) -> Tensor:
+    """Return the mean over the tokens of each frame [F, C]; a frame without tokens gives zeros."""
+    x, grid, place, cu_seqlens, _ = tokens
+    if cu_seqlens is None or place is None:
+        return x.mean((1, 2))
+    frames, area = cu_seqlens.shape[0] - 1, grid[0] * grid[1]
+    frame = frame_of_row(cu_seqlens, x.shape[0])
+    slot = torch.where(frame < frames, frame * area + place, frames * area)
+    # Copied to their places and summed over them in order, for an index_add has none.
+    spread = x.new_zeros(frames * area + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1)
+    return spread.view(frames, area, -1).sum(1) / lengths.to(x.dtype).unsqueeze(1)

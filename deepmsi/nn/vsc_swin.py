@@ -1,0 +1,385 @@
+"""VSC-Swin: a Swin Transformer V2 that compresses the tokens of each frame under a guide."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from deepmsi.errors import UserError
+from deepmsi.nn.schedule import Schedule
+from deepmsi.nn.swin_blocks import (
+    Block,
+    Compression,
+    KeptTokens,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    Tokens,
+    WindowAttention,
+    mean_of_frames,
+)
+from deepmsi.nn.vsc import VSC
+
+# Buffers that older checkpoints of Swin V2 carry, and that follow from the sizes.
+_DERIVED = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, behind the merging that leads to it."""
+
+    def __init__(self, downsample: PatchMerging | None, blocks: list[Block]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """Merge down to this stage's grid."""
+        return tokens if self.downsample is None else self.downsample(tokens)
+
+
+class VSCSwin(nn.Module):
+    """Swin Transformer V2 with visual sequence compression; without a schedule it is timm's Swin V2.
+
+    A compressing block computes ``x ← x + LN(attn(x))``; ``(y, gate) = VSC(x, g)``; ``x ← gate · LN(y)``;
+    ``x ← x + LN(mlp(x))``. The frame's feature is the mean over its tokens after the last norm. Parameters have timm's
+    names; a compression's own are ``layers.{i}.blocks.{j}.compress.*``.
+
+    Args:
+        img_size: Side of the square frames, in pixels.
+        patch_size: Side of a patch, in pixels.
+        in_chans: Channels of the frames.
+        embed_dim: Channels of the first stage; each further stage has twice as many.
+        depths: Blocks of each stage.
+        heads: Heads of each stage.
+        window: Side of a window, one number or one for each stage; no larger than the grid, without shift there.
+        pretrained_window: The window that scales the coordinates of the position bias, for each stage; 0: its own.
+        mlp_ratio: Width of the MLP over the channels.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0; 0 makes training deterministic.
+        schedule: ``"paper"``, ``"released"``, a :class:`Schedule`, its fields as a mapping, or None: no compression.
+        guide_dim: Channels G of the guide; default the first compressing stage's. A stage with another number of
+            channels gets its own linear projection.
+        compression: Fields of the schedule that take the place of the preset's, such as ``{"threshold": 0.5}``.
+
+    Attributes:
+        num_features: Channels of the output.
+        guide_dim: G, or None without a schedule.
+
+    Raises:
+        UserError: Sizes do not fit one another, or the schedule does not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        window: int | Sequence[int] = 8,
+        pretrained_window: int | Sequence[int] = 0,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        schedule: str | Mapping[str, Any] | Schedule | None = "paper",
+        guide_dim: int | None = None,
+        compression: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        count = len(depths)
+        windows = (window,) * count if isinstance(window, int) else tuple(window)
+        references = (pretrained_window,) * count if isinstance(pretrained_window, int) else tuple(pretrained_window)
+        if not len(heads) == len(windows) == len(references) == count:
+            raise UserError(f"VSCSwin: depths {tuple(depths)}, heads {tuple(heads)} and windows must match in number")
+        if img_size % patch_size:
+            raise UserError(f"VSCSwin: img_size {img_size} is no multiple of patch_size {patch_size}")
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.num_features = embed_dim * 2 ** (count - 1)
+        self.schedule = Schedule.resolve(schedule, depths, compression)
+        plan = self.schedule.blocks if self.schedule is not None and self.schedule.blocks is not None else ()
+        self.guide_dim = guide_dim or embed_dim * 2 ** plan[0][0] if plan else None
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        full = side = img_size // patch_size
+        stages: list[Stage] = []
+        for i, depth in enumerate(depths):
+            if i:
+                full, side = (full + 1) // 2, (side + 1) // 2
+            dim = embed_dim * 2**i
+            if dim % heads[i]:
+                raise UserError(f"VSCSwin: {heads[i]} heads do not divide the {dim} channels of stage {i}")
+            own = min(windows[i], full)
+            if full % own:
+                raise UserError(
+                    f"VSCSwin: the grid of stage {i} is {full}x{full}, no multiple of its window {own}: "
+                    "choose another img_size or window"
+                )
+            blocks: list[Block] = []
+            for j in range(depth):
+                # Only the regrid layout leaves the stage's own grid, and its windows with it.
+                size = own if side == full else regrid_window(side)
+                shift = size // 2 if j % 2 and side > size else 0
+                attn = WindowAttention(dim, heads[i], size, shift, references[i] or own)
+                compress = None
+                if (i, j) in plan:
+                    compress, side = self._compression(plan.index((i, j)), dim, side)
+                blocks.append(Block(dim, attn, int(dim * mlp_ratio), next(rates), compress))
+            trim = self.schedule is not None and not self.schedule.static
+            stages.append(Stage(PatchMerging(dim // 2, trim) if i else None, blocks))
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(self.num_features)
+        self._initialise()
+
+    def _compression(self, index: int, dim: int, side: int) -> tuple[Compression, int]:
+        """Return the compression number ``index`` of the schedule, and the side of the grid behind it."""
+        plan = self.schedule
+        assert plan is not None and plan.blocks is not None and self.guide_dim is not None
+        keep = plan.keep[index] if isinstance(plan.keep, tuple) else None
+        capacity = plan.capacity[index] if isinstance(plan.capacity, tuple) else None
+        if keep is not None and capacity is None and plan.blocks[index][0] > plan.blocks[0][0]:
+            # Cells that merging left empty make frames unequal: only a capacity keeps the shapes static.
+            capacity = keep if plan.layout == "packed" else None
+        vsc = VSC(
+            plan.guide_weight,
+            plan.temperature,
+            plan.standardize,
+            plan.threshold,
+            keep,
+            capacity,
+            plan.min_keep,
+            plan.fuse_threshold,
+            plan.fuse_alpha,
+        )
+        regrid = plan.layout == "regrid"
+        if regrid and keep is not None:
+            side = min(side, math.isqrt(keep))
+        return Compression(dim, self.guide_dim, vsc, plan.norm, regrid), side
+
+    def _initialise(self) -> None:
+        """Start as timm does: truncated normal weights, zero biases, residual post-norms at zero."""
+        for module in self.modules():
+            if isinstance(module, (WindowAttention, Mlp, PatchMerging)):
+                for linear in module.modules():
+                    if isinstance(linear, nn.Linear):
+                        nn.init.trunc_normal_(linear.weight, std=0.02)
+                        if linear.bias is not None:
+                            nn.init.zeros_(linear.bias)
+            elif isinstance(module, Block):
+                for norm in (module.norm1, module.norm2):
+                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.bias)
+
+    @classmethod
+    def from_timm(
+        cls,
+        name: str,
+        pretrained: bool = False,
+        schedule: str | Mapping[str, Any] | Schedule | None = "paper",
+        *,
+        img_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        guide_dim: int | None = None,
+        compression: Mapping[str, Any] | None = None,
+    ) -> "VSCSwin":
+        """Build one of timm's ``swinv2_*`` models with its starting or pretrained weights.
+
+        Args:
+            name: Such as ``swinv2_tiny_window8_256``.
+            pretrained: Whether to load timm's weights (needs the model hub, or its cache).
+            schedule, guide_dim, compression, drop_path_rate: As in the constructor.
+            img_size: Side of the frames where it is not the model's own.
+
+        Raises:
+            UserError: timm has no Swin V2 of that name, its weights cannot be had, or the frames are not square.
+        """
+        source = _timm_model(name, pretrained, img_size)
+        sizes = _sizes(source)
+        model = cls(
+            **sizes,
+            drop_path_rate=drop_path_rate,
+            schedule=schedule,
+            guide_dim=guide_dim,
+            compression=compression,
+        )
+        model.load_state_dict(source.state_dict())
+        return model
+
+    @classmethod
+    def small(cls, schedule: str | Mapping[str, Any] | Schedule | None = "paper", **options: Any) -> "VSCSwin":
+        """Build a small model for 64x64 frames that trains from nothing on a CPU: three stages, 128 channels out.
+
+        Args:
+            schedule: As in the constructor; the presets compress blocks 0 and 2 of the middle stage.
+            **options: Arguments of the constructor that take the place of this preset's.
+        """
+        sizes: dict[str, Any] = {
+            "img_size": 64,
+            "embed_dim": 32,
+            "depths": (2, 4, 2),
+            "heads": (2, 4, 8),
+            "window": 4,
+            **options,
+        }
+        return cls(**sizes, schedule=schedule)
+
+    @overload
+    def forward(self, frames: Tensor, guide: Tensor | None = None, return_kept: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, frames: Tensor, guide: Tensor | None = None, *, return_kept: Literal[True]
+    ) -> tuple[Tensor, list[KeptTokens]]: ...
+
+    def forward(
+        self, frames: Tensor, guide: Tensor | None = None, return_kept: bool = False
+    ) -> Tensor | tuple[Tensor, list[KeptTokens]]:
+        """Map frames [F, 3, S, S] (normalised) under their guides [F, G] to features [F, num_features].
+
+        Args:
+            frames: All frames of a batch, at once.
+            guide: Semantic feature of each frame; not needed without a schedule.
+            return_kept: Whether to return what each compressing block kept, too.
+
+        Raises:
+            ValueError: A shape is wrong, or the guide is missing.
+        """
+        kept: list[KeptTokens] = []
+        feature = self.guided(self.stem(frames), guide, kept if return_kept else None)
+        return (feature, kept) if return_kept else feature
+
+    def stem(self, frames: Tensor) -> Tensor:
+        """Compute the half that does not depend on the guide, up to the first compression: [F, H, W, C].
+
+        It can be kept per frame and given to :meth:`guided` under changing guides.
+        """
+        expected = (self.in_chans, self.img_size, self.img_size)
+        if frames.dim() != 4 or frames.shape[1:] != expected:
+            raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
+        x = self.patch_embed(frames)
+        tokens = Tokens(x, (x.shape[1], x.shape[2]))
+        for stage in self.layers:
+            tokens = stage.enter(tokens)
+            for block in stage.blocks:
+                if block.compress is not None:
+                    return block.attend(tokens).x
+                tokens = block(tokens)
+        return tokens.x
+
+    def guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
+        """Compute the other half from :meth:`stem`'s output, under guides [F, G]: features [F, num_features].
+
+        What each compressing block kept is appended to ``kept``.
+        """
+        tokens = Tokens(x, (x.shape[1], x.shape[2]))
+        if self.guide_dim is not None:
+            if guide is None:
+                raise ValueError(f"VSCSwin: the schedule compresses under a guide [F, {self.guide_dim}]: give one")
+            if guide.shape != (x.shape[0], self.guide_dim):
+                raise ValueError(f"VSCSwin: guide must be [{x.shape[0]}, {self.guide_dim}], not {list(guide.shape)}")
+            tokens = self._compressed(tokens, guide, kept)
+        return mean_of_frames(tokens._replace(x=self.norm(tokens.x)))
+
+    def _compressed(self, tokens: Tokens, guide: Tensor, kept: list[KeptTokens] | None) -> Tokens:
+        begun = False
+        for i, stage in enumerate(self.layers):
+            if begun:
+                tokens = stage.enter(tokens)
+            for j, block in enumerate(stage.blocks):
+                if block.compress is not None:
+                    # The stem ends behind the attention of the first one.
+                    tokens = block.attend(tokens) if begun else tokens
+                    begun = True
+                    tokens = block.transform(block.compress(tokens, guide, f"layers.{i}.blocks.{j}", kept))
+                elif begun:
+                    tokens = block(tokens)
+        return tokens
+
+    def fix_bias_tables(self) -> "VSCSwin":
+        """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.
+
+        Call it again after the weights have changed.
+        """
+        self.eval()
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, WindowAttention):
+                    module.fixed_table = None
+                    module.fixed_table = module.bias_table()
+        return self
+
+    def train(self, mode: bool = True) -> "VSCSwin":
+        if mode:
+            for module in self.modules():
+                if isinstance(module, WindowAttention):
+                    module.fixed_table = None
+        super().train(mode)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a state dict of this class or of timm's Swin V2.
+
+        ``head.*`` and buffers that follow from the sizes are ignored and listed among the unexpected keys. With
+        ``strict`` everything else must fit, except that a compression's own parameters may be missing.
+        """
+        derived = [key for key in state_dict if key.startswith("head.") or key.split(".")[-1] in _DERIVED]
+        mine = {key: value for key, value in state_dict.items() if key not in derived}
+        result = super().load_state_dict(mine, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if ".compress." not in key]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(
+                f"VSCSwin: the state dict does not fit: missing {missing or 'none'}, "
+                f"unexpected {result.unexpected_keys or 'none'}"
+            )
+        return _IncompatibleKeys(result.missing_keys, [*result.unexpected_keys, *derived])
+
+
+def regrid_window(side: int) -> int:
+    """Return the window of a regrid grid: all of it up to 8, else the largest divisor that is not above 8."""
+    return side if side <= 8 else max(w for w in range(1, 9) if side % w == 0)
+
+
+def _timm_model(name: str, pretrained: bool, img_size: int | None) -> Any:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"timm does not import ({str(error).splitlines()[0]}): install timm, and a torchvision that fits the "
+            "installed torch"
+        ) from error
+    if not name.startswith("swinv2_") or name.startswith("swinv2_cr_") or name.split(".")[0] not in timm.list_models():
+        near = ", ".join(timm.list_models("swinv2_tiny*"))
+        raise UserError(f"timm has no Swin V2 named {name!r} (swinv2_cr_* is another architecture); such are: {near}")
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise UserError(
+            f"the weights of {name} cannot be had ({str(error).splitlines()[0]}): fetch them while online, or set "
+            "pretrained to false"
+        ) from error
+
+
+def _sizes(source: Any) -> dict[str, Any]:
+    """Return the constructor's arguments for a Swin V2 of timm."""
+    height, width = source.patch_embed.img_size
+    if height != width:
+        raise UserError(f"VSCSwin: frames must be square, not {height}x{width}")
+    first = [stage.blocks[0] for stage in source.layers]
+    return {
+        "img_size": height,
+        "patch_size": source.patch_embed.patch_size[0],
+        "in_chans": source.patch_embed.proj.in_channels,
+        "embed_dim": source.patch_embed.proj.out_channels,
+        "depths": [len(stage.blocks) for stage in source.layers],
+        "heads": [block.num_heads for block in first],
+        "window": [block.window_size[0] for block in first],
+        "pretrained_window": [block.attn.pretrained_window_size[0] for block in first],
+        "mlp_ratio": first[0].mlp_ratio,
+    }

@@ -1,0 +1,129 @@
+"""The public function of the cross-modal contrastive loss: check, resolve, call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepmsi.backend import resolve
+from deepmsi.ops._arguments import check, check_floating, shape
+from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
+
+_OP = "cross_modal_contrastive"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def cross_modal_contrastive(
+    a: Tensor,
+    b: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    temperature: float = 0.5,
+    include_matched: bool = False,
+    normalize: str = "batch",
+    valid_a: Tensor | None = None,
+    valid_b: Tensor | Sequence[Tensor | None] | None = None,
+    labels_b: Tensor | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Contrast the rows of two modalities by their labels (Eq. 5).
+
+    With a_i, b_j normalised, s_ij = ⟨a_i, b_j⟩ / τ, P(i) = {j ≠ i: y_j = y_i}, N(i) = {k: y_k ≠ y_i} and
+    Z_i = Σ_{k∈N(i)} exp(s_ik): ``L = 1/B Σ_i 1/(B-1) Σ_{j∈P(i)} softplus(log Z_i - s_ij)``, which is
+    -log(exp(s_ij) / (exp(s_ij) + Z_i)) without overflow. One row, one class, or no positive pair give exactly 0 with
+    zero gradients. Computed in float32 or wider, also under autocast.
+
+    Args:
+        a: [B, D], normalised inside.
+        b: [J, D] with J = B, or a sequence of P such tensors (usually a pair): the mean of their losses.
+        labels: Integer class of each row of a [B].
+        temperature: τ > 0.
+        include_matched: Whether the matched pair (i, i) is a positive, too.
+        normalize: ``"batch"`` divides a row's sum by B - 1, ``"positives"`` by |P(i)|.
+        valid_a: Whether a row has its a-side [B] bool; with ``labels_b`` it may cover the joined batch [J] instead.
+        valid_b: Whether a row has its b-side [J] bool, or a sequence of P of them. A row that lacks a side is in
+            neither P, N nor B of that pair. Where a is a slice and ``valid_a`` covers the slice alone, ``valid_b``
+            must say for the other rows whether *both* sides are there.
+        labels_b: Labels of a gathered batch b [J]. The rows of a are then its slice [row_offset, row_offset + B), and
+            the result is the slice's part of the joined loss: the parts add up to it.
+        row_offset: Where a's slice begins.
+        backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+
+    Returns:
+        A scalar in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: An argument has the wrong shape, type or range.
+        RuntimeError: The backend that was asked for cannot run this call.
+    """
+    check_floating(a, _OP, "a")
+    check(a.dim() == 2, f"{_OP}: a must be [B, D], not {shape(a)}")
+    others = [b] if isinstance(b, Tensor) else list(b)
+    check(len(others) >= 1, f"{_OP}: b is an empty sequence")
+    rows, dim = a.shape
+    joined = others[0].shape[0]
+    for other in others:
+        check_floating(other, _OP, "b")
+        check(other.shape == (joined, dim), f"{_OP}: b must be [{joined}, {dim}], not {shape(other)}")
+    check(labels.shape == (rows,), f"{_OP}: labels must be [{rows}], not {shape(labels)}")
+    check(labels.dtype in _INTEGERS, f"{_OP}: labels must be integers, not {labels.dtype}")
+    check(temperature > 0, f"{_OP}: temperature must be above 0, not {temperature}")
+    check(
+        normalize in ("batch", "positives"),
+        f"{_OP}: normalize must be 'batch' or 'positives', not {normalize!r}",
+    )
+    if labels_b is None:
+        check(
+            joined == rows and row_offset == 0,
+            f"{_OP}: b has {joined} rows and row_offset is {row_offset}: a slice of {rows} rows needs labels_b",
+        )
+        labels_b = labels
+    check(labels_b.shape == (joined,), f"{_OP}: labels_b must be [{joined}], not {shape(labels_b)}")
+    check(
+        0 <= row_offset <= joined - rows,
+        f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}",
+    )
+
+    everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
+    whole, part = everyone, everyone[:rows]
+    if valid_a is not None:
+        check(
+            valid_a.dtype == torch.bool and valid_a.shape in ((rows,), (joined,)),
+            f"{_OP}: valid_a must be [{rows}] bool, not {shape(valid_a)} {valid_a.dtype}",
+        )
+        if valid_a.shape[0] == joined:
+            whole = valid_a
+        else:
+            part = valid_a
+    masks = [valid_b] if valid_b is None or isinstance(valid_b, Tensor) else list(valid_b)
+    if valid_b is None:
+        masks = masks * len(others)
+    check(
+        len(masks) == len(others),
+        f"{_OP}: valid_b holds {len(masks)} masks for {len(others)} of b: give one for each",
+    )
+    present = []
+    for mask in masks:
+        check(
+            mask is None or (mask.dtype == torch.bool and mask.shape == (joined,)),
+            f"{_OP}: valid_b must be [{joined}] bool, not {'' if mask is None else f'{shape(mask)} {mask.dtype}'}",
+        )
+        present.append(whole if mask is None else whole & mask)
+    columns = torch.stack(present)
+    inside = columns[:, row_offset : row_offset + rows] & part
+
+    resolve(_OP, backend, a.device.type, a.dtype, rows=rows, joined=joined, dim=dim)
+    with torch.autocast(a.device.type, enabled=False):
+        return reference(
+            a,
+            torch.stack([other.to(a.dtype) for other in others]),
+            labels,
+            labels_b,
+            row_offset,
+            inside,
+            columns,
+            float(temperature),
+            include_matched,
+            normalize == "positives",
+        )
