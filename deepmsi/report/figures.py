@@ -55,49 +55,41 @@ def tokens_over_frame(frame: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDAr
     return out.clip(0, 255).astype(np.uint8)
 
 
-def curves_uri(panels: Sequence[tuple[str, Series]]) -> str:
-    """Plot one panel per quantity, one line per split, as an SVG data URI.
+def curve_uri(lines: Series) -> str:
+    """Plot one quantity over the epochs, one line per split, as an SVG data URI.
 
     Args:
-        panels: (title, {split: [(epoch, value), ...]}).
+        lines: {split: [(epoch, value), ...]}; many (the folds of a protocol) are drawn faint and unnamed.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     # A figure of its own, not pyplot: no global state, no display.
-    figure = Figure(figsize=(4.2 * len(panels), 2.9), layout="constrained")
+    figure = Figure(figsize=(4.4, 2.9), layout="constrained")
     FigureCanvasSVG(figure)
-    for place, (title, lines) in enumerate(panels):
-        axes: Any = figure.add_subplot(1, len(panels), place + 1)
-        folds = len(lines) > len(ACCENT)
-        for number, (name, points) in enumerate(lines.items()):
-            x, y = zip(*sorted(points), strict=True)
-            colour = ACCENT[0] if folds else ACCENT[number % len(ACCENT)]
-            axes.plot(
-                x,
-                y,
-                color=colour,
-                alpha=0.35 if folds else 1,
-                linewidth=1.0 if folds else 1.6,
-                marker="o" if len(x) < 3 else None,
-                label=None if folds else _plain_text(name),
-            )
-        axes.set_title(_plain_text(title), fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("epoch", fontsize=9, color=INK)
-        axes.tick_params(labelsize=8, colors=INK, length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        if not folds and len(lines) > 1:
-            axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    axes: Any = figure.add_subplot()
+    many = len(lines) > len(ACCENT)
+    for number, (name, points) in enumerate(lines.items()):
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(
+            x,
+            y,
+            color=ACCENT[0] if many else ACCENT[number % len(ACCENT)],
+            alpha=0.35 if many else 1,
+            linewidth=1.0 if many else 1.6,
+            marker="o" if len(x) == 1 else None,
+            label=name.replace("$", r"\$"),  # or matplotlib reads $...$ as a formula
+        )
+    axes.set_xlabel("epoch", fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if not many and len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return _uri("image/svg+xml", buffer.getvalue())
-
-
-def _plain_text(text: str) -> str:
-    """Keep matplotlib from reading $...$ in a name as a formula."""
-    return text.replace("$", r"\$")

@@ -169,14 +169,14 @@ def _folds(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [{"name": NAMES[key], **summary[key]} for key in NAMES if isinstance(summary.get(key), Mapping)]
 
 
-def _curves(facts: RunFacts) -> str | None:
+def _curves(facts: RunFacts) -> list[dict[str, str]]:
     series = facts.series()
-    panels = []
+    curves = []
     for title, keys in CURVES:
         found = next((series[key] for key in keys if key in series), None)
         if found is not None:
-            panels.append((title, found))
-    return figures.curves_uri(panels) if panels else None
+            curves.append({"title": title, "uri": figures.curve_uri(found)})
+    return curves
 
 
 def _confusion(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
