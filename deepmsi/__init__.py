@@ -1,18 +1,34 @@
-"""deepmsi: multimodal emotion recognition in the manner of DeepMSI-MER, an engine and a tool."""
+"""deepmsi: multimodal emotion recognition in the manner of DeepMSI-MER, as a performance engine and a tool."""
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepmsi._version import __version__
 from deepmsi.backend import explain, use_backend
 
+if TYPE_CHECKING:
+    from deepmsi.models.config import DeepMSIConfig
+    from deepmsi.models.deepmsi import DeepMSI
+    from deepmsi.nn import fuse
+
 __all__ = ["DeepMSI", "DeepMSIConfig", "__version__", "explain", "fuse", "use_backend"]
 
-# Names that need more than torch are imported when they are first asked for.
-_LAZY = {"DeepMSI": "deepmsi.models", "DeepMSIConfig": "deepmsi.models", "fuse": "deepmsi.nn"}
+# Importing deepmsi costs no more than importing torch: what needs pydantic or the hub's client waits.
+_LAZY = {
+    "DeepMSI": "deepmsi.models.deepmsi",
+    "DeepMSIConfig": "deepmsi.models.config",
+    "fuse": "deepmsi.nn",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'deepmsi' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'deepmsi' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

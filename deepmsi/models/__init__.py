@@ -1,0 +1,1 @@
+"""The model: configuration, encoders, `DeepMSI`, checkpoints, prediction from files."""

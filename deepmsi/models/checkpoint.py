@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import ARCHITECTURE, FORMAT, DeepMSIConfig, read_config
+from deepmsi.models.config import ARCHITECTURE, FORMAT, read_config
 from deepmsi.models.encoders import PretrainedEncoder, save_encoder
 
 if TYPE_CHECKING:
@@ -75,6 +75,26 @@ def read(cls: type[DeepMSI], folder: Path) -> DeepMSI:
     return model.eval()
 
 
+def locate(name: str, **download: Any) -> Path:
+    """The folder of a checkpoint: `name` itself, or a snapshot of that repository of the model hub.
+
+    Raises:
+        UserError: it is neither a folder nor a repository that can be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG, WEIGHTS, *(f"{encoder}/*" for encoder in ENCODERS)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **download))
+    except Exception as error:
+        # The hub's client raises errors of several families: HTTP, offline, cache, names.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} is no folder, and the model hub gave no such checkpoint ({reason:.200}).") from None
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -91,9 +111,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         magic = file.read(2)
     if magic == b"PK" or magic[:1] == b"\x80":
-        raise UserError(
-            f"{path} is a pickle under another name: pickled weights can run code and are never loaded."
-        )
+        raise UserError(f"{path} is a pickle under another name: pickled weights can run code and are never loaded.")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -134,7 +152,8 @@ def staged(target: Path) -> Iterator[Path]:
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        staging.mkdir()
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}).") from None
     try:
@@ -149,17 +168,13 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _put(staging: Path, target: Path) -> None:
-    # mkdtemp makes folders that only their owner can read.
-    umask = os.umask(0)
-    os.umask(umask)
-    staging.chmod(0o777 & ~umask)
     if target.is_dir() and {path.name for path in target.iterdir()} - OWN_FILES:
         for name in ENCODERS:
             shutil.rmtree(target / name, ignore_errors=True)
         for path in sorted(staging.iterdir()):
             os.replace(path, target / path.name)
     elif target.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        old = staging.with_suffix(".old")
         os.replace(target, old)
         os.replace(staging, target)
         shutil.rmtree(old)
@@ -175,8 +190,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def configured(config: DeepMSIConfig | dict) -> DeepMSIConfig:
-    """Accept a configuration or its plain data."""
-    return config if isinstance(config, DeepMSIConfig) else DeepMSIConfig.model_validate(config)

@@ -35,7 +35,7 @@ class VisionConfig(Section):
         description="any swinv2_* name of timm, 'small' (deepmsi's own, 64 px), or 'none'",
     )
     pretrained: bool = Field(False, description="start from timm's weights (needs the model hub once)")
-    freeze: bool = Field(False, description="keep the backbone at its starting weights")
+    freeze: bool = Field(False, description="keep the backbone's weights; its compression still learns")
     frames: int = Field(15, ge=1, description="frames per utterance, T")
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
     resize: Literal["crop", "squash", "pad"] = "crop"
@@ -46,22 +46,28 @@ class VisionConfig(Section):
     schedule: Literal["paper", "released"] | dict[str, Any] | None = Field(
         "paper", description="where and how tokens are compressed; null runs the backbone uncompressed"
     )
-    guide_weight: float = Field(
-        0.5, gt=0, lt=1, description="λ of Eq. 1 at the start; learned behind a sigmoid"
-    )
-    temperature: float = Field(1.0, gt=0, description="τ of the relevance softmax")
-    standardize: bool = True
-    threshold: float = Field(0.3, ge=0, description="θ, relative relevance from which a token is kept")
-    min_keep: int = Field(1, ge=1)
-    fuse_threshold: float = Field(
-        0.6, ge=-1, le=1, description="φ, cosine from which a dropped token is fused"
-    )
-    fuse_alpha: float = Field(0.9, ge=0, le=1, description="α, share of the kept token in a fusion")
+    # Each of these takes the place of the schedule's own value; null leaves that as it is.
+    guide_weight: float | None = Field(None, gt=0, lt=1, description="λ of Eq. 1 at the start; it is learned")
+    temperature: float | None = Field(None, gt=0, description="τ of the relevance softmax")
+    standardize: bool | None = None
+    threshold: float | None = Field(None, ge=0, description="θ, relative relevance from which a token stays")
+    keep: int | tuple[int, ...] | None = Field(None, description="tokens kept per compressing block, in place of θ")
+    capacity: int | tuple[int, ...] | None = Field(None, description="rows reserved per frame: static shapes")
+    min_keep: int | None = Field(None, ge=1)
+    fuse_threshold: float | None = Field(None, ge=-1, le=1, description="φ, cosine from which tokens are fused")
+    fuse_alpha: float | None = Field(None, ge=0, le=1, description="α, share of the kept token in a fusion")
     drop_path: float = Field(0.0, ge=0, lt=1)
 
     tcn_channels: tuple[int, ...] = Field((1024, 1024, 1024), min_length=1)
     tcn_kernel: int = Field(3, ge=1)
     tcn_dropout: float = Field(0.3, ge=0, lt=1)
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """The fields that take the place of the schedule's."""
+        names = ("guide_weight", "temperature", "standardize", "threshold", "keep", "capacity", "min_keep")
+        said = {name: getattr(self, name) for name in (*names, "fuse_threshold", "fuse_alpha")}
+        return {name: value for name, value in said.items() if value is not None}
 
     @field_validator("std")
     @classmethod
@@ -75,9 +81,7 @@ class _EncoderConfig(Section):
     """What the text and the audio branch have in common."""
 
     encoder: str = Field("features", min_length=1)
-    dim: int | None = Field(
-        None, ge=1, description="length of the utterance vector; null takes the encoder's own"
-    )
+    dim: int | None = Field(None, ge=1, description="length of the utterance vector; null takes the encoder's own")
     finetune: bool = Field(True, description="train the encoder with the model; false keeps it frozen")
     features_from: str | None = Field(
         None,
@@ -103,12 +107,8 @@ class TextConfig(_EncoderConfig):
     """Text branch: 'features', 'hashing' (offline), a hub name or local folder of transformers, or 'none'."""
 
     pooling: Literal["mean", "cls"] = "mean"
-    max_length: int = Field(
-        128, ge=2, description="tokens; the most recent ones are kept where context overflows"
-    )
-    context: int = Field(
-        0, ge=0, description="previous utterances of the dialogue, with speakers, that are read too"
-    )
+    max_length: int = Field(128, ge=2, description="tokens; the most recent ones are kept where context overflows")
+    context: int = Field(0, ge=0, description="previous utterances of the dialogue, with speakers, that are read too")
 
     @model_validator(mode="after")
     def _check(self) -> TextConfig:
@@ -229,9 +229,7 @@ class ModelSections(Section):
     @model_validator(mode="after")
     def _some_modality(self) -> ModelSections:
         if not self.modalities:
-            raise ValueError(
-                "vision.backbone, text.encoder and audio.encoder are all 'none': keep at least one"
-            )
+            raise ValueError("vision.backbone, text.encoder and audio.encoder are all 'none': keep at least one")
         return self
 
 
@@ -263,16 +261,12 @@ class DeepMSIConfig(ModelSections):
     def _labels_agree(self) -> DeepMSIConfig:
         if self.label_names is not None:
             if len(self.label_names) != self.num_labels:
-                raise ValueError(
-                    f"label_names has {len(self.label_names)} names for num_labels = {self.num_labels}"
-                )
+                raise ValueError(f"label_names has {len(self.label_names)} names for num_labels = {self.num_labels}")
             if len(set(self.label_names)) != len(self.label_names):
                 raise ValueError("label_names has a name twice")
         weights = self.loss.class_weights
         if isinstance(weights, list) and len(weights) != self.num_labels:
-            raise ValueError(
-                f"loss.class_weights has {len(weights)} weights for num_labels = {self.num_labels}"
-            )
+            raise ValueError(f"loss.class_weights has {len(weights)} weights for num_labels = {self.num_labels}")
         return self
 
     @property
@@ -306,9 +300,7 @@ def validated(cls: type[_Model], data: Any, where: str) -> _Model:
 def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
     """One sentence for the first problem of a validation error (and how many more there are)."""
     # An unknown key is most often the cause of the others, so it goes first.
-    problems = sorted(
-        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
-    )
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     # Pydantic adds the name of the union's branch ("literal[...]") after the key itself.
     path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
@@ -367,9 +359,7 @@ def read_config(path: Path) -> DeepMSIConfig:
         raise UserError(f"{path} belongs to another architecture ({found}): give a folder saved by deepmsi.")
     version = data.get("format")
     if version != FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {version!r}, this deepmsi reads {FORMAT}: update deepmsi."
-        )
+        raise UserError(f"{path} has checkpoint format {version!r}, this deepmsi reads {FORMAT}: update deepmsi.")
     return validated(
         DeepMSIConfig,
         {key: value for key, value in data.items() if key not in ("architecture", "format")},

@@ -177,12 +177,14 @@ class PretrainedTextEncoder(PretrainedEncoder):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Encode `input_ids [U, L]` int64 with `attention_mask [U, L]` (nonzero = token) to `[U, dim]`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # A row without a token would be a softmax over nothing: it reads its first one, and is not pooled.
+        first = torch.arange(valid.shape[1], device=valid.device) == 0
+        read = torch.where(first & (valid.sum(1, keepdim=True) == 0), 1, valid)
+        hidden = self.model(input_ids=input_ids, attention_mask=read).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
-        return _masked_mean(hidden, attention_mask.bool())
+        return _masked_mean(hidden, valid.bool())
 
 
 class PretrainedAudioEncoder(PretrainedEncoder):
@@ -274,9 +276,7 @@ def build_text_encoder(config: TextConfig, saved: Path | None = None) -> tuple[n
     length = config.max_length or min(LONGEST_TEXT, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None)
     if config.max_length and positions and config.max_length > positions:
-        raise UserError(
-            f"text.max_length is {config.max_length}, but {config.encoder} reads {positions} tokens."
-        )
+        raise UserError(f"text.max_length is {config.max_length}, but {config.encoder} reads {positions} tokens.")
     _check_dim(config.dim, model, config.encoder, "text")
     processor = TokenizerProcessor(tokenizer, min(length, positions or length), keep_end=config.context > 0)
     return PretrainedTextEncoder(model, config.finetune, config.pooling), processor
@@ -313,9 +313,7 @@ def build_audio_encoder(config: AudioConfig, saved: Path | None = None) -> tuple
     with _sentence(source, "audio.encoder", "feature extractor"):
         extractor = AutoFeatureExtractor.from_pretrained(source, local_files_only=_is_local(source))
     if not hasattr(model, "_get_feat_extract_output_lengths") or not hasattr(extractor, "do_normalize"):
-        raise UserError(
-            f"audio.encoder {config.encoder} is no wav2vec 2.0-family model that reads waveforms."
-        )
+        raise UserError(f"audio.encoder {config.encoder} is no wav2vec 2.0-family model that reads waveforms.")
     if extractor.sampling_rate != config.sample_rate:
         raise UserError(
             f"audio.encoder {config.encoder} reads {extractor.sampling_rate} Hz: "
@@ -324,6 +322,30 @@ def build_audio_encoder(config: AudioConfig, saved: Path | None = None) -> tuple
     _check_dim(config.dim, model, config.encoder, "audio")
     processor = (NormalizedWaveformProcessor if extractor.do_normalize else WaveformProcessor)(**limits)
     return PretrainedAudioEncoder(model, config.finetune), processor
+
+
+def build_feature_encoder(modality: str, section: TextConfig | AudioConfig) -> tuple[nn.Module, Any]:
+    """Build the frozen encoder that a section's features come from, `features_from`, in eval mode.
+
+    An offline encoder has no pretrained weights: here it is a fixed random map, the same on every machine.
+
+    Args:
+        modality: "text" or "audio".
+        section: the section, with `features_from` set.
+
+    Returns:
+        As `build_text_encoder` and `build_audio_encoder`.
+    """
+    named = section.model_copy(
+        update={"encoder": section.features_from, "features_from": None, "finetune": False, "dim": None}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        build: Callable[[Any], tuple[nn.Module, Any]] = (
+            build_text_encoder if modality == "text" else build_audio_encoder
+        )
+        module, processor = build(named)
+    return module.requires_grad_(False).eval(), processor
 
 
 def save_encoder(module: nn.Module, processor: Any, folder: Path) -> None:
@@ -357,9 +379,7 @@ def _build_offline(
 ) -> tuple[nn.Module, Any]:
     """Give each option to the constructors that know it; what the section's own keys say goes first."""
     known = [set(inspect.signature(cls).parameters) for cls in (encoder, processor)]
-    unknown = set(options) - (known[0] | known[1]) | set(options) & (
-        set(encoder_sizes) | set(processor_sizes)
-    )
+    unknown = set(options) - (known[0] | known[1]) | set(options) & (set(encoder_sizes) | set(processor_sizes))
     if unknown:
         free = sorted((known[0] | known[1]) - set(encoder_sizes) - set(processor_sizes))
         raise UserError(
@@ -416,9 +436,7 @@ def _load_model(source: str, key: str, weights: bool) -> PreTrainedModel:
     with _sentence(source, key, "configuration"):
         config = AutoConfig.from_pretrained(source, local_files_only=_is_local(source))
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{key}: {source} is an encoder-decoder: give an encoder such as BERT or wav2vec 2.0."
-        )
+        raise UserError(f"{key}: {source} is an encoder-decoder: give an encoder such as BERT or wav2vec 2.0.")
     _settle(config)
     with _sentence(source, key, "model"):
         if not weights:

@@ -51,12 +51,18 @@ class ProjectionHead(nn.Module):
         return self.norm(z + self.dropout(self.mix(nn.functional.gelu(z))))
 
 
-class Classifier(nn.Sequential):
-    """Classify the joined projections: Linear, LayerNorm, LeakyReLU, Dropout for each hidden width, then Linear."""
+class Classifier(nn.Module):
+    """Classify the joined projections: Linear, LayerNorm, LeakyReLU, Dropout per hidden width, then Linear."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> None:
+        super().__init__()
         layers: list[nn.Module] = []
         for width in hidden:
             layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.LeakyReLU(), nn.Dropout(dropout)]
             inputs = width
-        super().__init__(*layers, nn.Linear(inputs, outputs))
+        self.hidden = nn.Sequential(*layers)
+        self.output = nn.Linear(inputs, outputs)
+
+    def forward(self, projections: Sequence[Tensor]) -> Tensor:
+        """Map the modalities' projections, each `[U, P]`, to logits `[U, K]`."""
+        return self.output(self.hidden(torch.cat(list(projections), 1)))

@@ -1,0 +1,467 @@
+"""DeepMSI: text and audio guide the compression of the frames; three modalities meet in a late fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.models import checkpoint
+from deepmsi.models.config import MODALITIES, DeepMSIConfig
+from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
+from deepmsi.models.fusion import Classifier, ProjectionHead, SemanticGuide
+from deepmsi.models.vision import VideoBranch
+from deepmsi.nn import CrossModalContrastiveLoss, KeptTokens
+
+if TYPE_CHECKING:
+    from deepmsi.models.predict import Prediction
+
+
+class DeepMSIOutput(NamedTuple):
+    """What a forward pass returns; fields that were not asked for or do not exist are None.
+
+    Attributes:
+        loss: scalar, `β · cross_entropy + α · contrastive`; with labels only.
+        logits: `[U, K]`.
+        cross_entropy, contrastive: scalars, the two parts before weighting.
+        video, text, audio: projections `[U, P]` of the configured modalities.
+        kept: what each compressing block kept of the frames `[V · T]`, where `return_kept` asked for it.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    cross_entropy: Tensor | None = None
+    contrastive: Tensor | None = None
+    video: Tensor | None = None
+    text: Tensor | None = None
+    audio: Tensor | None = None
+    kept: list[KeptTokens] | None = None
+
+
+class DeepMSI(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="deepmsi",
+    tags=["emotion-recognition", "multimodal"],
+    license="apache-2.0",
+):
+    """Recognise emotions from the frames, the words and the voice of an utterance.
+
+    A modality that the configuration leaves out ("none") has no parameters; one that a row lacks is replaced by a
+    learned vector. Works for every subset of the modalities and for a batch of one.
+
+    Args:
+        config: the configuration, see `DeepMSIConfig`.
+        saved: folder of a checkpoint that is about to be loaded: nothing is downloaded that it holds.
+
+    Raises:
+        UserError: an encoder or backbone that the configuration names cannot be had.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, config: DeepMSIConfig, *, saved: Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.modalities = config.modalities
+        self.text_encoder: nn.Module | None = None
+        self.audio_encoder: nn.Module | None = None
+        self.text_processor = self.audio_processor = None
+        self.video: VideoBranch | None = None
+        fusion = config.fusion
+
+        dims: dict[str, int] = {}
+        if "video" in self.modalities:
+            self.video = VideoBranch(config.vision, weights=saved is None)
+            dims["video"] = self.video.dim
+        if config.text.encoded:
+            self.text_encoder, self.text_processor = build_text_encoder(config.text, saved and saved / "text_encoder")
+        if config.audio.encoded:
+            self.audio_encoder, self.audio_processor = build_audio_encoder(
+                config.audio, saved and saved / "audio_encoder"
+            )
+        for name, section, encoder in (
+            ("text", config.text, self.text_encoder),
+            ("audio", config.audio, self.audio_encoder),
+        ):
+            if section.present:
+                dims[name] = int(section.dim if encoder is None else encoder.dim)  # type: ignore[arg-type]
+
+        self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim)) for name, dim in dims.items()})
+        self.projections = nn.ModuleDict(
+            {name: ProjectionHead(dim, fusion.projection, fusion.dropout) for name, dim in dims.items()}
+        )
+        semantic = sum(dim for name, dim in dims.items() if name != "video")
+        self.guide: SemanticGuide | None = None
+        if self.video is not None and self.video.guide_dim is not None and semantic:
+            self.guide = SemanticGuide(semantic, fusion.guide_hidden, self.video.guide_dim, fusion.dropout)
+        self.classifier = Classifier(fusion.projection * len(dims), fusion.hidden, config.num_labels, fusion.dropout)
+        self.contrast = CrossModalContrastiveLoss(
+            config.loss.temperature, config.loss.include_matched, config.loss.normalize
+        )
+        weights = config.loss.class_weights
+        if weights == "balanced":
+            raise UserError(
+                "loss.class_weights is 'balanced': give the weights themselves, or train with a recipe, "
+                "which takes them from the training part's counts."
+            )
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        for vector in self.missing.values():
+            nn.init.normal_(vector, std=0.02)
+
+    def train(self, mode: bool = True) -> DeepMSI:
+        """Set training mode. Only in training are the batches of several processes joined by the loss."""
+        super().train(mode)
+        # Processes may evaluate different numbers of batches: a gather there would wait for ever.
+        self.contrast.gather = mode
+        return self
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        text_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_attention_mask: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_kept: bool = False,
+    ) -> DeepMSIOutput:
+        """Classify a batch of U utterances; compute the loss (SPEC 6, Eq. 5 to 7) where labels are given.
+
+        Nothing here waits for the device where the schedule has static shapes, except that wav2vec 2.0 models
+        with a group norm read the lengths of their rows.
+
+        Args:
+            pixel_values: `[V, T, 3, S, S]` uint8, or float already normalised: the videos that are present,
+                in the order of their rows.
+            text_features: `[U, Dt]` utterance vectors, in place of `input_ids`.
+            audio_features: `[U, Da]` utterance vectors, in place of `input_values`.
+            input_ids, attention_mask: `[U, L]` int64, for the text encoder.
+            input_values, audio_attention_mask: `[U, S]` float and bool, for the audio encoder.
+            modality_mask: `[U, 3]` bool, true where video, text, audio is present; None: what is passed is
+                present in every row. What an absent row holds has no influence.
+            labels: `[U]` int64.
+            return_kept: whether to return which tokens of each frame were kept, too.
+
+        Returns:
+            `DeepMSIOutput`.
+
+        Raises:
+            UserError: an input has the wrong shape, or belongs to a modality or encoder that is not configured.
+        """
+        given = {
+            "video": pixel_values,
+            "text": input_ids if text_features is None else text_features,
+            "audio": input_values if audio_features is None else audio_features,
+        }
+        self._check_inputs(given, text_features, input_ids, audio_features, input_values)
+        rows = self._rows(given, modality_mask, labels)
+        if pixel_values is not None and pixel_values.shape[0] == 0:
+            given["video"] = pixel_values = None
+        device = self.classifier.output.weight.device
+        present = {name: self._present(name, given, modality_mask, rows, device) for name in self.modalities}
+
+        features: dict[str, Tensor] = {}
+        kept: list[KeptTokens] = []
+        if "text" in self.modalities:
+            features["text"] = self._semantic(
+                "text", text_features, present["text"], input_ids=input_ids, attention_mask=attention_mask
+            )
+        if "audio" in self.modalities:
+            features["audio"] = self._semantic(
+                "audio",
+                audio_features,
+                present["audio"],
+                input_values=input_values,
+                audio_attention_mask=audio_attention_mask,
+            )
+        if "video" in self.modalities:
+            guide = self.guide(list(features.values())) if self.guide and pixel_values is not None else None
+            features["video"], kept = self._video(pixel_values, guide, present["video"], rows, return_kept)
+
+        projected = {name: self.projections[name](features[name]) for name in self.modalities}
+        logits = self.classifier(list(projected.values()))
+        if self.training and torch.is_grad_enabled():
+            logits = logits + self._idle(given, text_features, audio_features, present)
+        shown = kept if return_kept else None
+        if labels is None:
+            return DeepMSIOutput(None, logits, kept=shown, **projected)
+        cross_entropy = self._cross_entropy(logits, labels)
+        contrastive = self._contrastive(projected, present, labels)
+        loss = self.config.loss.cross_entropy * cross_entropy + self.config.loss.contrastive * contrastive
+        return DeepMSIOutput(loss, logits, cross_entropy, contrastive, kept=shown, **projected)
+
+    def _check_inputs(
+        self,
+        given: dict[str, Tensor | None],
+        text_features: Tensor | None,
+        input_ids: Tensor | None,
+        audio_features: Tensor | None,
+        input_values: Tensor | None,
+    ) -> None:
+        for name, tensor in given.items():
+            if tensor is not None and name not in self.modalities:
+                raise UserError(
+                    f"{name} was passed to a model that is configured without it: "
+                    f"it reads {', '.join(self.modalities)}."
+                )
+        for name, features, raw, encoder, argument in (
+            ("text", text_features, input_ids, self.text_encoder, "input_ids"),
+            ("audio", audio_features, input_values, self.audio_encoder, "input_values"),
+        ):
+            if features is not None and raw is not None:
+                raise UserError(f"{name}_features and {argument} were both passed: give one of them.")
+            if raw is not None and encoder is None:
+                raise UserError(
+                    f"{argument} needs an encoder, and this model's {name}.encoder is 'features': pass {name}_features."
+                )
+            if features is not None and (features.dim() != 2 or features.shape[1] != self.missing[name].shape[0]):
+                raise UserError(
+                    f"{name}_features is {list(features.shape)}: this model reads "
+                    f"[utterances, {self.missing[name].shape[0]}]."
+                )
+
+    def _rows(self, given: dict[str, Tensor | None], modality_mask: Tensor | None, labels: Tensor | None) -> int:
+        """U, from whatever tells it; everything that tells it has to agree."""
+        sizes = {name: tensor.shape[0] for name, tensor in given.items() if tensor is not None}
+        if modality_mask is not None:
+            if modality_mask.dim() != 2 or modality_mask.shape[1] != len(MODALITIES):
+                raise UserError(f"modality_mask is {list(modality_mask.shape)}: give [utterances, 3] booleans.")
+            sizes.pop("video", None)
+            sizes["modality_mask"] = modality_mask.shape[0]
+        elif not sizes:
+            raise UserError(f"nothing was passed: this model reads {', '.join(self.modalities)}.")
+        if labels is not None:
+            sizes["labels"] = labels.shape[0]
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+            raise UserError(f"the inputs disagree about the number of utterances: {told}.")
+        return next(iter(sizes.values()))
+
+    def _present(
+        self,
+        name: str,
+        given: dict[str, Tensor | None],
+        modality_mask: Tensor | None,
+        rows: int,
+        device: torch.device,
+    ) -> Tensor | None:
+        """Which rows have a modality, `[U]` bool; None: all of them."""
+        if modality_mask is None:
+            return None if given[name] is not None else torch.zeros(rows, dtype=torch.bool, device=device)
+        column = modality_mask[:, MODALITIES.index(name)].bool()
+        tensor = given[name]
+        # On the CPU the mask can be read for nothing; elsewhere the read would wait for the device.
+        if column.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = int(column.sum())
+            if tensor is None and count:
+                raise UserError(f"modality_mask says that {count} rows have {name}, and no {name} was passed.")
+            if name == "video" and tensor is not None and tensor.shape[0] != count:
+                raise UserError(
+                    f"modality_mask says that {count} rows have video, and pixel_values holds "
+                    f"{tensor.shape[0]}: pass the present ones only."
+                )
+        return column.to(device) if tensor is not None else torch.zeros_like(column, device=device)
+
+    def _semantic(self, name: str, features: Tensor | None, present: Tensor | None, **inputs: Tensor | None) -> Tensor:
+        """Utterance vectors of text or audio `[U, D]`, with the learned vector in absent rows."""
+        missing = self.missing[name]
+        content, mask = inputs.values()
+        if features is None and content is not None:
+            encoder = getattr(self, f"{name}_encoder")
+            if present is not None:
+                # What stands in absent rows may be anything, NaN too: it must not reach the encoder's gradients.
+                content = torch.where(present[:, None], content, content.new_zeros(()))
+            batch = dict(zip(inputs, (content, mask), strict=True))
+            features = encoder(**{key: value for key, value in batch.items() if value is not None})
+        if features is None:
+            assert present is not None
+            return missing.expand(present.shape[0], -1)
+        features = features.to(missing.dtype)
+        return features if present is None else torch.where(present[:, None], features, missing)
+
+    def _video(
+        self,
+        pixel_values: Tensor | None,
+        guide: Tensor | None,
+        present: Tensor | None,
+        rows: int,
+        return_kept: bool,
+    ) -> tuple[Tensor, list[KeptTokens]]:
+        """Video features `[U, D]`: only videos that are there run, the rest is the learned vector."""
+        assert self.video is not None
+        missing = self.missing["video"]
+        if pixel_values is None:
+            return missing.expand(rows, -1), []
+        videos = pixel_values.shape[0]
+        if present is not None and guide is not None:
+            # The rows with a video, in order, without asking the device how many there are.
+            guide = guide[torch.argsort(present.logical_not(), stable=True)[:videos]]
+        if guide is None and self.video.guide_dim is not None:
+            # Without text and audio the direction of m = λ g + (1 - λ) v is that of v.
+            guide = missing.new_zeros(videos, self.video.guide_dim)
+        features, kept = self.video(pixel_values, guide, return_kept)
+        features = features.to(missing.dtype)
+        if present is None:
+            return features, kept
+        place = (present.cumsum(0) - 1).clamp(0, videos - 1)
+        return torch.where(present[:, None], features[place], missing), kept
+
+    def _idle(
+        self,
+        given: dict[str, Tensor | None],
+        text_features: Tensor | None,
+        audio_features: Tensor | None,
+        present: dict[str, Tensor | None],
+    ) -> Tensor:
+        """Zero times the sum of the trainable parameters that this batch does not use.
+
+        So every parameter has a gradient in every step, and data parallelism need not search for unused ones.
+        """
+        parameters: list[Iterable[nn.Parameter]] = [
+            [self.missing[name]] for name in self.modalities if present[name] is None
+        ]
+        if given["video"] is None:
+            parameters += [module.parameters() for module in (self.video, self.guide) if module is not None]
+        for name, features in (("text", text_features), ("audio", audio_features)):
+            encoder = getattr(self, f"{name}_encoder")
+            if encoder is not None and (features is not None or given[name] is None):
+                parameters.append(encoder.parameters())
+        zero = self.classifier.output.bias.new_zeros(())
+        for group in parameters:
+            for parameter in group:
+                if parameter.requires_grad:
+                    zero = zero + 0 * parameter.sum()
+        return zero
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, by class weights where configured, over the batch of all processes."""
+        loss = nn.functional.cross_entropy(
+            logits.float(),
+            labels,
+            weight=self.class_weights,
+            reduction="sum",
+            label_smoothing=self.config.loss.label_smoothing,
+        )
+        total = (
+            self.class_weights[labels].sum()
+            if self.class_weights is not None
+            else torch.full((), labels.shape[0], dtype=loss.dtype, device=loss.device)
+        )
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world > 1 and self.training:
+            # Data parallelism takes the mean over the processes: the joined batch wants their sum.
+            dist.all_reduce(total)
+            loss = loss * world
+        return loss / total
+
+    def _contrastive(self, projected: dict[str, Tensor], present: dict[str, Tensor | None], labels: Tensor) -> Tensor:
+        """Mean of the pairs' losses: ½ (L(video, text) + L(video, audio)) where all three are configured."""
+        pairs: list[tuple[str, Sequence[str]]] = []
+        if "video" in projected and len(projected) > 1:
+            pairs.append(("video", [name for name in projected if name != "video"]))
+        if self.config.loss.text_audio_pair and {"text", "audio"} <= projected.keys():
+            pairs.append(("text", ["audio"]))
+        if not pairs or self.config.loss.contrastive == 0:
+            return labels.new_zeros((), dtype=torch.float32)
+        count = sum(len(others) for _, others in pairs)
+        total = torch.zeros((), device=labels.device)
+        for name, others in pairs:
+            loss = self.contrast(
+                projected[name],
+                [projected[other] for other in others],
+                labels,
+                valid_a=present[name],
+                valid_b=[present[other] for other in others],
+            )
+            total = total + loss * (len(others) / count)
+        return total
+
+    def predict(
+        self,
+        clips: Sequence[str | Path],
+        texts: Sequence[str | None] | None = None,
+        timeline: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Prediction]:
+        """Predict from media files; see `deepmsi.models.predict.predict`."""
+        from deepmsi.models.predict import predict
+
+        return predict(self, clips, texts, timeline=timeline, batch_size=batch_size)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write a checkpoint folder; it appears whole or not at all.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: as `huggingface_hub.PyTorchModelHubMixin.save_pretrained` takes them.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        target = Path(save_directory)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+        with checkpoint.staged(target) as staging:
+            return super().save_pretrained(staging, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoint.write(self, save_directory)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> DeepMSI:
+        """Load a checkpoint folder, or a repository of the model hub, in eval mode.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged or of another architecture.
+        """
+        return cls._from_pretrained(
+            model_id=str(pretrained_model_name_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,
+    ) -> DeepMSI:
+        return checkpoint.read(
+            cls,
+            checkpoint.locate(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            ),
+        )

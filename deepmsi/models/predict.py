@@ -1,0 +1,272 @@
+"""Prediction from media files: decode as the checkpoint's preprocessing says, batch, name the labels."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.models.config import MODALITIES
+from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.models.encoders import build_feature_encoder
+
+SHORTEST_WINDOW = 0.25
+"""Part of a window's length that the rest of a recording must have to be a window of its own."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a clip, or a window of it, expresses.
+
+    Attributes:
+        clip: path, as it was given.
+        label: the likeliest label.
+        probabilities: of every label, in the order of the logits; they sum to 1.
+        start, end: seconds from the beginning of the file; end is None where a file does not say how long it is.
+        modalities: what the prediction rests on.
+    """
+
+    clip: str
+    label: str
+    probabilities: dict[str, float]
+    start: float
+    end: float | None
+    modalities: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Window:
+    clip: str
+    start: float | None
+    end: float | None
+    text: str | None
+    has_video: bool
+    has_audio: bool
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One utterance, decoded."""
+
+    window: _Window
+    frames: np.ndarray | None
+    waveform: np.ndarray | None
+
+    @property
+    def present(self) -> tuple[bool, bool, bool]:
+        return self.frames is not None, self.window.text is not None, self.waveform is not None
+
+
+def load_run(run: str | Path) -> DeepMSI:
+    """Load the model of a run directory, or of a checkpoint folder.
+
+    Raises:
+        UserError: there is neither in it.
+    """
+    folder = Path(run)
+    inner = folder / "model"
+    if not folder.is_dir():
+        raise UserError(f"there is no run directory {folder}.")
+    if not (folder / "model.safetensors").exists() and not inner.is_dir():
+        raise UserError(f"{folder} holds no model: give a directory that deepmsi train has finished.")
+    return DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve())
+
+
+def predict(
+    model: DeepMSI,
+    clips: Sequence[str | Path],
+    texts: Sequence[str | None] | None = None,
+    *,
+    timeline: float | None = None,
+    batch_size: int = 8,
+) -> list[Prediction]:
+    """Predict from media files, clip by clip or window by window.
+
+    The preprocessing is the one that the model's configuration records. A modality that a file lacks is treated
+    as missing.
+
+    Args:
+        model: the model; it is put in eval mode for the time.
+        clips: video or sound files.
+        texts: what is said in each clip; None where that is not known. With `text.context = n` the string holds
+            the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
+        timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
+        batch_size: utterances per forward pass; no more than that are decoded at a time.
+
+    Returns:
+        One `Prediction` per clip, or per window in order of time.
+
+    Raises:
+        UserError: a file cannot be read, or has nothing that the model reads.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: give at least 1.")
+    if isinstance(clips, str | Path):
+        clips = [clips]
+    if texts is not None and len(texts) != len(clips):
+        raise UserError(f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none.")
+    if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
+        raise UserError(f"timeline is {timeline}: give the length of a window in seconds, above 0.")
+    if timeline is not None and texts is not None and any(text is not None for text in texts):
+        raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")
+    encoders = _Encoders(model, any(texts or ()))
+    windows = (
+        window
+        for clip, text in zip(clips, texts or [None] * len(clips), strict=True)
+        for window in _windows(model, str(clip), text, timeline)
+    )
+    items = (_decode(model, window, tolerant=timeline is not None) for window in windows)
+    training = model.training
+    model.eval()
+    try:
+        predictions: list[Prediction] = []
+        while batch := list(islice(items, batch_size)):
+            predictions += _run(model, encoders, batch)
+        return predictions
+    finally:
+        model.train(training)
+
+
+def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) -> Iterator[_Window]:
+    from deepmsi.data.media import probe
+
+    info = probe(clip)
+    has_video = info.has_video and "video" in model.modalities
+    has_audio = info.audio_streams > 0 and "audio" in model.modalities
+    if text is not None and "text" not in model.modalities:
+        text = None
+    if not (has_video or has_audio or text is not None):
+        raise UserError(f"{clip}: this model reads {', '.join(model.modalities)}, and the clip gives none of that.")
+    if length is None:
+        yield _Window(clip, None, info.duration, text, has_video, has_audio)
+        return
+    if info.duration is None:
+        raise UserError(f"{clip}: the file does not say how long it is; remux it to go over it in windows.")
+    count = max(1, math.ceil(info.duration / length - SHORTEST_WINDOW))
+    for k in range(count):
+        # The last window takes a rest that is too short to stand alone.
+        end = (k + 1) * length if k + 1 < count else info.duration
+        yield _Window(clip, k * length, end, None, has_video, has_audio)
+
+
+def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
+    """Decode one window. In a timeline a stream may end before the other: what is left decides."""
+    from deepmsi.data.decode import decode_audio, decode_frames
+
+    vision, audio = model.config.vision, model.config.audio
+    # The end of a whole clip is left to the decoder: a duration in a header is not always the last frame's.
+    cut = (None, None) if window.start is None else (window.start, window.end)
+    errors: list[UserError] = []
+
+    def attempt(decode: Callable[[], np.ndarray]) -> np.ndarray | None:
+        try:
+            return decode()
+        except UserError as error:
+            errors.append(error)
+            return None
+
+    frames = waveform = None
+    if window.has_video:
+        frames = attempt(
+            lambda: decode_frames(
+                window.clip,
+                vision.frames,
+                start=cut[0],
+                end=cut[1],
+                size=vision.image_size,
+                resize=vision.resize,
+                face=vision.face,
+            )
+        )
+    if window.has_audio:
+        waveform = attempt(lambda: decode_audio(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
+    if errors and not (tolerant and (frames is not None or waveform is not None)):
+        raise errors[0]
+    return _Item(window, frames, waveform)
+
+
+class _Encoders:
+    """Turns texts and waveforms into the model's inputs: its own encoders, or those its features came from."""
+
+    def __init__(self, model: DeepMSI, has_text: bool) -> None:
+        self.model = model
+        self.features: dict[str, tuple[nn.Module, Any]] = {}
+        for name in ("text", "audio"):
+            section = getattr(model.config, name)
+            if section.encoder != "features" or (name == "text" and not has_text):
+                continue
+            if section.features_from is not None:
+                module, processor = build_feature_encoder(name, section)
+                self.features[name] = module.to(_device(model)), processor
+            elif name == "text":
+                raise UserError(
+                    "this model reads text features, and its configuration does not say which encoder computed "
+                    "them (text.features_from): leave the text out."
+                )
+            else:
+                warnings.warn(
+                    "this model reads audio features, and its configuration does not say which encoder computed "
+                    "them (audio.features_from): sound is treated as missing.",
+                    stacklevel=3,
+                )
+
+    def inputs(self, name: str, contents: list[Any]) -> dict[str, Tensor] | None:
+        """The model's arguments for one modality; None where it cannot be read."""
+        device = _device(self.model)
+        if name in self.features:
+            module, processor = self.features[name]
+            batch = {key: value.to(device) for key, value in processor(contents).items()}
+            return {f"{name}_features": module(**batch)}
+        processor = getattr(self.model, f"{name}_processor")
+        if processor is None:
+            return None
+        return {key: value.to(device) for key, value in processor(contents).items()}
+
+
+def _device(model: DeepMSI) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.inference_mode()
+def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Prediction]:
+    """One forward pass."""
+    mask = torch.tensor([item.present for item in items])
+    inputs: dict[str, Tensor] = {}
+    frames = [item.frames for item in items if item.frames is not None]
+    if frames:
+        inputs["pixel_values"] = torch.from_numpy(np.stack(frames)).to(_device(model))
+    silence = np.zeros(1, dtype=np.float32)
+    for column, name, contents in (
+        (1, "text", [item.window.text or "" for item in items]),
+        (2, "audio", [silence if item.waveform is None else item.waveform for item in items]),
+    ):
+        batch = encoders.inputs(name, contents) if mask[:, column].any() else None
+        if batch is None:
+            mask[:, column] = False
+        else:
+            inputs |= batch
+    for item, row in zip(items, mask, strict=True):
+        if not row.any():
+            raise UserError(f"{item.window.clip}: nothing in it can be read by this model.")
+    logits = model(modality_mask=mask, **inputs).logits
+    predictions = []
+    for item, row, p in zip(items, mask.tolist(), logits.double().softmax(1).tolist(), strict=True):
+        probabilities = dict(zip(model.config.names, p, strict=True))
+        label = max(probabilities, key=probabilities.__getitem__)
+        present = tuple(name for name, there in zip(MODALITIES, row, strict=True) if there)
+        window = item.window
+        predictions.append(Prediction(window.clip, label, probabilities, window.start or 0.0, window.end, present))
+    return predictions

@@ -1,0 +1,100 @@
+"""The video branch: normalise on the device, VSC-Swin over all frames at once, TCN over time (SPEC 1, 3, 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.models.config import VisionConfig
+from deepmsi.nn import TCN, KeptTokens, VSCSwin
+
+
+class VideoBranch(nn.Module):
+    """Encode the frames of an utterance as one vector.
+
+    Args:
+        config: the vision section.
+        weights: whether to load pretrained weights where the section asks for them.
+
+    Attributes:
+        dim: width of the video feature.
+        guide_dim: channels of the guide, G; None where nothing compresses, and no guide is read.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VisionConfig, weights: bool = True) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.backbone = _build_backbone(config, weights)
+        for name, parameter in self.backbone.named_parameters():
+            # What compresses has no pretrained values to keep.
+            parameter.requires_grad_(not config.freeze or ".compress." in name)
+        self.tcn = TCN(self.backbone.num_features, config.tcn_channels, config.tcn_kernel, config.tcn_dropout)
+        self.dim = config.tcn_channels[-1]
+        self.guide_dim: int | None = self.backbone.guide_dim
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """Bring uint8 pixels to the backbone's mean and deviation; floating ones are taken as they are."""
+        dtype = next(self.backbone.parameters()).dtype
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values.to(dtype)
+        return ((pixel_values.float() / 255 - self.mean) / self.std).to(dtype)
+
+    def forward(
+        self, pixel_values: Tensor, guide: Tensor | None, return_kept: bool = False
+    ) -> tuple[Tensor, list[KeptTokens]]:
+        """Encode videos.
+
+        Args:
+            pixel_values: `[V, T, 3, S, S]`, uint8 or normalised float.
+            guide: `[V, G]`, one for all frames of a video; None where `guide_dim` is None.
+            return_kept: whether to tell what each compressing block kept.
+
+        Returns:
+            `[V, dim]`, and what each compressing block kept (nothing where it was not asked for).
+
+        Raises:
+            UserError: the frames have another shape than the model reads.
+        """
+        if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, self.image_size, self.image_size):
+            raise UserError(
+                f"pixel_values is {list(pixel_values.shape)}: this model reads "
+                f"[videos, frames, 3, {self.image_size}, {self.image_size}]."
+            )
+        videos, frames = pixel_values.shape[:2]
+        if guide is not None:
+            guide = guide.repeat_interleave(frames, 0)
+        pixels = self.normalize(pixel_values.flatten(0, 1))
+        kept: list[KeptTokens] = []
+        features = self.backbone.guided(self.backbone.stem(pixels), guide, kept if return_kept else None)
+        return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
+
+
+def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
+    """Build the backbone that a configuration names; without its weights where a checkpoint's follow."""
+    if config.schedule is None and config.compression:
+        raise UserError(
+            f"vision.schedule is null, so nothing compresses: leave out vision.{next(iter(config.compression))}."
+        )
+    if config.backbone == "small":
+        if config.pretrained:
+            raise UserError("vision.backbone 'small' has no pretrained weights: leave vision.pretrained out.")
+        return VSCSwin.small(
+            config.schedule,
+            img_size=config.image_size,
+            drop_path_rate=config.drop_path,
+            compression=config.compression,
+        )
+    return VSCSwin.from_timm(
+        config.backbone,
+        pretrained=config.pretrained and weights,
+        schedule=config.schedule,
+        img_size=config.image_size,
+        drop_path_rate=config.drop_path,
+        compression=config.compression,
+    )
