@@ -1,0 +1,92 @@
+"""Logits of many rows: batches in order, shared between processes, without padded duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Subset
+
+from deepmsi.train.dataset import Collator, UtteranceDataset
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def predict_logits(
+    model: DeepMSI,
+    dataset: UtteranceDataset,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    precision: str = "fp32",
+    on_batch: Callable[[int], Any] | None = None,
+) -> NDArray[np.float32]:
+    """Run a model over a dataset, on the device that holds it.
+
+    With several processes each runs every world-th row, and all of them get all logits.
+
+    Args:
+        model: the model; its mode is restored afterwards.
+        dataset: the rows, none of which may be without a modality.
+        batch_size: utterances at a time.
+        workers: loader processes.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
+        on_batch: called with the number of rows after each batch.
+
+    Returns:
+        [n, K] float32, in the order of the dataset.
+    """
+    rank, world = process_rank()
+    part: Sequence[int] = range(rank, len(dataset), world)
+    device = next(model.parameters()).device
+    loader: DataLoader[Any] = DataLoader(
+        Subset(dataset, part),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=Collator(model.config, model.text_processor, model.audio_processor, with_labels=False),
+        pin_memory=device.type == "cuda",
+    )
+    autocast = torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+    training = model.training
+    model.eval()
+    parts = [torch.empty(0, len(model.config.names))]
+    try:
+        with torch.inference_mode(), autocast:
+            for batch in loader:
+                moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                parts.append(model(**moved).logits.float().cpu())
+                if on_batch is not None:
+                    on_batch(len(batch["modality_mask"]))
+    finally:
+        model.train(training)
+    own = torch.cat(parts).numpy()
+    if world == 1:
+        return own
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, own)
+    logits = np.empty((len(dataset), own.shape[1]), dtype=np.float32)
+    for other, values in enumerate(gathered):
+        logits[other::world] = values
+    return logits
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) where no group runs."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities [n, K] in float64."""
+    wide = logits.astype(np.float64)
+    wide = np.exp(wide - wide.max(1, keepdims=True))
+    return wide / wide.sum(1, keepdims=True)

@@ -1,0 +1,605 @@
+"""One fit: the transformers Trainer with deepmsi's batches, loss, seeds, checkpoints and records.
+
+Whatever is random in a step is seeded from (seed, step, micro-step, process), and the order and augmentation of
+an epoch from (seed, epoch, row id). Nothing depends on what ran before, so that a resumed fit takes the same
+steps as an uninterrupted one: bit for bit on one CPU process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from deepmsi.errors import UserError
+from deepmsi.models.checkpoint import stored_state
+from deepmsi.train import checkpoints
+from deepmsi.train.console import note, progress
+from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
+from deepmsi.train.inference import predict_logits, process_rank, softmax
+from deepmsi.train.losses import classification_loss, log_prior
+from deepmsi.train.metrics import SUMMARY, compute_metrics
+from deepmsi.train.recipe import Recipe, TrainSettings
+from deepmsi.train.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
+
+BEST = "best.safetensors"
+HISTORY = "history.jsonl"
+
+
+@dataclass
+class FitResult:
+    """What a fit leaves: the epochs it trained, the one whose weights the model has, the watched scores."""
+
+    epochs: int
+    kept_epoch: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """One dictionary per evaluated epoch: epoch, loss, and the scores of `SUMMARY`."""
+
+
+@dataclass
+class Fit:
+    """A fit to run.
+
+    Attributes:
+        name: shown in progress bars.
+        folder: takes `history.jsonl`, `checkpoints/`, `logs/` and the best weights.
+        recipe: the recipe, class weights resolved in the model's configuration.
+        train: training rows.
+        watch: rows scored after every epoch; None for none.
+        keep_best: give the model the weights of the epoch that scored best on `watch`, and stop after
+            `train.patience` epochs without improvement. Otherwise the last weights stay.
+        stop_epoch: stop there, on the schedule of `train.epochs`; None trains all of them.
+        seed: of this fit.
+        resume: continue from the newest checkpoint that validates.
+        checkpoints: write checkpoints.
+    """
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    train: UtteranceDataset
+    watch: UtteranceDataset | None
+    keep_best: bool
+    stop_epoch: int | None
+    seed: int
+    resume: bool
+    checkpoints: bool = True
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which the fit ends unless patience ends it before."""
+        return min(self.stop_epoch or self.recipe.train.epochs, self.recipe.train.epochs)
+
+
+def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
+    """Train a model as a fit says; the model has the kept weights afterwards, in eval mode.
+
+    Raises:
+        UserError: the loss is no longer finite; no CUDA device where one is asked for.
+    """
+    fit.folder.mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(fit)
+    folder = fit.folder / "checkpoints"
+    start: Path | None = None
+    if fit.resume:
+        start, skipped = checkpoints.newest_valid(folder)
+        for sentence in skipped:
+            note(sentence)
+    state = _read_state(start) if start else {}
+    _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
+    trainer = UtteranceTrainer(model, fit, arguments)
+    curve = _curve(state.get("log_history", []))
+    epochs_done = state.get("epoch") or 0.0
+    if start is not None and _is_over(fit, curve, epochs_done):
+        load_weights(model, start / checkpoints.WEIGHTS)
+        epochs = round(epochs_done)
+    else:
+        with warnings_of_transformers_off():
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        curve = _curve(trainer.state.log_history)
+        epochs = round(trainer.state.epoch or 0)
+    model.to(trainer.args.device)
+    kept = epochs
+    if fit.keep_best and curve:
+        kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
+        if kept != epochs:
+            _barrier()
+            load_weights(model, fit.folder / BEST)
+    model.eval()
+    return FitResult(epochs, kept, curve)
+
+
+class _Step(nn.Module):
+    """The model and its loss as one module, so that DDP sees them in one forward pass.
+
+    The model itself is held one level below because its `config` is not one of transformers.
+    """
+
+    accepts_loss_kwargs = False
+    log_prior: Tensor | None
+
+    def __init__(self, core: DeepMSI, settings: TrainSettings, prior: list[float] | None) -> None:
+        super().__init__()
+        self.core = core
+        self.focal_gamma = settings.focal_gamma
+        self.register_buffer("log_prior", None if prior is None else torch.tensor(prior), persistent=False)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        output = self.core(**batch)
+        cross_entropy, loss = output.cross_entropy, output.loss
+        if self.focal_gamma or self.log_prior is not None:
+            weights = self.core.config.loss
+            cross_entropy = classification_loss(
+                output.logits,
+                batch["labels"],
+                weights=self.core.class_weights,
+                focal_gamma=self.focal_gamma,
+                log_prior=self.log_prior,
+                label_smoothing=weights.label_smoothing,
+            )
+            loss = weights.cross_entropy * cross_entropy + weights.contrastive * output.contrastive
+        return {"loss": loss, "cross_entropy": cross_entropy, "contrastive": output.contrastive}
+
+
+class UtteranceTrainer(Trainer):
+    """The transformers Trainer over `Fit`: batches by key, seeded steps, exact evaluation, whole checkpoints."""
+
+    def __init__(self, model: DeepMSI, fit: Fit, arguments: TrainingArguments) -> None:
+        settings = fit.recipe.train
+        counts = np.bincount(fit.train.labels, minlength=len(model.config.names)).tolist()
+        prior = log_prior(counts, settings.logit_adjustment) if settings.logit_adjustment else None
+        self.fit = fit
+        self.core = model
+        self.rank, self.world = arguments.process_index, arguments.world_size
+        self.batches = EpochBatches(
+            fit.train.labels,
+            settings.batch_size,
+            fit.seed,
+            balanced=settings.sampler == "balanced",
+            rank=self.rank,
+            world=self.world,
+        )
+        model.contrast.batch_size = settings.batch_size if self.world > 1 else None
+        self._micro = (-1, -1)
+        self._parts: dict[str, Tensor] = {}
+        self._parts_count = 0
+        super().__init__(
+            _Step(model, settings, prior),
+            arguments,
+            data_collator=Collator(model.config, model.text_processor, model.audio_processor),
+            train_dataset=fit.train,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(self))
+        if self.is_world_process_zero():
+            self.add_callback(_Records(fit, model))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Loader of this process's share; the keys carry the epoch, so workers may outlive it."""
+        args = self.args
+        return DataLoader(
+            self.fit.train,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch, forward and backward, seeded by its place in the fit."""
+        step, micro = self.state.global_step, 0
+        if self._micro[0] == step:
+            micro = self._micro[1] + 1
+        self._micro = (step, micro)
+        torch.manual_seed(derive_seed(self.fit.seed, "step", step, micro, self.rank))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.device.type == "cpu":
+            self._require_finite(float(loss))
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch; its parts are summed on the device until the next log."""
+        outputs = model(**inputs)
+        for name in ("cross_entropy", "contrastive"):
+            value = outputs[name].detach().float()
+            self._parts[name] = self._parts[name] + value if name in self._parts else value
+        self._parts_count += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the parts of the loss and what the video branch kept beside the loss itself."""
+        if "loss" in logs:
+            self._require_finite(logs["loss"])
+            if self._parts_count:
+                logs.update({name: float(total) / self._parts_count for name, total in self._parts.items()})
+            self._parts, self._parts_count = {}, 0
+            logs.update(_keep_ratios(self.core))
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the watched rows, every row exactly once whatever the number of processes."""
+        watch = self.fit.watch
+        assert watch is not None
+        settings = self.fit.recipe.train
+        logits = predict_logits(
+            self.core,
+            watch,
+            batch_size=settings.eval_batch_size or settings.batch_size,
+            workers=settings.workers,
+            precision=settings.precision,
+        )
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in watched_scores(logits, watch.labels).items()}
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise UserError(
+                f"{self.fit.name}: the loss on the watched rows is not finite after step "
+                f"{self.state.global_step}: lower train.lr."
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        curve = _curve(self.state.log_history)
+        if self.fit.keep_best and _best(curve, settings.metric) is curve[-1] and self.args.should_save:
+            save_weights(self.core, self.fit.folder / BEST)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; pretrained encoders have a rate of their own, and vectors and scalars do not decay."""
+        if self.optimizer is None:
+            settings = self.fit.recipe.train
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up, then constant, linear or cosine to zero at the last step of `train.epochs`."""
+        if self.lr_scheduler is None:
+            settings = self.fit.recipe.train
+            warmup = settings.warmup * num_training_steps
+
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return (step + 1) / (warmup + 1)
+                left = (num_training_steps - step) / max(1.0, num_training_steps - warmup)
+                if settings.schedule == "linear":
+                    return max(0.0, left)
+                return 0.5 - 0.5 * math.cos(math.pi * left) if settings.schedule == "cosine" else 1.0
+
+            assert self.optimizer is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self.args.should_save:
+            return
+        folder = self.fit.folder / "checkpoints"
+        with checkpoints.written_whole(checkpoints.checkpoint_path(folder, self.state.global_step)) as part:
+            save_weights(self.core, part / checkpoints.WEIGHTS)
+            self._save_optimizer_and_scheduler(str(part))
+            self._save_scaler(str(part))
+            self.state.save_to_json(str(part / checkpoints.STATE))
+        checkpoints.rotate(folder, self.fit.recipe.train.keep_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.core, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to restore: every step seeds itself."""
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            hint = "use bf16 in place of fp16, or " if self.fit.recipe.train.precision == "fp16" else ""
+            raise UserError(
+                f"{self.fit.name}: the loss is {loss} at step {self.state.global_step + 1}, so training stopped: "
+                f"{hint}lower train.lr (now {self.fit.recipe.train.lr:g}) or check the features for outliers; the "
+                "checkpoints before it are whole."
+            )
+
+
+class _Flow(TrainerCallback):
+    """When to evaluate, checkpoint and stop; sets the epoch of the sampler."""
+
+    def __init__(self, trainer: UtteranceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = self.trainer.batches
+        batches.set_epoch(state.global_step // math.ceil(len(batches) / args.gradient_accumulation_steps))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = self.trainer.fit.recipe.train.checkpoint_steps
+        if every and state.global_step % every == 0 and self.trainer.fit.checkpoints:
+            # The running means start anew after a log, so that a resumed history reads like an uninterrupted one.
+            control.should_log = control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        fit = self.trainer.fit
+        epoch = round(state.epoch or 0)
+        last = epoch >= fit.last_epoch
+        control.should_log = True
+        control.should_evaluate = fit.watch is not None
+        control.should_save = fit.checkpoints and (last or epoch % fit.recipe.train.checkpoint_every == 0)
+        if last:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        fit = self.trainer.fit
+        if _is_over(fit, _curve(state.log_history), state.epoch or 0.0):
+            control.should_training_stop = True
+            control.should_save = fit.checkpoints
+
+
+class _Records(TrainerCallback):
+    """history.jsonl, TensorBoard and the progress bar."""
+
+    SKIPPED = ("train_runtime", "epoch", "step", "total_flos")
+
+    def __init__(self, fit: Fit, model: DeepMSI) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.fit = fit
+        self.bar: Any = None
+        self.open_writer = lambda step: SummaryWriter(str(fit.folder / "logs"), purge_step=step or None)
+        self.writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.writer = self.open_writer(state.global_step)
+        total = state.max_steps * self.fit.last_epoch // self.fit.recipe.train.epochs
+        self.bar = progress(total, self.fit.name, "step", state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        split = "dev" if any(name.startswith("eval_") for name in logs) else "train"
+        values = {name.removeprefix("eval_"): value for name, value in logs.items() if name not in self.SKIPPED}
+        record = {"step": state.global_step, "epoch": state.epoch, "split": split, **values}
+        with (self.fit.folder / HISTORY).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(f"{split}/{name}", value, state.global_step)
+        shown = {"loss": values["loss"]} | {k: v for k, v in values.items() if k == self.fit.recipe.train.metric}
+        self.bar.set_postfix({f"{split} {k}": f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
+    """Scores of logits [n, K] against class ids: those of `SUMMARY`, and `loss`, the mean negative log-likelihood."""
+    probabilities = softmax(logits)
+    names = [str(k) for k in range(logits.shape[1])]
+    metrics = compute_metrics(labels, logits.argmax(1), names, resamples=0)
+    likelihood = probabilities[np.arange(len(labels)), labels]
+    return {
+        "loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if np.isfinite(logits).all() else math.nan,
+        **{name: metrics[name] for name in SUMMARY},
+    }
+
+
+def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Parameters by rate and decay: encoders that start from pretrained weights take `encoder_lr`.
+
+    Matrices decay; biases, norms, scalars and the learned vectors of missing modalities do not.
+    """
+    config = model.config
+    pretrained = []
+    if config.vision.pretrained:
+        pretrained.append("video.backbone.")
+    if config.text.encoder not in ("features", "hashing", "none"):
+        pretrained.append("text_encoder.")
+    if config.audio.encoder not in ("features", "logmel", "none"):
+        pretrained.append("audio_encoder.")
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(tuple(pretrained)) if pretrained else False, parameter.ndim >= 2)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": (settings.encoder_lr or settings.lr) if encoder else settings.lr,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (encoder, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def save_weights(model: DeepMSI, path: Path) -> None:
+    """Write a model's weights as safetensors, to a temporary name first."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(weights, temporary)
+    os.replace(temporary, path)
+
+
+def load_weights(model: DeepMSI, path: Path) -> None:
+    """Read weights that `save_weights` wrote.
+
+    Raises:
+        UserError: the file is damaged or of another architecture.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete its folder to train this part again.") from None
+    expected = {name: tensor.shape for name, tensor in stored_state(model).items()}
+    if expected != {name: tensor.shape for name, tensor in weights.items()}:
+        raise UserError(f"{path} is of another architecture than the recipe: resume with the recipe it began with.")
+    model.load_state_dict(weights, strict=False)
+
+
+@contextmanager
+def warnings_of_transformers_off() -> Iterator[None]:
+    """Keep the Trainer's remarks about what deepmsi does itself (tokenizers, saved arguments) off the terminal."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _arguments(fit: Fit) -> TrainingArguments:
+    settings = fit.recipe.train
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, and torch finds no CUDA device: set train.device=cpu or auto.")
+    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if cpu and settings.precision == "fp16":
+        raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on the CPU.")
+    with warnings_of_transformers_off():
+        arguments = TrainingArguments(
+            output_dir=str(fit.folder / "checkpoints"),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.lr,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.precision == "bf16",
+            fp16=settings.precision == "fp16",
+            tf32=settings.tf32 or None if not cpu else None,
+            use_cpu=cpu,
+            ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+            ddp_find_unused_parameters=False,
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_num_workers=settings.workers,
+            dataloader_pin_memory=not cpu,
+            seed=fit.seed % 2**32,
+            log_level="error",
+        )
+        _ = arguments.device  # decides about processes and devices
+    # One GPU unless torchrun says otherwise: several visible ones would become DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _keep_ratios(model: DeepMSI) -> dict[str, float]:
+    """Share of tokens that each compressing block kept last, where the backbone tells it."""
+    backbone = getattr(model.video, "backbone", None)
+    ratios = getattr(backbone, "keep_ratios", None)
+    if ratios is None:
+        return {}
+    values: Mapping[str, Any] = ratios() if callable(ratios) else ratios
+    return {f"keep/{name}": float(value) for name, value in values.items()}
+
+
+def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The watched scores by epoch."""
+    return [
+        {"epoch": round(entry["epoch"]), **{k.removeprefix("eval_"): v for k, v in entry.items() if "eval_" in k}}
+        for entry in log_history
+        if "eval_loss" in entry
+    ]
+
+
+def better(a: float, b: float, metric: str) -> bool:
+    """Whether score a is better than b."""
+    return a < b if metric == "loss" else a > b
+
+
+def _best(curve: list[dict[str, float]], metric: str) -> dict[str, float]:
+    best = curve[0]
+    for point in curve[1:]:
+        tie = point[metric] == best[metric] and point["loss"] < best["loss"]
+        if tie or better(point[metric], best[metric], metric):
+            best = point
+    return best
+
+
+def _is_over(fit: Fit, curve: list[dict[str, float]], epoch: float) -> bool:
+    """Whether the last epoch is reached, or patience is at its end."""
+    if epoch >= fit.last_epoch:
+        return True
+    patience = fit.recipe.train.patience
+    if patience is None or not fit.keep_best or not curve or epoch != curve[-1]["epoch"]:
+        return False
+    return epoch - _best(curve, fit.recipe.train.metric)["epoch"] >= patience
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / checkpoints.STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _truncate_history(path: Path, step: int) -> None:
+    """Drop the events after a step: a resumed fit will write them again."""
+    if process_rank()[0] or not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if step and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the end of a line that a kill cut off
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
