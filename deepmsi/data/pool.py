@@ -1,5 +1,6 @@
 """Runs shard tasks in worker processes: hands them out, follows their rows, survives a worker's crash."""
 
+import contextlib
 import json
 import os
 import queue
@@ -137,7 +138,7 @@ class _Worker:
         path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         # Processes share the machine's cores already; threads inside them would only compete.
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deepmsi.data.worker"],
             stdin=subprocess.PIPE,
@@ -186,10 +187,8 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         for pipe in (self._in, self._out, self._stderr):
-            try:
+            with contextlib.suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass
 
     def _tail(self) -> str:
         self._stderr.seek(0)

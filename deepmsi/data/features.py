@@ -1,0 +1,176 @@
+"""Stores the features of frozen encoders beside the clips, and collects what every stage has made."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from deepmsi.data.files import digest
+from deepmsi.data.manifest import Row
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.shards import Outcome, ShardFiles, read_record, record_name, write_record
+from deepmsi.data.store import DTYPES, VERSION, Kind, shard_name
+from deepmsi.errors import UserError
+
+_ROWS_PER_SHARD = 128
+_BATCH = 8
+
+
+@dataclass
+class Stage:
+    """What one stage made: the outcome of each row by its number, and the files' entries by name."""
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def collect(folder: Path, stage: str, shards: Sequence[tuple[str, Sequence[int]]]) -> Stage:
+    """Read the records of a stage; ``shards`` holds the key and the rows of each.
+
+    Raises:
+        UserError: a record has gone since it was made.
+    """
+    result = Stage()
+    for shard, (key, rows) in enumerate(shards):
+        record = read_record(folder, shard, stage, key)
+        if record is None:
+            raise UserError(f"{folder / record_name(shard, stage)}: the file changed meanwhile; prepare again")
+        result.files.update(record["files"])
+        for i, row in zip(rows, record["rows"], strict=True):
+            failures = [(modality, reason) for modality, reason in row["failures"]]
+            result.outcomes[i] = Outcome(row["slots"], failures)
+    return result
+
+
+def remove_beyond(folder: Path, stage: str, count: int) -> None:
+    """Remove a stage's shards from number ``count`` on: an earlier, longer manifest left them."""
+    for file in (folder / "shards").glob(f"*.{stage}.json"):
+        number = re.fullmatch(r"(\d{5,})\..*", file.name)
+        if number and int(number.group(1)) >= count:
+            file.unlink()
+
+
+def remove_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
+    """Remove arrays that no record names any more."""
+    for file in (folder / "shards").glob("*.npy"):
+        if f"shards/{file.name}" not in files:
+            file.unlink()
+
+
+def text_stage(rows: Sequence[Row], folder: Path, options: PrepareOptions, progress: bool) -> Stage:
+    """Compute the text features of all rows with text, where the options name an encoder."""
+    if options.text_encoder is None:
+        remove_beyond(folder, "text", 0)
+        return Stage()
+    texts = {i: row.text for i, row in enumerate(rows) if row.text is not None}
+
+    def build() -> tuple[Any, Any]:
+        from deepmsi.models.config import TextConfig
+        from deepmsi.models.encoders import build_text_encoder
+
+        return build_text_encoder(TextConfig(encoder=options.text_encoder or "", finetune=False))
+
+    inputs = {i: digest(text) for i, text in texts.items()}
+    return _stage("text", options.text_encoder, inputs, texts.__getitem__, build, rows, folder, progress)
+
+
+def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: PrepareOptions, progress: bool) -> Stage:
+    """Compute the audio features of all rows with a stored waveform, where the options name an encoder."""
+    if options.audio_encoder is None:
+        remove_beyond(folder, "audio", 0)
+        return Stage()
+    slots = {i: outcome.slots["audio"] for i, outcome in media.outcomes.items() if "audio" in outcome.slots}
+    inputs = {}
+    for i, (shard, position, length) in slots.items():
+        inputs[i] = f"{media.files[shard_name(shard, 'audio')]['sha256']}:{position}:{length}"
+
+    def waveform(i: int) -> np.ndarray:
+        shard, position, length = slots[i]
+        stored = np.load(folder / shard_name(shard, "audio"), mmap_mode="r", allow_pickle=False)
+        return stored[position : position + length].astype(np.float32) / np.float32(32768)
+
+    def build() -> tuple[Any, Any]:
+        from deepmsi.models.config import AudioConfig
+        from deepmsi.models.encoders import build_audio_encoder
+
+        config = AudioConfig(encoder=options.audio_encoder or "", sample_rate=options.sample_rate, finetune=False)
+        return build_audio_encoder(config)
+
+    return _stage("audio", options.audio_encoder, inputs, waveform, build, rows, folder, progress)
+
+
+def _stage(
+    modality: str,
+    encoder: str,
+    inputs: Mapping[int, str],
+    load: Callable[[int], Any],
+    build: Callable[[], tuple[Any, Any]],
+    rows: Sequence[Row],
+    folder: Path,
+    progress: bool,
+) -> Stage:
+    numbers = sorted(inputs)
+    chunks = [numbers[k : k + _ROWS_PER_SHARD] for k in range(0, len(numbers), _ROWS_PER_SHARD)]
+    identity = _identity(encoder)
+    shards = [(digest([VERSION, identity, [inputs[i] for i in chunk]]), chunk) for chunk in chunks]
+    missing = [shard for shard, (key, _) in enumerate(shards) if read_record(folder, shard, modality, key) is None]
+    if missing:
+        module, processor = build()
+        module.eval()
+        done = len(numbers) - sum(len(chunks[shard]) for shard in missing)
+        with tqdm(
+            total=len(numbers), initial=done, desc=f"{modality} features", unit="row", disable=not progress
+        ) as bar:
+            for shard in missing:
+                key, chunk = shards[shard]
+                _encode(modality, encoder, chunk, load, module, processor, rows, folder, shard, key, bar)
+    remove_beyond(folder, modality, len(shards))
+    return collect(folder, modality, shards)
+
+
+def _encode(
+    modality: str,
+    encoder: str,
+    chunk: Sequence[int],
+    load: Callable[[int], Any],
+    module: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    folder: Path,
+    shard: int,
+    key: str,
+    bar: Any,
+) -> None:
+    import torch
+
+    kind: Kind = "text_features" if modality == "text" else "audio_features"
+    outcomes = []
+    with ShardFiles(folder, shard) as files:
+        for k in range(0, len(chunk), _BATCH):
+            batch = chunk[k : k + _BATCH]
+            with torch.inference_mode():
+                features = module(**processor([load(i) for i in batch])).float().cpu().numpy()
+            for i, feature in zip(batch, features.astype(DTYPES[kind]), strict=True):
+                outcome = Outcome()
+                if np.isfinite(feature).all():
+                    outcome.slots[kind] = files.add(kind, feature)
+                else:
+                    reason = f"{rows[i].id}: the {modality} encoder {encoder} gives features that are not finite"
+                    outcome.failures.append((modality, reason))
+                outcomes.append(outcome)
+            bar.update(len(batch))
+        entries = files.finish()
+    write_record(folder, shard, modality, key, outcomes, entries)
+
+
+def _identity(encoder: str) -> list[Any]:
+    """What the features depend on: the encoder's name, and the files of a local one."""
+    folder = Path(encoder)
+    if not folder.is_dir():
+        return [encoder]
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [encoder, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]]
