@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from deepmsi.errors import UserError
+
 
 class PrepareOptions(BaseModel):
     """How clips become arrays. Equal options and equal input give equal bytes."""
@@ -31,5 +33,5 @@ class PrepareOptions(BaseModel):
     @classmethod
     def _pretrained(cls, name: str | None) -> str | None:
         if name in ("hashing", "logmel"):
-            raise ValueError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
+            raise UserError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
         return name
