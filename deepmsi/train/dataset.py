@@ -167,18 +167,12 @@ class UtteranceDataset(Dataset[Example]):
         if stored is None:
             raise UserError(f"{self.data.path}: the frames of row {self.data.rows[i].id!r} are gone.")
         frames = torch.from_numpy(np.array(stored))
-        spare = frames.shape[-1] - self.config.vision.image_size
-        augment = self.augment if rng is not None else None
-        if spare:
-            top, left = (
-                (spare // 2, spare // 2)
-                if augment is None or rng is None
-                else (int(rng.integers(spare + 1)), int(rng.integers(spare + 1)))
-            )
-            size = self.config.vision.image_size
-            frames = frames[..., top : top + size, left : left + size]
-        if augment is not None and rng is not None:
-            frames = augment_frames(frames, augment, rng)
+        size = self.config.vision.image_size
+        if frames.shape[-1] != size:
+            resized = torch.nn.functional.interpolate(frames.float(), (size, size), mode="bilinear", antialias=True)
+            frames = resized.round_().clamp_(0, 255).to(torch.uint8)
+        if rng is not None and self.augment is not None:
+            frames = augment_frames(frames, self.augment, rng)
         return frames
 
     def _features(self, modality: str, i: int) -> NDArray[np.float32]:

@@ -101,7 +101,7 @@ class Recipe(ModelSections):
     """A training run: the model's sections, the data, the protocol, the optimisation.
 
     `prepare` takes frames, size, resize, face and sample rate from the model's sections where it does not say
-    its own; a stored frame that is larger than `vision.image_size` is cropped (at random in training).
+    its own; stored frames that are larger than `vision.image_size` are scaled down when they are read.
     """
 
     name: str = "unnamed"

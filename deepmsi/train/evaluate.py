@@ -1,0 +1,189 @@
+"""Score a trained run on labelled data, with all modalities or with some hidden."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepmsi.errors import UserError
+from deepmsi.models.config import MODALITIES
+from deepmsi.train.console import note, progress
+from deepmsi.train.dataset import UtteranceDataset, check_data
+from deepmsi.train.inference import predict_logits, softmax
+from deepmsi.train.metrics import compute_metrics
+from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.rows import open_data, select_rows
+
+if TYPE_CHECKING:
+    from deepmsi.data.store import PreparedData
+    from deepmsi.models.deepmsi import DeepMSI
+
+METRICS, PREDICTIONS, RECIPE, RUN = "metrics.json", "predictions.csv", "recipe.yaml", "run.json"
+RUN_FORMAT = 1
+
+
+def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate a run's model on every labelled row of the data.
+
+    Args:
+        run: a run directory of `train`.
+        data: a manifest (prepared with the run's own options) or a prepared folder.
+        out: takes `metrics.json` and `predictions.csv`; None writes nothing.
+        drop: modalities to hide: "text", "audio", "video".
+
+    Returns:
+        What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read.
+
+    Raises:
+        UserError: no such run, a label that the run does not know, data that its model cannot read, or no
+            modality left.
+    """
+    drop = _check_drop(drop)
+    run, data = Path(run), Path(data)
+    facts = read_run(run)
+    recipe = load_recipe(run / RECIPE)
+    model = _load_model(run)
+    if out is not None:
+        _make_folder(Path(out))
+    with TemporaryDirectory() as temporary:
+        prepared = open_data(data, recipe.prepare, (Path(out) if out else Path(temporary)) / "prepared")
+        result, predictions = evaluate_model(model, recipe, prepared, drop)
+    trained = set(facts.get("trained_ids", ()))
+    seen = sum(row[0] in trained for row in predictions)
+    result["rows_seen_in_training"] = seen
+    if seen:
+        note(f"{seen} of {len(predictions)} rows have the id of a row that this run trained on.")
+    if out is not None:
+        write_predictions(Path(out) / PREDICTIONS, predictions, model.config.names)
+        write_json(Path(out) / METRICS, result)
+    return result
+
+
+def evaluate_model(
+    model: DeepMSI, recipe: Recipe, data: PreparedData, drop: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """Evaluate a model in memory.
+
+    Returns:
+        The metrics, and the rows of `predictions.csv`.
+    """
+    config = model.config
+    if not set(config.modalities) - set(drop):
+        raise UserError(
+            f"The run reads {', '.join(config.modalities)} and --drop hides {', '.join(drop)}: nothing is left to read."
+        )
+    check_data(data, config)
+    selection = select_rows(data.rows, config, config.names, recipe.exclude_labels, drop)
+    for sentence in selection.notes():
+        note(sentence)
+    dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
+    with progress(len(dataset), "evaluate", "row") as bar:
+        logits = predict_logits(
+            model,
+            dataset,
+            batch_size=recipe.train.eval_batch_size or recipe.train.batch_size,
+            workers=recipe.train.workers,
+            on_batch=bar.update,
+        )
+    result = compute_metrics(selection.classes, logits.argmax(1), config.names)
+    result["modalities"] = [name for name in config.modalities if name not in drop]
+    result["context"] = config.text.context
+    result["left_out"] = selection.left_out
+    ids = [data.rows[i].id for i in selection.indices]
+    return result, prediction_rows(ids, selection.classes, logits, config.names)
+
+
+def prediction_rows(
+    ids: Sequence[str], classes: NDArray[np.int64], logits: NDArray[np.float32], names: Sequence[str]
+) -> list[list[str]]:
+    """Rows of `predictions.csv`: id, label, predicted, and the probability of every label."""
+    probabilities = softmax(logits)
+    return [
+        [row_id, names[label], names[int(p.argmax())], *(f"{value:.6f}" for value in p)]
+        for row_id, label, p in zip(ids, classes, probabilities, strict=True)
+    ]
+
+
+def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    """Write `predictions.csv`; a label that has the name of another column gets its column as p(label)."""
+    header = ["id", "label", "predicted"]
+    header += [f"p({name})" if name in header else name for name in names]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON to a temporary name, then rename."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to a temporary name, then rename.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Read and check `run.json` of a run directory.
+
+    Raises:
+        UserError: it is missing, damaged, or of another version.
+    """
+    path = run / RUN
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{run} is no run of deepmsi train: it has no {RUN}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the run is damaged.") from None
+    if not isinstance(facts, dict) or facts.get("format") != RUN_FORMAT:
+        found = facts.get("format") if isinstance(facts, dict) else None
+        raise UserError(
+            f"{path} has format {found!r} and this deepmsi reads {RUN_FORMAT}: use the deepmsi that made the run."
+        )
+    return facts
+
+
+def _load_model(run: Path) -> DeepMSI:
+    from deepmsi.models.deepmsi import DeepMSI
+
+    folder = run / "model"
+    if not folder.is_dir():
+        raise UserError(f"{run} has no model: its training has not ended; run deepmsi train with --resume.")
+    model = DeepMSI.from_pretrained(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_drop(drop: Sequence[str]) -> list[str]:
+    names = [name.strip() for item in drop for name in item.split(",") if name.strip()]
+    for name in names:
+        if name not in MODALITIES:
+            raise UserError(f"--drop {name!r}: the modalities are {', '.join(MODALITIES)}.")
+    return [name for name in MODALITIES if name in names]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give another folder.") from None

@@ -1,0 +1,111 @@
+"""Which rows of the data take part, with which class; opening data that may be a manifest or prepared already."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.store import INDEX, STARTED, PreparedData, PreparedRow
+from deepmsi.errors import UserError
+from deepmsi.models.config import MODALITIES, ModelSections
+from deepmsi.train.dataset import present_modalities
+
+
+@dataclass
+class Selection:
+    """Rows that take part: positions in the prepared folder and class ids, with what was left out and why."""
+
+    names: list[str]
+    indices: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One sentence per reason for which rows were left out."""
+        return [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a folder is a prepared one, finished or not."""
+    return path.is_dir() and ((path / INDEX).exists() or (path / STARTED).exists())
+
+
+def open_data(path: Path, options: PrepareOptions, prepared: Path) -> PreparedData:
+    """Open a prepared folder, or prepare a manifest first.
+
+    Args:
+        path: a prepared folder, a manifest, or a release's folder that `read_manifest` knows.
+        options: for a manifest.
+        prepared: where a manifest is prepared; what lies there already is continued.
+
+    Raises:
+        UserError: neither, or nothing in it could be prepared.
+    """
+    if not path.exists():
+        raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
+    if is_prepared(path):
+        return PreparedData.open(path)
+    from deepmsi.data.prepare import prepare
+
+    return prepare(path, prepared, options)
+
+
+def select_rows(
+    rows: Sequence[PreparedRow],
+    config: ModelSections,
+    names: Sequence[str] | None,
+    exclude: Sequence[str],
+    hidden: Sequence[str] = (),
+) -> Selection:
+    """Choose the labelled rows that a model can read.
+
+    Args:
+        rows: of the prepared folder.
+        config: the model's sections.
+        names: the classes, in order; None takes those of the rows, sorted.
+        exclude: labels whose rows are left out.
+        hidden: modalities that do not count as present.
+
+    Raises:
+        UserError: no row is left, fewer than two classes, or a row has a label that is not among the classes.
+    """
+    left_out: Counter[str] = Counter()
+    indices, labels = [], []
+    for i, row in enumerate(rows):
+        there = present_modalities(row, config)
+        if row.label in exclude and row.label is not None:
+            left_out[f"the label {row.label!r} is excluded by the recipe"] += 1
+        elif row.label is None:
+            left_out["they have no label"] += 1
+        elif not any(has and name not in hidden for has, name in zip(there, MODALITIES, strict=True)):
+            left_out[f"they have none of {', '.join(m for m in config.modalities if m not in hidden)}"] += 1
+        else:
+            indices.append(i)
+            labels.append(row.label)
+    if not indices:
+        reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.items()) or "there are none"
+        raise UserError(f"No row is left to work with: {reasons}.")
+    classes = list(names) if names is not None else sorted(set(labels))
+    if len(classes) < 2:
+        raise UserError(f"The data have one class only ({classes[0]!r}): a classifier needs two or more.")
+    position = {name: k for k, name in enumerate(classes)}
+    for i, label in zip(indices, labels, strict=True):
+        if label not in position:
+            close = difflib.get_close_matches(label, classes, n=1)
+            hint = f"; did you mean {close[0]!r}" if close else ""
+            raise UserError(
+                f"Row {rows[i].id!r} has the unknown label {label!r}: known are {', '.join(classes)}{hint}."
+            )
+    return Selection(
+        classes,
+        np.array(indices, dtype=np.int64),
+        np.array([position[label] for label in labels], dtype=np.int64),
+        dict(left_out),
+    )
