@@ -22,14 +22,17 @@ def why_not(block: Any) -> str | None:
     return None
 
 
-def _attend(block: Any, x: Tensor, qkv: Tensor, **options: Any) -> Tensor:
-    """Attend over a grid: qkv of the (padded) grid that timm would shift, to the grid of x."""
+def _attend(block: Any, qkv: Tensor, **options: Any) -> Tensor:
+    """Attend over the (padded) grid of qkv, and project."""
     attn = block.attn
-    out = window_attention(qkv, attn.num_heads, qkv.shape[1:3], block.window_size[0], block.shift_size[0], **options)
+    out = window_attention(
+        qkv, attn.num_heads, (qkv.shape[1], qkv.shape[2]), block.window_size[0], block.shift_size[0], **options
+    )
     return attn.proj_drop(attn.proj(out))
 
 
-def _grids(block: Any, x: Tensor) -> tuple[int, int]:
+def _padding(block: Any, x: Tensor) -> tuple[int, int]:
+    """Return the rows and columns that a grid lacks to a multiple of the window."""
     window = block.window_size[0]
     return -x.shape[1] % window, -x.shape[2] % window
 
@@ -39,7 +42,7 @@ def _pad_as_timm(block: Any, x: Tensor) -> Tensor:
 
     The operation shifts the padded grid, so the result is shifted back on it.
     """
-    down, across = _grids(block, x)
+    down, across = _padding(block, x)
     shift = block.shift_size[0]
     if not (down or across):
         return x
@@ -50,7 +53,7 @@ def _pad_as_timm(block: Any, x: Tensor) -> Tensor:
 
 def _crop_as_timm(block: Any, y: Tensor, x: Tensor) -> Tensor:
     """Undo :func:`_pad_as_timm` on the attention's output."""
-    down, across = _grids(block, x)
+    down, across = _padding(block, x)
     shift = block.shift_size[0]
     if not (down or across):
         return y
@@ -71,10 +74,9 @@ class FusedSwinBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self):
             return super()._attn(x)
-        attn = self.attn
+        attn: Any = self.attn
         out = _attend(
             self,
-            x,
             attn.qkv(_pad_as_timm(self, x)),
             bias_table=attn.relative_position_bias_table,
             scale=attn.scale,
@@ -88,7 +90,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self):
             return super()._attn(x)
-        attn = self.attn
+        attn: Any = self.attn
         padded = _pad_as_timm(self, x)
         if attn.q_bias is None:
             qkv = attn.qkv(padded)
@@ -99,7 +101,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             else:
                 qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
-        out = _attend(self, x, qkv, bias_table=16 * table.sigmoid(), logit_scale=attn.logit_scale)
+        out = _attend(self, qkv, bias_table=16 * table.sigmoid(), logit_scale=attn.logit_scale)
         return _crop_as_timm(self, out, x)
 
 

@@ -48,9 +48,7 @@ def fuse(model: Model) -> Model:
                 raise UserError(f"fuse: block {name} cannot be fused: {reason}")
             chosen.append((module, blocks.FUSED.get(type(module), type(module))))
     if not chosen:
-        raise UserError(
-            f"fuse: {type(model).__name__} has no block of timm's swin_*, swin_s3_* or swinv2_*: there is nothing to fuse"
-        )
+        raise UserError(f"fuse: {type(model).__name__} has no block of timm's swin_*, swin_s3_* or swinv2_* to fuse")
     for module, fused in chosen:
         module.__class__ = fused
     return model

@@ -1,10 +1,10 @@
-"""The parts of a Swin V2 that may lose tokens on its way: attention, MLP, compression, merging, on dense or packed rows.
+"""The parts of a Swin V2 that may lose tokens: attention, MLP, compression, merging, on dense or packed rows.
 
 Parameters have timm's names. All frames run at once, in one of two layouts (:class:`Tokens`).
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,10 @@ class WindowAttention(nn.Module):
         self.register_buffer("fixed_table", None, persistent=False)
 
     def bias_table(self) -> Tensor:
-        """Return 16 · sigmoid of the position bias for every offset in a window [(2w - 1)², heads], at least float32."""
+        """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
         if self.fixed_table is not None:
             return self.fixed_table
-        hidden, _, out = self.cpb_mlp
+        hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
         with torch.autocast(self.offsets.device.type, enabled=False):
             scaled = self.offsets.float() / max(self.reference_window - 1, 1) * 8
@@ -263,7 +263,8 @@ class PatchMerging(nn.Module):
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:
         x, place, cu_seqlens = tokens.x, tokens.place, tokens.cu_seqlens
-        assert place is not None and cu_seqlens is not None
+        assert place is not None
+        assert cu_seqlens is not None
         rows, channels = x.shape
         frames, cells, width = cu_seqlens.shape[0] - 1, grid[0] * grid[1], tokens.grid[1]
         row, column = place.long() // width, place.long() % width

@@ -1,7 +1,7 @@
 """The temporal convolutional network: whole sequences, their last step alone, and one step of many streams."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ class TemporalBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
-        self.conv1 = parametrizations.weight_norm(nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation))
-        self.conv2 = parametrizations.weight_norm(nn.Conv1d(outputs, outputs, kernel_size, dilation=dilation))
+        self.conv1 = _weight_normed(inputs, outputs, kernel_size, dilation)
+        self.conv2 = _weight_normed(outputs, outputs, kernel_size, dilation)
         self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
         self.dropout = nn.Dropout(dropout)
 
@@ -60,7 +60,12 @@ class TemporalBlock(nn.Module):
         return x if self.downsample is None else _valid(x, self.downsample, 1, x.shape[2])
 
 
-def _valid(x: Tensor, conv: nn.Module, step: int, count: int) -> Tensor:
+def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:
+    conv = nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation)
+    return cast(nn.Conv1d, parametrizations.weight_norm(conv))
+
+
+def _valid(x: Tensor, conv: nn.Conv1d, step: int, count: int) -> Tensor:
     """Convolve x [B, Cin, n] without dilation into the last ``count`` outputs, ``step`` apart: [B, Cout, count].
 
     Zeros stand before the start. One product of the gathered taps: at a few positions that is what a convolution is.
@@ -72,7 +77,7 @@ def _valid(x: Tensor, conv: nn.Module, step: int, count: int) -> Tensor:
     return torch.nn.functional.linear(taps, weight.flatten(1), conv.bias).transpose(1, 2)
 
 
-def _advance(x: Tensor, past: Tensor, conv: nn.Module, dilation: int) -> tuple[Tensor, Tensor]:
+def _advance(x: Tensor, past: Tensor, conv: nn.Conv1d, dilation: int) -> tuple[Tensor, Tensor]:
     """Convolve one more time step x [B, Cin]; return its output [B, Cout] and the new past."""
     seen = torch.cat([past, x.unsqueeze(2).to(past.dtype)], 2)
     y = torch.nn.functional.linear(seen[:, :, ::dilation].flatten(1), conv.weight.flatten(1), conv.bias)
@@ -109,9 +114,13 @@ class TCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, Cin, T] to [B, Cout, T]."""
-        for block in self.network:
+        for block in self.blocks():
             x = block(x)
         return x
+
+    def blocks(self) -> list[TemporalBlock]:
+        """Return the blocks in order."""
+        return cast(list[TemporalBlock], list(self.network))
 
     def last(self, x: Tensor) -> Tensor:
         """Map [B, Cin, T] to the last time step [B, Cout], computing nothing that does not reach it.
@@ -126,18 +135,19 @@ class TCN(nn.Module):
         length = x.shape[2]
         if length < 1:
             raise ValueError("TCN.last: the sequence has no time step")
-        taps = self.network[0].conv1.kernel_size[0]
+        blocks = self.blocks()
+        taps = blocks[0].conv1.kernel_size[0]
         # Going back from the end: block i is needed at `count` steps, `stride` apart; it reads every d-th time step.
         plan: list[tuple[int, int, int]] = []
-        stride, count = 2 ** (len(self.network) - 1), 1
-        for block in reversed(self.network):
+        stride, count = 2 ** (len(blocks) - 1), 1
+        for block in reversed(blocks):
             step = stride // block.dilation
             reach = (count - 1) * step + 2 * (taps - 1) + 1
             read = min(reach, (length - 1) // block.dilation + 1)
             plan.append((read, step, count))
             stride, count = block.dilation, read
         x = x[:, :, length - plan[-1][0] :]
-        for block, (_, step, wanted) in zip(self.network, reversed(plan), strict=True):
+        for block, (_, step, wanted) in zip(blocks, reversed(plan), strict=True):
             x = block.sparse(x, step, wanted)
         return x[:, :, -1]
 
@@ -148,7 +158,7 @@ class TCN(nn.Module):
 
         Set the rows of a stream to zero in every tensor to start that stream anew.
         """
-        bias = self.network[0].conv1.bias
+        bias = cast(Tensor, self.blocks()[0].conv1.bias)
         device, dtype = device or bias.device, dtype or bias.dtype
         return tuple(
             torch.zeros(
@@ -158,7 +168,7 @@ class TCN(nn.Module):
                 device=device,
                 dtype=dtype,
             )
-            for block in self.network
+            for block in self.blocks()
             for conv in (block.conv1, block.conv2)
         )
 
@@ -168,7 +178,7 @@ class TCN(nn.Module):
         Equal at every step to the network on the stream's whole sequence since its first frame.
         """
         following: list[Tensor] = []
-        for block, first, second in zip(self.network, state[::2], state[1::2], strict=True):
+        for block, first, second in zip(self.blocks(), state[::2], state[1::2], strict=True):
             x, first, second = block.step(x, first, second)
             following += [first, second]
         return x, tuple(following)

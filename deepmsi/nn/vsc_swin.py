@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class Stage(nn.Module):
     def enter(self, tokens: Tokens) -> Tokens:
         """Merge down to this stage's grid."""
         return tokens if self.downsample is None else self.downsample(tokens)
+
+    def each(self) -> list[Block]:
+        """Return the blocks in order."""
+        return cast(list[Block], list(self.blocks))
 
 
 class VSCSwin(nn.Module):
@@ -136,7 +140,9 @@ class VSCSwin(nn.Module):
     def _compression(self, index: int, dim: int, side: int) -> tuple[Compression, int]:
         """Return the compression number ``index`` of the schedule, and the side of the grid behind it."""
         plan = self.schedule
-        assert plan is not None and plan.blocks is not None and self.guide_dim is not None
+        assert plan is not None
+        assert plan.blocks is not None
+        assert self.guide_dim is not None
         keep = plan.keep[index] if isinstance(plan.keep, tuple) else None
         capacity = plan.capacity[index] if isinstance(plan.capacity, tuple) else None
         if keep is not None and capacity is None and plan.blocks[index][0] > plan.blocks[0][0]:
@@ -260,9 +266,9 @@ class VSCSwin(nn.Module):
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
         x = self.patch_embed(frames)
         tokens = Tokens(x, (x.shape[1], x.shape[2]))
-        for stage in self.layers:
+        for stage in self.stages():
             tokens = stage.enter(tokens)
-            for block in stage.blocks:
+            for block in stage.each():
                 if block.compress is not None:
                     return block.attend(tokens).x
                 tokens = block(tokens)
@@ -284,10 +290,10 @@ class VSCSwin(nn.Module):
 
     def _compressed(self, tokens: Tokens, guide: Tensor, kept: list[KeptTokens] | None) -> Tokens:
         begun = False
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(self.stages()):
             if begun:
                 tokens = stage.enter(tokens)
-            for j, block in enumerate(stage.blocks):
+            for j, block in enumerate(stage.each()):
                 if block.compress is not None:
                     # The stem ends behind the attention of the first one.
                     tokens = block.attend(tokens) if begun else tokens
@@ -296,6 +302,10 @@ class VSCSwin(nn.Module):
                 elif begun:
                     tokens = block(tokens)
         return tokens
+
+    def stages(self) -> list[Stage]:
+        """Return the stages in order."""
+        return cast(list[Stage], list(self.layers))
 
     def fix_bias_tables(self) -> "VSCSwin":
         """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.

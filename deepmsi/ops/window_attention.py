@@ -65,7 +65,8 @@ def window_attention(
             positions is not None and cu_seqlens is not None,
             f"{_OP}: packed rows need both positions and cu_seqlens",
         )
-        assert positions is not None and cu_seqlens is not None
+        assert positions is not None
+        assert cu_seqlens is not None
         check(qkv.dim() == 2, f"{_OP}: qkv must be packed [R, 3C] where positions are given, not {shape(qkv)}")
         check(
             positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64),
@@ -108,7 +109,7 @@ def window_attention(
             f"{_OP}: logit_scale must have {heads} elements, not {logit_scale.numel()}",
         )
         logit_scale = logit_scale.reshape(heads)
-    elif scale is None:
+    if scale is None:
         scale = depth**-0.5
 
     resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)

@@ -21,11 +21,11 @@ def window_attention(
     shift: int,
     bias_table: Tensor,
     logit_scale: Tensor | None,
-    scale: float | None,
+    scale: float,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Compute :func:`deepmsi.ops.window_attention` with its arguments already checked."""
+    """Compute :func:`deepmsi.ops.window_attention` with its arguments already checked; ``scale`` is V1's alone."""
     if positions is None or cu_seqlens is None:
         return _dense(qkv, heads, window, shift, bias_table, logit_scale, scale)
     return _packed(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
@@ -38,7 +38,7 @@ def _dense(
     shift: int,
     bias_table: Tensor,
     logit_scale: Tensor | None,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
     frames, height, width, channels = qkv.shape
     down, across = -(-height // window), -(-width // window)
@@ -78,7 +78,7 @@ def _packed(
     shift: int,
     bias_table: Tensor,
     logit_scale: Tensor | None,
-    scale: float | None,
+    scale: float,
     positions: Tensor,
     cu_seqlens: Tensor,
 ) -> Tensor:
@@ -117,7 +117,7 @@ def _attend(
     window: int,
     bias_table: Tensor,
     logit_scale: Tensor | None,
-    scale: float | None,
+    scale: float,
     allowed: Tensor | None,
 ) -> Tensor:
     """Attend inside each window: q, k, v [windows, heads, slots, depth].
