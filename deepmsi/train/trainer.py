@@ -555,6 +555,16 @@ def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The watched scores by epoch of a finished fit, from its history."""
+    events = [json.loads(line) for line in (folder / HISTORY).read_text(encoding="utf-8").splitlines()]
+    return [
+        {key: value for key, value in event.items() if key not in ("step", "split")} | {"epoch": round(event["epoch"])}
+        for event in events
+        if event["split"] == "dev"
+    ]
+
+
 def better(a: float, b: float, metric: str) -> bool:
     """Whether score a is better than b."""
     return a < b if metric == "loss" else a > b

@@ -1,0 +1,575 @@
+"""A training run: data, protocol, folds, the choice of epochs, the kept model, and the record of all of it.
+
+RUN/
+  run.json            versions, seed, data fingerprint, command, protocol, rows left out, ids trained on
+  recipe.yaml         the resolved recipe
+  splits.json         ids of every fold's parts
+  metrics.json        scores of the protocol's held-out part;  predictions.csv  the rows behind them
+  history.jsonl       one event a line: step, epoch, split, values;  logs/  the same for TensorBoard
+  checkpoints/        of the kept model's fit;  model/  the kept model (`DeepMSI.from_pretrained`)
+  folds/NAME/         the same per fold, with fold.json when it is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from deepmsi._version import __version__
+from deepmsi.data.store import PreparedData
+from deepmsi.errors import UserError
+from deepmsi.models.config import DeepMSIConfig
+from deepmsi.train.console import note
+from deepmsi.train.dataset import UtteranceDataset, check_data
+from deepmsi.train.evaluate import (
+    METRICS,
+    PREDICTIONS,
+    RECIPE,
+    RUN,
+    RUN_FORMAT,
+    prediction_rows,
+    read_run,
+    write_json,
+    write_predictions,
+)
+from deepmsi.train.inference import predict_logits, process_rank
+from deepmsi.train.losses import class_weights
+from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wilson_interval
+from deepmsi.train.protocols import Fold, inner_folds, make_folds
+from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.rows import open_data, select_rows
+from deepmsi.train.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
+    from deepmsi.train.trainer import FitResult
+
+SPLITS, FOLD, LOGITS = "splits.json", "fold.json", "logits.npy"
+# What may differ between a run and its continuation: it changes no number.
+FREE = (
+    {"name", "description"},
+    {"workers", "device", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints"},
+)
+
+
+def train(
+    recipe: Recipe, data: Path, out: Path, resume: bool = False, folds: Sequence[str | int] | None = None
+) -> dict[str, Any]:
+    """Train as a recipe says, and measure by its protocol.
+
+    With the protocol `split-column` one model is trained and scored on the manifest's test part (its dev part
+    where there is no test). Every other protocol measures by folds, and then fits the kept model on all rows by
+    the same procedure (`protocol.final_fit`). The number of epochs never comes from a reported part.
+
+    Args:
+        recipe: from `load_recipe`.
+        data: a manifest or a prepared folder.
+        out: the run directory.
+        resume: continue a run that was interrupted: finished folds are kept, the unfinished fit goes on from its
+            newest checkpoint that validates.
+        folds: names or numbers (from 1) of the folds to run; the others may run elsewhere or later into the same
+            directory. Scores and the final fit follow when all are there.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: anything that the recipe, the data or the directory do not allow, in one sentence.
+    """
+    data, out = Path(data), Path(out)
+    _start_processes(recipe)
+    try:
+        return _Run(recipe, data, out, resume, folds).go()
+    finally:
+        _barrier()
+
+
+@dataclass
+class _Part:
+    """What a fit is made of: positions in the selection."""
+
+    train: NDArray[np.int64]
+    watch: NDArray[np.int64] | None = None
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, data: Path, out: Path, resume: bool, folds: Sequence[str | int] | None) -> None:
+        self.out, self.resume = out, resume
+        self.main = process_rank()[0] == 0
+        started = _check_directory(out, resume or folds is not None)
+        self.data = _on_main_first(lambda: open_data(data, recipe.prepare, out / "prepared"))
+        self.recipe = recipe = _fit_to_data(recipe, self.data)
+        check_data(self.data, recipe)
+        self.selection = select_rows(self.data.rows, recipe, recipe.labels, recipe.exclude_labels)
+        self.rows = [self.data.rows[i] for i in self.selection.indices]
+        self.folds = make_folds(recipe.protocol, self.rows, recipe.seed)
+        self.chosen = _choose_folds(self.folds, folds)
+        self.single = recipe.protocol.name == "split-column"
+        _check_selection(recipe, self.folds)
+        if started is not None:
+            _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
+        self.facts = started or self._describe(data)
+        if self.main and started is None:
+            recipe.save(out / RECIPE)
+            write_json(out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
+            write_json(out / RUN, self.facts)
+        for sentence in self.selection.notes():
+            note(sentence)
+        note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
+        _barrier()
+
+    def go(self) -> dict[str, Any]:
+        begun = time.time()
+        for fold in self.chosen:
+            self._run_fold(fold)
+        done = [fold for fold in self.folds if (self._folder(fold) / FOLD).is_file()]
+        result = self._join(done)
+        if len(done) == len(self.folds):
+            if not self.single and self.recipe.protocol.final_fit:
+                self._final_fit()
+        else:
+            missing = [fold.name for fold in self.folds if fold not in done]
+            note(f"Folds still to run: {', '.join(missing)}; scores and the final fit wait for them.")
+        if self.main:
+            write_json(self.out / METRICS, result)
+            self.facts["seconds"] = round(self.facts.get("seconds", 0.0) + time.time() - begun, 1)
+            self.facts["finished"] = _now() if result["complete"] else None
+            write_json(self.out / RUN, self.facts)
+        return result
+
+    def _folder(self, fold: Fold) -> Path:
+        return self.out if self.single else self.out / "folds" / fold.name
+
+    def _run_fold(self, fold: Fold) -> None:
+        folder = self._folder(fold)
+        if (folder / FOLD).is_file():
+            return
+        if not self.single:
+            note(f"Fold {fold.name} ({self.folds.index(fold) + 1} of {len(self.folds)}).")
+        begun = time.time()
+        seed = derive_seed(self.recipe.seed, fold.name)
+        model, result, epochs_from = self._fit(fold.name, folder, fold.train, fold.dev, seed)
+        test = self._dataset(fold.test, model.config)
+        settings = self.recipe.train
+        logits = predict_logits(
+            model,
+            test,
+            batch_size=settings.eval_batch_size or settings.batch_size,
+            workers=settings.workers,
+            precision=settings.precision,
+        )
+        if self.single:
+            _save_model(model, self.out / "model")
+        if self.main:
+            names = self.selection.names
+            rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
+            write_predictions(folder / PREDICTIONS, rows, names)
+            with (folder / f".{LOGITS}.part").open("wb") as stream:
+                np.save(stream, logits, allow_pickle=False)
+            os.replace(folder / f".{LOGITS}.part", folder / LOGITS)
+            facts = {
+                "name": fold.name,
+                "train": len(fold.train),
+                "test": len(fold.test),
+                "epochs": result.epochs,
+                "kept_epoch": result.kept_epoch,
+                "epochs_from": epochs_from,
+                "seconds": round(time.time() - begun, 1),
+                "metrics": compute_metrics(self._classes(fold.test), logits.argmax(1), names),
+            }
+            if not self.single:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            write_json(folder / FOLD, facts)
+        _barrier()
+
+    def _final_fit(self) -> None:
+        if (self.out / "model").is_dir():
+            return
+        note("Final fit on all rows.")
+        everything = np.arange(len(self.rows))
+        seed = derive_seed(self.recipe.seed, "final")
+        model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
+        _save_model(model, self.out / "model")
+        self.facts["final_fit"] = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
+
+    def _fit(
+        self,
+        name: str,
+        folder: Path,
+        train: NDArray[np.int64],
+        dev: NDArray[np.int64] | None,
+        seed: int,
+        whole: bool = False,
+    ) -> tuple[DeepMSI, FitResult, str]:
+        """Train on a part, with the number of epochs found as the recipe says; `whole` leaves no row out."""
+        settings, protocol = self.recipe.train, self.recipe.protocol
+        selection = settings.selection
+        if selection == "auto":
+            selection = "inner-validation" if dev is None else "dev"
+        if selection in ("last", "dev"):
+            part = _Part(train, dev)
+            model, result = self._fit_part(name, folder, part, seed, keep_best=selection == "dev" and dev is not None)
+            return model, result, "the recipe" if selection == "last" else "the dev part"
+        repeats = settings.inner_repeats if selection == "inner-folds" else 1
+        parts = inner_folds(self.rows, train, protocol, settings.inner_folds, repeats, self.recipe.seed)
+        if selection == "inner-validation":
+            parts = parts[:1]
+        if selection == "inner-validation" and not whole:
+            part = _Part(parts[0].train, parts[0].test)
+            model, result = self._fit_part(name, folder, part, seed, keep_best=True)
+            return model, result, "an inner validation part"
+        curves = [self._inner_curve(name, folder, part, derive_seed(seed, part.name)) for part in parts]
+        sizes = [len(part.test) for part in parts]
+        best = best_epoch(curves, sizes, settings.metric)
+        note(f"{name}: {best} epochs, from {len(parts)} inner fit{'s' * (len(parts) > 1)}.")
+        model, result = self._fit_part(name, folder, _Part(train), seed, stop_epoch=best)
+        return model, result, f"{len(parts)} inner fits"
+
+    def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[dict[str, float]]:
+        """Scores by epoch on an inner part; a finished one is read back when a run resumes."""
+        from deepmsi.train.trainer import read_curve
+
+        inner = folder / "inner" / part.name
+        done = inner / "done.json"
+        if not done.is_file():
+            fit = _Part(part.train, part.test)
+            _, result = self._fit_part(f"{name} {part.name}", inner, fit, seed, checkpoints=False)
+            if self.main:
+                write_json(done, {"epochs": result.epochs})
+            _barrier()
+            return result.curve
+        return read_curve(inner)
+
+    def _fit_part(
+        self,
+        name: str,
+        folder: Path,
+        part: _Part,
+        seed: int,
+        *,
+        keep_best: bool = False,
+        stop_epoch: int | None = None,
+        checkpoints: bool = True,
+    ) -> tuple[DeepMSI, FitResult]:
+        from deepmsi.models.deepmsi import DeepMSI
+        from deepmsi.train.trainer import Fit, run_fit
+
+        config = self._config(part.train)
+        torch.manual_seed(derive_seed(seed, "weights"))
+        model = DeepMSI(config)
+        fit = Fit(
+            name=name,
+            folder=folder,
+            recipe=self.recipe,
+            train=self._dataset(part.train, config, seed),
+            watch=None if part.watch is None else self._dataset(part.watch, config),
+            keep_best=keep_best,
+            stop_epoch=stop_epoch,
+            seed=seed,
+            resume=self.resume,
+            checkpoints=checkpoints,
+        )
+        result = run_fit(model, fit)
+        if self.main:
+            (folder / "best.safetensors").unlink(missing_ok=True)
+        return model, result
+
+    def _config(self, train: NDArray[np.int64]) -> DeepMSIConfig:
+        sections, names = self.recipe.sections(), self.selection.names
+        sections.pop("preset")
+        if sections["loss"]["class_weights"] == "balanced":
+            counts = np.bincount(self._classes(train), minlength=len(names)).tolist()
+            sections["loss"]["class_weights"] = class_weights(counts, names)
+        return DeepMSIConfig(label_names=names, num_labels=len(names), **sections)
+
+    def _classes(self, part: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.selection.classes[part]
+
+    def _dataset(self, part: NDArray[np.int64], config: DeepMSIConfig, seed: int | None = None) -> UtteranceDataset:
+        augment = self.recipe.augment if seed is not None else None
+        indices = self.selection.indices[part]
+        return UtteranceDataset(self.data, indices, self._classes(part), config, augment=augment, seed=seed or 0)
+
+    def _join(self, done: Sequence[Fold]) -> dict[str, Any]:
+        """The scores of the folds that are done, joined."""
+        names, protocol = self.selection.names, self.recipe.protocol
+        facts = {fold.name: _read_json(self._folder(fold) / FOLD) for fold in done}
+        repeats: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        per_repeat = len(self.folds) // (protocol.repeats if protocol.name.endswith("kfold") else 1)
+        for start in range(0, len(self.folds), per_repeat):
+            part = [fold for fold in self.folds[start : start + per_repeat] if fold.name in facts]
+            if part:
+                positions = np.concatenate([fold.test for fold in part])
+                repeats.append((positions, np.concatenate([np.load(self._folder(f) / LOGITS) for f in part])))
+        result: dict[str, Any] = {"n": 0} if not repeats else join_repeats(repeats, self.selection.classes, names)
+        result.update(
+            protocol=protocol.title,
+            leaks=protocol.leaks,
+            complete=len(done) == len(self.folds),
+            context=self.recipe.text.context,
+            folds=[{key: facts[fold.name][key] for key in _FOLD_FACTS} for fold in done],
+        )
+        if len(done) > 1:
+            result["over_folds"] = summarize_folds([facts[fold.name]["metrics"] for fold in done])
+        if repeats and self.main and not self.single:
+            rows = [
+                row
+                for positions, logits in repeats
+                for row in prediction_rows(
+                    [self.rows[i].id for i in positions], self._classes(positions), logits, names
+                )
+            ]
+            write_predictions(self.out / PREDICTIONS, rows, names)
+        for name in result.get("never_predicted", ()):
+            if result["per_class"][name]["support"]:
+                note(
+                    f"The class {name!r} is never predicted: try loss.class_weights=balanced, "
+                    "train.sampler=balanced or train.logit_adjustment=1."
+                )
+        return result
+
+    def _ids(self, fold: Fold) -> dict[str, list[str]]:
+        parts = {"train": fold.train, "test": fold.test}
+        if fold.dev is not None:
+            parts["dev"] = fold.dev
+        return {name: [self.rows[i].id for i in part] for name, part in parts.items()}
+
+    def _describe(self, data: Path) -> dict[str, Any]:
+        import transformers
+
+        recipe = self.recipe
+        kept = self.folds[0].train if self.single else range(len(self.rows))
+        return {
+            "format": RUN_FORMAT,
+            "deepmsi": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "processes": process_rank()[1],
+            "threads": torch.get_num_threads(),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "protocol": recipe.protocol.title,
+            "leaks": recipe.protocol.leaks,
+            "context": recipe.text.context,
+            "data": {
+                "path": str(data),
+                "fingerprint": self.data.fingerprint,
+                "rows": len(self.data.rows),
+                "used": len(self.rows),
+                "left_out": self.selection.left_out,
+            },
+            "labels": self.selection.names,
+            "trained_ids": [self.rows[i].id for i in kept],
+            "started": _now(),
+        }
+
+
+_FOLD_FACTS = ("name", "train", "test", "epochs", "kept_epoch", "epochs_from", "seconds", "metrics")
+
+
+def best_epoch(curves: Sequence[Sequence[dict[str, float]]], sizes: Sequence[int], metric: str) -> int:
+    """The epoch that is best on average over inner parts, weighted by their rows; a tie goes to the lower loss.
+
+    Args:
+        curves: per part, one dictionary per epoch with `epoch`, `loss` and the scores.
+        sizes: rows of each part.
+        metric: `loss` or the name of a score.
+    """
+    weights = np.asarray(sizes, dtype=np.float64)
+    epochs = min(len(curve) for curve in curves)
+
+    def mean(name: str) -> NDArray[np.float64]:
+        return np.average([[point[name] for point in curve[:epochs]] for curve in curves], axis=0, weights=weights)
+
+    loss = mean("loss")
+    score = -loss if metric == "loss" else mean(metric)
+    order = np.lexsort((loss, -np.round(score, 9)))
+    return int(curves[0][int(order[0])]["epoch"])
+
+
+def join_repeats(
+    repeats: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], classes: NDArray[np.int64], names: list[str]
+) -> dict[str, Any]:
+    """Scores of the joined folds; over repeats the mean of each score, and the sum of the confusion matrices.
+
+    Intervals are those of one repeat's rows (their ends averaged): repeating the folds adds no utterances.
+    """
+    each = [compute_metrics(classes[rows], logits.argmax(1), names) for rows, logits in repeats]
+    if len(each) == 1:
+        return each[0]
+    truth = np.concatenate([classes[rows] for rows, _ in repeats])
+    pooled = compute_metrics(truth, np.concatenate([logits.argmax(1) for _, logits in repeats]), names, resamples=0)
+    pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
+    pooled["n"] = each[0]["n"]
+    pooled["repeats"] = len(each)
+    pooled["intervals"] = {
+        name: np.mean([one["intervals"][name] for one in each], axis=0).tolist() for name in each[0]["intervals"]
+    }
+    hits = round(pooled["accuracy"] * pooled["n"])
+    pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
+    return pooled
+
+
+def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
+    """Make the run directory, or read what began in it."""
+    if (out / RUN).exists():
+        if not may_exist:
+            raise UserError(f"{out} holds a run already: continue it with --resume, or give another directory.")
+        return read_run(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a directory for the run.")
+    if out.is_dir():
+        others = [path.name for path in out.iterdir() if path.name not in ("prepared", RECIPE, SPLITS)]
+        if others and process_rank()[1] == 1:
+            raise UserError(f"{out} is not empty ({min(others)}) and holds no run: give another directory.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): give another directory.") from None
+    return None
+
+
+def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
+    """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
+    plain = recipe.model_dump(mode="json")
+    for name in ("text", "audio"):
+        section = getattr(recipe, name)
+        if section.encoder == "features":
+            said = section.model_fields_set
+            if name in data.feature_dims and "dim" not in said:
+                plain[name]["dim"] = data.feature_dims[name]
+            if section.features_from is None:
+                plain[name]["features_from"] = getattr(data.options, f"{name}_encoder")
+    if any("frames" in row.slots for row in data.rows) and recipe.vision.backbone != "none":
+        for key in ("resize", "face"):
+            found = getattr(data.options, key)
+            if found != getattr(recipe.vision, key):
+                note(f"The frames were prepared with {key}={found}: the model keeps that in place of the recipe's.")
+            plain["vision"][key] = found
+    plain["prepare"] = {
+        **plain["prepare"],
+        "resize": plain["vision"]["resize"],
+        "face": plain["vision"]["face"],
+        **{
+            f"{name}_encoder": plain[name]["features_from"]
+            for name in ("text", "audio")
+            if plain[name]["encoder"] == "features"
+        },
+    }
+    return Recipe.model_validate(plain)
+
+
+def _check_selection(recipe: Recipe, folds: Sequence[Fold]) -> None:
+    if recipe.train.selection == "dev" and any(fold.dev is None for fold in folds):
+        raise UserError(
+            "train.selection is dev, and there is no dev part beside the reported one: set it to "
+            "inner-validation, inner-folds or last."
+        )
+
+
+def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> list[Fold]:
+    if wanted is None:
+        return list(folds)
+    by_name = {fold.name: fold for fold in folds}
+    chosen = []
+    for item in wanted:
+        text = str(item).strip()
+        if text in by_name:
+            chosen.append(by_name[text])
+        elif text.isdigit() and 1 <= int(text) <= len(folds):
+            chosen.append(folds[int(text) - 1])
+        else:
+            known = ", ".join(by_name) if len(by_name) <= 12 else f"1 to {len(folds)}"
+            raise UserError(f"There is no fold {text!r}: the folds are {known}.")
+    return chosen
+
+
+def _check_same(facts: dict[str, Any], recipe: Recipe, started: Recipe, data: PreparedData, out: Path) -> None:
+    """Refuse to continue a run with another recipe or other data."""
+    if facts["data"]["fingerprint"] != data.fingerprint:
+        raise UserError(f"{out} was begun with other data: resume it with the same, or give another directory.")
+    differing = _first_difference(_identity(started), _identity(recipe))
+    if differing:
+        key, before, now = differing
+        raise UserError(
+            f"{out} was begun with {key}={before!r} and is resumed with {now!r}: use the same recipe, or another "
+            "directory."
+        )
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    return {key: value for key, value in plain.items() if key not in FREE[0]} | {
+        "train": {key: value for key, value in plain["train"].items() if key not in FREE[1]}
+    }
+
+
+def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            found = _first_difference(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+            if found:
+                return found
+        return None
+    return None if a == b else (prefix, a, b)
+
+
+def _save_model(model: DeepMSI, folder: Path) -> None:
+    if process_rank()[0] == 0:
+        model.save_pretrained(folder)
+    _barrier()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it to run that fold again.") from None
+    return value
+
+
+def _start_processes(recipe: Recipe) -> None:
+    """Join the other processes where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized()):
+        from accelerate import PartialState
+
+        cpu = recipe.train.device == "cpu" or not torch.cuda.is_available()
+        PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+
+
+def _on_main_first(action: Callable[[], PreparedData]) -> PreparedData:
+    """Run an action in the first process, then in the others, which find its result on disk."""
+    rank, world = process_rank()
+    if world == 1 or rank == 0:
+        result = action()
+        _barrier()
+        return result
+    _barrier()
+    return action()
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
