@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import arrays, released
-from deepmsi.data.decode import NoStreamError, try_decoding
+from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import Manifest, Problem, Row, count_labels, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
@@ -81,7 +81,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
     findings = list(findings)
     files = _files(manifest.rows)
     with ThreadPoolExecutor(workers or usable_cpus()) as pool:
-        looked = dict(zip(files, pool.map(lambda item: _look(*item, manifest.kind), files), strict=True))
+        looked = dict(zip(files, pool.map(lambda file: _look(file[0], file[1], manifest.kind), files), strict=True))
     for row, where in zip(manifest.rows, manifest.origins, strict=True):
         findings += [replace(found, where=where, id=row.id) for found in _row_findings(row, looked)]
     findings += _length_findings(manifest, looked)

@@ -135,12 +135,12 @@ def try_decoding(path: str | os.PathLike[str], kind: str) -> None:
     """
     path = Path(path)
     with open_media(path) as container:
-        streams = streams_of(container, "audio" if kind == "audio" else "video")
-        if not streams:
-            raise NoStreamError(f"{path}: the file has no {kind} stream")
-    for stream in streams:
+        indices = [s.index for s in streams_of(container, "audio" if kind == "audio" else "video")]
+    if not indices:
+        raise NoStreamError(f"{path}: the file has no {kind} stream")
+    for index in indices:
         with open_media(path) as container:
-            if next(_decoded(container, container.streams[stream.index]), None) is not None:
+            if next(_decoded(container, container.streams[index]), None) is not None:
                 return
     raise UserError(f"{path}: not one {kind} frame can be decoded")
 
@@ -250,9 +250,7 @@ class _FramePicker:
                 self._show(shown, math.inf, span, pictures)
             return _Span(first, shown_at), pictures
 
-    def _cut(
-        self, frames: Iterator[tuple[int, Any]], low: int, high: float, jumped: bool
-    ) -> Iterator[tuple[int, Any]]:
+    def _cut(self, frames: Iterator[tuple[int, Any]], low: int, high: float, jumped: bool) -> Iterator[tuple[int, Any]]:
         """Frames with low ≤ stamp < high; where there is none, the one on screen at ``low``."""
         before: tuple[int, Any] | None = None
         some = ended = False
@@ -340,9 +338,7 @@ def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
             yield stamp, frame
 
 
-def _decode_stream(
-    path: Path, index: int, start: float | None, end: float | None, sample_rate: int
-) -> np.ndarray:
+def _decode_stream(path: Path, index: int, start: float | None, end: float | None, sample_rate: int) -> np.ndarray:
     try:
         return _sound(path, index, start, end, sample_rate, start)
     except _SeekTooFarError:
@@ -387,9 +383,7 @@ def _sound(
 class _Run:
     """Resamples consecutive frames and keeps what lies in [low, high)."""
 
-    def __init__(
-        self, frame: Any, begin: Fraction, low: Fraction, high: Fraction | None, sample_rate: int
-    ) -> None:
+    def __init__(self, frame: Any, begin: Fraction, low: Fraction, high: Fraction | None, sample_rate: int) -> None:
         self.format = _audio_format(frame)
         self.until = begin
         self.rate = frame.sample_rate
