@@ -132,9 +132,7 @@ def vsc_compress(
     return tokens, cu_out.to(torch.int32), index, gate, looked, assignment
 
 
-def _relevance(
-    score: Tensor, present: Tensor, count: Tensor, temperature: float, standardize: bool
-) -> Tensor:
+def _relevance(score: Tensor, present: Tensor, count: Tensor, temperature: float, standardize: bool) -> Tensor:
     """Return r = N softmax(ŝ / τ) [B, N] of one frame a row; absent slots give 0."""
     count = count[:, None]
     if standardize:
