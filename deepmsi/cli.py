@@ -42,6 +42,8 @@ DataOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
+FAILURES_SHOWN = 20
+
 
 class Resize(StrEnum):
     """How a frame becomes a square."""
@@ -204,11 +206,16 @@ def prepare(
             audio_encoder=audio_encoder,
         )
         prepared = prepare_manifest(manifest, out, options, workers=workers)
-        summary = {"out": out, "rows": len(prepared.rows), "fingerprint": prepared.fingerprint}
+        failures = prepared.failures
         if as_json:
+            summary = {"out": out, "rows": len(prepared), "fingerprint": prepared.fingerprint, "failures": failures}
             _dump(summary, result)
         else:
-            result.write(f"prepared {len(prepared.rows)} rows in {out}\n")
+            for failure in failures[:FAILURES_SHOWN]:
+                result.write("failed: {id}: {modality}: {reason}\n".format(**failure))
+            if len(failures) > FAILURES_SHOWN:
+                result.write(f"and {len(failures) - FAILURES_SHOWN} more, all in {out / 'failures.csv'}\n")
+            result.write(f"prepared {len(prepared)} rows in {out}\n")
 
 
 @app.command()
@@ -352,14 +359,16 @@ def report(run: RunArg, as_json: JsonOpt = False) -> None:
 @app.command()
 def explain(as_json: JsonOpt = False) -> None:
     """Show which implementation of each op runs on this machine, and why the others do not."""
-    from deepmsi import explain as explain_backends
+    from deepmsi import __version__, backend
 
     with _reserved_stdout() as result:
-        explanation = explain_backends()
         if as_json:
-            _dump(explanation.to_dict(), result)
+            ops = {
+                op: {name: backend.why_not(op, name) or "available" for name in backend.BACKENDS} for op in backend.OPS
+            }
+            _dump({"deepmsi": __version__, "host": backend.host_info(), "ops": ops}, result)
         else:
-            result.write(f"{explanation}\n")
+            result.write(f"{backend.explain()}\n")
 
 
 def _resume_hint(argv: Sequence[str]) -> str:

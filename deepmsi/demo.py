@@ -12,7 +12,16 @@ from typing import Any
 from deepmsi.errors import UserError
 
 MARK = "SYNTHETIC.txt"
-ABLATION = (("text",), ("audio",), ("video",), ("text", "audio"), ("text", "video"), ("audio", "video"))
+ABLATION = {
+    "T": ("audio", "video"),
+    "A": ("text", "video"),
+    "V": ("text", "audio"),
+    "T+A": ("video",),
+    "T+V": ("audio",),
+    "A+V": ("text",),
+    "T+A+V": (),
+}
+"""Modalities in use, and what is dropped for it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def run_demo(
     from deepmsi.train.run import train
 
     recipe = load_recipe("demo", [f"seed={seed}", *overrides])
-    source, prepared, run = _folders(out)
+    source, prepared, held_out_folder, run = _folders(out)
     steps = _Steps(6)
 
     count = speakers * takes * len(LABELS)
@@ -111,17 +120,17 @@ def run_demo(
             bar.update(done - bar.n)
 
     steps.begin("prepare", "preparing: decoding frames and sound of every clip once")
-    data = prepare(source / "manifest.csv", prepared, recipe.prepare)
+    prepare(source / "manifest.csv", prepared, recipe.prepare)
+    held_out = prepare(source / "held-out.csv", held_out_folder, recipe.prepare)
 
     steps.begin("train", "training on three quarters of the speakers")
     train(recipe, prepared, run)
 
     steps.begin("evaluate", "evaluating on the other speakers, with all modalities and without some")
-    metrics = evaluate(run, prepared, out=run / "evaluation")
-    for dropped in ABLATION:
-        evaluate(run, prepared, out=run / "ablation" / f"without-{'-'.join(dropped)}", drop=dropped)
+    for name, dropped in ABLATION.items():
+        metrics = evaluate(run, held_out.path, out=run / "ablation" / name, drop=dropped)
 
-    row = next(row for row in data.rows if row.split == "test")
+    row = held_out.rows[0]
     clip = source / "clips" / f"{row.id}.mp4"
     steps.begin("predict", f"predicting one held-out clip, {clip.name}")
     (prediction,) = load_run(run).predict([clip], texts=[row.text])
@@ -142,9 +151,9 @@ def run_demo(
     return summary
 
 
-def _folders(out: Path) -> tuple[Path, Path, Path]:
-    """Return the folders of clips, prepared data and run, empty."""
-    folders = out / "data", out / "prepared", out / "run"
+def _folders(out: Path) -> tuple[Path, Path, Path, Path]:
+    """Return the folders of clips, prepared data, prepared held-out data and run, empty."""
+    folders = out / "data", out / "prepared", out / "held-out", out / "run"
     if out.exists():
         if not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder for the demo")

@@ -9,7 +9,7 @@ score on this set says that the software works from end to end; it says nothing 
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -466,7 +466,7 @@ def plan_clips(seed: int, speakers: int, takes: int) -> list[ClipPlan]:
 def write_synthetic_set(
     folder: Path, *, seed: int = 0, speakers: int = 16, takes: int = 2, workers: int | None = None
 ) -> Iterator[int]:
-    """Write `folder/manifest.csv`, `folder/clips/*.mp4` and a notice that the set is synthetic.
+    """Write `manifest.csv`, its test part alone as `held-out.csv`, `clips/*.mp4` and a notice that it is synthetic.
 
     Args:
         folder: created where it is missing; clips of an earlier call are written over.
@@ -499,12 +499,18 @@ def write_synthetic_set(
             for text in pool.map(_write_clip, jobs, chunksize=4):
                 texts.append(text)
                 yield len(texts)
+    (folder / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
+    rows = list(zip(plans, texts, strict=True))
+    _write_manifest(folder / "manifest.csv", rows)
+    _write_manifest(folder / "held-out.csv", [(plan, text) for plan, text in rows if plan.split == "test"])
+
+
+def _write_manifest(path: Path, rows: Sequence[tuple[ClipPlan, str]]) -> None:
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["id", "video", "audio", "text", "label", "speaker", "split"])
-    for plan, text in zip(plans, texts, strict=True):
+    for plan, text in rows:
         writer.writerow([plan.id, f"clips/{plan.id}.mp4", "", text, plan.label, f"s{plan.speaker:02d}", plan.split])
-    (folder / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
-    temporary = folder / "manifest.csv.part"
+    temporary = path.with_name(path.name + ".part")
     temporary.write_text(table.getvalue(), encoding="utf-8")
-    os.replace(temporary, folder / "manifest.csv")
+    os.replace(temporary, path)

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class RunFacts:
         path: the run directory.
         made: run.json.
         recipe: recipe.yaml.
-        history: the lines of history.jsonl.
+        history: the events of history.jsonl, and those of the folds with their name as `fold`.
         metrics: metrics.json, or None.
         predictions: the labelled rows of predictions.csv.
         ablation: modalities in use ("T+A") and the metrics measured with them, the fullest last.
@@ -92,7 +92,7 @@ def collect(run: Path) -> RunFacts:
     facts = RunFacts(run)
     facts.made = _read_json(run / "run.json", facts.missing) or {}
     facts.recipe = _read_yaml(run / "recipe.yaml", facts.missing)
-    facts.history = _read_lines(run / "history.jsonl", facts.missing)
+    facts.history = _read_history(run, facts.missing)
     facts.metrics = _read_json(run / "metrics.json", facts.missing)
     facts.predictions = _read_predictions(run / "predictions.csv", facts.missing)
     if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
@@ -139,6 +139,15 @@ def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _read_history(run: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Read the events of every fold, and those of the kept model's fit where it was watched or there are no folds."""
+    folds = sorted(run.glob("folds/*/history.jsonl"))
+    events = [event | {"fold": path.parent.name} for path in folds for event in _read_lines(path, missing)]
+    if not folds or (run / "history.jsonl").is_file():
+        events += _read_lines(run / "history.jsonl", missing)
+    return events
+
+
 def _read_lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     events = []
     for line in (_read_text(path, missing) or "").splitlines():
@@ -181,43 +190,36 @@ def _probability(cell: Any) -> float | None:
 
 
 def _read_ablation(run: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Find the evaluations inside the run folder that left modalities out (`evaluate --drop … --out RUN/…`)."""
+    """Find the evaluations in RUN/ablation, each of which says with which modalities it was taken."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(run.glob("*/metrics.json")) + sorted(run.glob("ablation/*/metrics.json")):
+    for path in sorted(run.glob("ablation/*/metrics.json")):
         metrics = _read_json(path, [])
-        dropped = (metrics or {}).get("dropped")
-        if metrics is not None and isinstance(dropped, list) and dropped:
-            kept = [letter for name, letter in MODALITY_LETTERS.items() if name not in dropped]
-            found["+".join(kept)] = metrics
+        used = (metrics or {}).get("modalities")
+        if metrics is not None and isinstance(used, list) and used:
+            found["+".join(letter for name, letter in MODALITY_LETTERS.items() if name in used)] = metrics
     return sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
 
 
 def _open_data(facts: RunFacts) -> "PreparedData | None":
-    from deepmsi.data.store import PreparedData
+    from deepmsi.data.store import INDEX, PreparedData
 
-    for place in _data_places(facts):
-        if place.is_dir():
-            try:
-                data = PreparedData.open(place)
-            except UserError as error:
-                facts.missing.append(f"the prepared data cannot be opened: {error}")
-                return None
-            fingerprint = facts.made.get("data_fingerprint")
-            if fingerprint is not None and data.fingerprint != fingerprint:
-                facts.missing.append("the prepared data has changed since the run, so no frame of it is shown")
-                return None
-            return data
-    facts.missing.append("the data of the run is no longer where it was, so that no frame can be shown")
-    return None
-
-
-def _data_places(facts: RunFacts) -> Iterable[Path]:
-    for key in ("prepared", "data"):
-        value = facts.made.get(key)
-        if isinstance(value, str):
-            yield Path(value)
-            yield facts.path / value
-    yield facts.path / "prepared"
+    said = facts.made.get("data")
+    said = said if isinstance(said, dict) else {}
+    # A manifest is prepared inside the run; a prepared folder stays where it was.
+    places = [facts.path / "prepared", *([Path(said["path"])] if isinstance(said.get("path"), str) else [])]
+    place = next((place for place in places if (place / INDEX).is_file()), None)
+    if place is None:
+        facts.missing.append("the data of the run is no longer where it was, so that no frame can be shown")
+        return None
+    try:
+        data = PreparedData.open(place)
+    except UserError as error:
+        facts.missing.append(f"the prepared data cannot be opened: {error}")
+        return None
+    if data.fingerprint != said.get("fingerprint"):
+        facts.missing.append("the prepared data has changed since the run, so that no frame of it is shown")
+        return None
+    return data
 
 
 def speakers_table(facts: RunFacts, most: int = 30) -> list[tuple[str, int, float]]:
@@ -239,6 +241,6 @@ def speakers_table(facts: RunFacts, most: int = 30) -> list[tuple[str, int, floa
 
 
 def worst_errors(predictions: Sequence[ScoredRow], most: int = 8) -> list[ScoredRow]:
-    """The wrong predictions that were made with the greatest confidence."""
-    wrong = [row for row in predictions if not row.right]
-    return sorted(wrong, key=lambda row: (-row.confidence, row.id))[:most]
+    """The wrong predictions that were made with the greatest confidence, one per row."""
+    wrong = sorted((row for row in predictions if not row.right), key=lambda row: (-row.confidence, row.id))
+    return list({row.id: row for row in reversed(wrong)}.values())[::-1][:most]

@@ -91,7 +91,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
     name = str(recipe.get("name") or facts.made.get("recipe") or facts.path.name)
     if not facts.ablation:
         missing.append(
-            "the modality ablation has not been run; `deepmsi evaluate RUN --data DATA --drop video "
+            "the modality ablation has not been run; `deepmsi evaluate RUN --data HELD_OUT --drop video "
             "--out RUN/ablation/T+A` and its like add it"
         )
     return {
@@ -100,6 +100,8 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "made": _made(facts),
         "scores": _scores(facts.metrics),
         "chance": _chance(facts.metrics),
+        "leaks": bool((facts.metrics or facts.made).get("leaks")),
+        "complete": (facts.metrics or {}).get("complete", True),
         "folds": _folds(facts.metrics),
         "curves": _curves(facts),
         "confusion": _confusion(facts.metrics),
@@ -120,21 +122,27 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
 
 def _made(facts: RunFacts) -> list[tuple[str, str]]:
     """What made the run, as pairs of a name and a text."""
-    made, recipe = facts.made, facts.recipe
+    made, recipe, metrics = facts.made, facts.recipe, facts.metrics or {}
+    data = made.get("data") if isinstance(made.get("data"), Mapping) else {}
+    assert isinstance(data, Mapping)
+    protocol = metrics.get("protocol") or made.get("protocol") or recipe.get("protocol")
+    versions = {name: made[name] for name in ("deepmsi", "torch", "transformers", "python") if name in made}
     pairs: list[tuple[str, Any]] = [
         ("recipe", recipe.get("name")),
-        ("protocol", made.get("protocol") or recipe.get("protocol")),
-        ("modalities", recipe.get("modalities")),
+        ("protocol", protocol),
+        ("rows scored", metrics.get("n")),
+        ("rows left out", data.get("left_out")),
+        ("text context", made.get("context") and f"{made['context']} previous utterances"),
         ("seed", made.get("seed", recipe.get("seed"))),
-        ("rows scored", (facts.metrics or {}).get("n")),
-        ("data", made.get("data")),
-        ("data fingerprint", made.get("data_fingerprint") or made.get("fingerprint")),
-        ("started", made.get("started") or made.get("time")),
+        ("data", data.get("path")),
+        ("data fingerprint", data.get("fingerprint")),
         ("command", made.get("command")),
+        ("versions", versions),
         ("device", made.get("device")),
-        ("versions", made.get("versions")),
+        ("started", made.get("started")),
+        ("took", made.get("seconds") and f"{made['seconds']:.0f} s"),
     ]
-    return [(name, _phrase(value)) for name, value in pairs if value not in (None, "", [], {})]
+    return [(name, _phrase(value)) for name, value in pairs if value not in (None, "", 0, [], {})]
 
 
 def _phrase(value: Any) -> str:
@@ -163,10 +171,8 @@ def _chance(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
 
 def _folds(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Mean and standard deviation over folds or seeds, where the metrics carry them."""
-    summary = (metrics or {}).get("folds") or {}
-    if not isinstance(summary, Mapping):
-        return []
-    return [{"name": NAMES[key], **summary[key]} for key in NAMES if isinstance(summary.get(key), Mapping)]
+    summary = (metrics or {}).get("over_folds") or {}
+    return [{"name": NAMES[key], **summary[key]} for key in NAMES if key in summary]
 
 
 def _curves(facts: RunFacts) -> list[dict[str, str]]:

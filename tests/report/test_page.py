@@ -149,10 +149,10 @@ def test_not_a_run(tmp_path: Path) -> None:
 def test_ablation_is_read_from_evaluations_inside_the_run(make_run) -> None:
     run = make_run()
     metrics = json.loads((run / "metrics.json").read_text())
-    for dropped, accuracy in ((["video"], 0.125), (["text", "audio"], 0.375)):
-        folder = run / "ablation" / "-".join(dropped)
+    for used, accuracy in ((["text", "audio"], 0.125), (["video"], 0.375)):
+        folder = run / "ablation" / "-".join(used)
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({**metrics, "accuracy": accuracy, "dropped": dropped}))
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "accuracy": accuracy, "modalities": used}))
     assert [(name, m["accuracy"]) for name, m in collect(run).ablation] == [("V", 0.375), ("T+A", 0.125)]
     page = Page(report(run).read_text(encoding="utf-8"))
     assert "ablation" in page.ids

@@ -1,0 +1,269 @@
+"""Each bad input of a user earns one sentence that says what and where; nothing half-written stays."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+class Bomb:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def write_manifest(path: Path, *rows: dict[str, str], encoding: str = "utf-8") -> Path:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding=encoding) as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def bad_clip(kind: str, folder: Path, sound: Path) -> Path:
+    path = folder / "bad.mp4"
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        path.write_bytes(sound.read_bytes()[: sound.stat().st_size // 3])
+    elif kind == "text":
+        path.write_text("this is no film\n" * 50)
+    elif kind == "no streams":
+        path.write_bytes(b"\x00\x00\x00\x18ftypisom\x00\x00\x02\x00isomiso2" + b"\x00\x00\x00\x08mdat")
+    elif kind == "zero frames":
+        import av
+
+        with av.open(str(path), "w", format="matroska") as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width = stream.height = 32
+            container.start_encoding()
+    else:
+        raise AssertionError(kind)
+    return path
+
+
+CLIPS = ["empty", "truncated", "text", "no streams", "zero frames"]
+
+
+@pytest.fixture(scope="session")
+def clip(clips: Path) -> Path:
+    return clips / "clips" / "s00-joy-0.mp4"
+
+
+def test_predict_a_missing_clip(mistake, trained, tmp_path) -> None:
+    assert "nowhere.mp4" in mistake("predict", trained, tmp_path / "nowhere.mp4")
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_predict_a_bad_clip(mistake, trained, clip, tmp_path, kind) -> None:
+    bad = bad_clip(kind, tmp_path, clip)
+    out = tmp_path / "out.json"
+    assert "bad.mp4" in mistake("predict", trained, clip, bad, "--json", "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_check_and_prepare_list_a_bad_clip(deepmsi, clip, tmp_path, kind) -> None:
+    bad = bad_clip(kind, tmp_path, clip)
+    manifest = write_manifest(
+        tmp_path / "manifest.csv",
+        {"id": "good", "video": str(clip), "label": "joy"},
+        {"id": "broken", "video": str(bad), "label": "anger"},
+    )
+    outcome = deepmsi("check", manifest)
+    assert outcome.code == 1
+    assert "broken" in outcome.out
+    out = tmp_path / "data"
+    outcome = deepmsi("prepare", manifest, "--out", out, "--size", "32", "--frames", "2", "--workers", "1", "--json")
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["rows"] == 1
+    failures = list(csv.DictReader((out / "failures.csv").open(newline="", encoding="utf-8")))
+    assert {row["id"] for row in failures} == {"broken"}
+    assert all(row["reason"] for row in failures)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "manifest.csv"),
+        (b"\x00\xff\x00\xfe\x80binary", "manifest.csv"),
+        (b"id,video,label\n", "manifest.csv"),
+        (b"name,film\na,b\n", "id"),
+    ],
+    ids=["empty", "binary", "no rows", "no id"],
+)
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_bad_manifest(mistake, tmp_path, command, content, says) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_bytes(content)
+    words = ["prepare", manifest] if command == "prepare" else ["train", "demo", "--data", manifest]
+    assert says in mistake(*words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"), [(("a", "a"), "a"), (("a/b", "c"), "a/b"), (("..", "c"), "..")], ids=["twice", "separator", "dots"]
+)
+def test_bad_ids(mistake, deepmsi, clip, tmp_path, ids, says) -> None:
+    rows = [{"id": name, "video": str(clip), "label": "joy"} for name in ids]
+    manifest = write_manifest(tmp_path / "manifest.csv", *rows)
+    assert says in mistake("prepare", manifest, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+    outcome = deepmsi("check", manifest)
+    assert outcome.code == 1
+    assert says in outcome.out
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8-sig", "utf-8"])
+def test_encodings_are_read(deepmsi, clip, tmp_path, encoding) -> None:
+    rows = [
+        {"id": str(i), "video": str(clip), "text": "“déjà vu”", "label": label, "speaker": "Zoë"}
+        for i, label in enumerate(("joy", "anger"))
+    ]
+    manifest = write_manifest(tmp_path / "manifest.csv", *rows, encoding=encoding)
+    out = tmp_path / "data"
+    outcome = deepmsi("prepare", manifest, "--out", out, "--size", "32", "--frames", "1", "--workers", "1")
+    assert outcome.code == 0, outcome
+    stored = json.loads((out / "index.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["id"], row["text"], row["speaker"]) for row in stored] == [
+        ("0", "“déjà vu”", "Zoë"),
+        ("1", "“déjà vu”", "Zoë"),
+    ]
+
+
+def test_no_label_column(mistake, clip, tmp_path) -> None:
+    manifest = write_manifest(tmp_path / "manifest.csv", {"id": "a", "video": str(clip), "emotion": "joy"})
+    assert "label" in mistake("train", "demo", "--data", manifest, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_unknown_label_at_evaluation(mistake, trained, clip, tmp_path) -> None:
+    manifest = write_manifest(
+        tmp_path / "manifest.csv", {"id": "a", "video": str(clip), "text": "hm", "label": "boredom"}
+    )
+    out = tmp_path / "evaluation"
+    assert "boredom" in mistake("evaluate", trained, "--data", manifest, "--out", out)
+    assert not (out / "metrics.json").exists()
+
+
+def test_a_label_with_one_row(mistake, clips, tmp_path) -> None:
+    rows = list(csv.DictReader((clips / "manifest.csv").open(newline="", encoding="utf-8")))
+    for row in rows:
+        row["video"] = str(clips / row["video"])
+        row["split"] = ""
+    rows[0]["label"] = "boredom"
+    manifest = write_manifest(tmp_path / "manifest.csv", *rows)
+    line = mistake(
+        "train", "demo", "--data", manifest, "--out", tmp_path / "run", "--set", "protocol.name=stratified-kfold"
+    )
+    assert "boredom" in line
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers(deepmsi, tmp_path, value) -> None:
+    good, bad = np.zeros(4, np.float32), np.full(4, value, np.float32)
+    np.save(tmp_path / "good.npy", good)
+    np.save(tmp_path / "bad.npy", bad)
+    manifest = write_manifest(
+        tmp_path / "manifest.csv",
+        {"id": "a", "text_features": "good.npy", "label": "joy"},
+        {"id": "b", "text_features": "bad.npy", "label": "joy"},
+    )
+    outcome = deepmsi("prepare", manifest, "--out", tmp_path / "data", "--workers", "1")
+    assert outcome.code == 0, outcome
+    failures = list(csv.DictReader((tmp_path / "data" / "failures.csv").open(newline="", encoding="utf-8")))
+    assert [row["id"] for row in failures] == ["b"]
+
+
+def test_pickle_where_features_are_expected(deepmsi, tmp_path) -> None:
+    trace = tmp_path / "loaded"
+    np.save(tmp_path / "good.npy", np.zeros(4, np.float32))
+    (tmp_path / "bad.npy").write_bytes(pickle.dumps(Bomb(trace)))
+    manifest = write_manifest(
+        tmp_path / "manifest.csv",
+        {"id": "a", "text_features": "good.npy", "label": "joy"},
+        {"id": "b", "text_features": "bad.npy", "label": "joy"},
+    )
+    assert deepmsi("prepare", manifest, "--out", tmp_path / "data", "--workers", "1").code == 0
+    failures = list(csv.DictReader((tmp_path / "data" / "failures.csv").open(newline="", encoding="utf-8")))
+    assert [row["id"] for row in failures] == ["b"]
+    assert not trace.exists()
+
+
+@pytest.fixture
+def broken(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run to be damaged."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "pickle", "absent"])
+def test_damaged_checkpoint(mistake, broken, clip, tmp_path, damage) -> None:
+    weights = broken / "model" / "model.safetensors"
+    content, trace = weights.read_bytes(), tmp_path / "loaded"
+    weights.unlink()
+    if damage != "absent":
+        weights.write_bytes(
+            {
+                "truncated": content[: len(content) // 2],
+                "empty": b"",
+                "noise": bytes(range(256)) * 40,
+                "pickle": pickle.dumps(Bomb(trace)),
+            }[damage]
+        )
+    assert str(broken) in mistake("predict", broken, clip)
+    assert not trace.exists()
+
+
+def test_checkpoint_of_another_architecture(mistake, broken, clip) -> None:
+    path = broken / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["fusion"]["projection"] = 2 * config["fusion"]["projection"]
+    path.write_text(json.dumps(config))
+    assert "model" in mistake("predict", broken, clip)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"num_labels": 6, "surprise": 1}'], ids=["empty", "cut", "unknown key"])
+def test_damaged_configuration(mistake, broken, clip, content) -> None:
+    (broken / "model" / "config.json").write_text(content)
+    assert "config.json" in mistake("predict", broken, clip)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk(mistake, clips, small_disk) -> None:
+    out = small_disk / "data"
+    line = mistake("prepare", clips / "manifest.csv", "--out", out, "--size", "256", "--workers", "1")
+    assert "disk" in line or "space" in line
+    assert not (out / "index.json").exists()
+
+
+def test_unwritable_output(mistake, clips, tmp_path) -> None:
+    (tmp_path / "file").write_text("here already")
+    assert "file" in mistake("prepare", clips / "manifest.csv", "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "here already"

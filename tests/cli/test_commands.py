@@ -1,0 +1,142 @@
+"""Each command does its work on a tiny synthetic set, and prints what it says it prints."""
+
+import csv
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+LABELS = {"neutral", "joy", "sadness", "anger", "surprise", "fear"}
+
+
+@pytest.fixture(scope="session")
+def clip(clips: Path) -> Path:
+    return clips / "clips" / "s00-joy-0.mp4"
+
+
+def test_check(deepmsi, clips) -> None:
+    outcome = deepmsi("check", clips / "manifest.csv")
+    assert outcome.code == 0, outcome
+    for label in LABELS:
+        assert label in outcome.out
+
+
+def test_check_json(deepmsi, clips) -> None:
+    outcome = deepmsi("check", clips / "manifest.csv", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["problems"] == []
+
+
+def test_check_finds_problems_and_fails(deepmsi, clips, tmp_path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,video,label\na,nowhere.mp4,joy\n")
+    outcome = deepmsi("check", manifest)
+    assert outcome.code == 1
+    assert "nowhere.mp4" in outcome.out
+    problems = json.loads(deepmsi("check", manifest, "--json").out)["problems"]
+    assert "nowhere.mp4" in json.dumps(problems)
+
+
+def test_prepare_twice_is_the_same(deepmsi, clips, tmp_path) -> None:
+    words = ("prepare", clips / "manifest.csv", "--out", tmp_path / "d", "--size", "32", "--frames", "3", "--json")
+    first = deepmsi(*words, "--workers", "1")
+    assert first.code == 0, first
+    summary = json.loads(first.out)
+    assert summary["rows"] == 24
+    assert json.loads(deepmsi(*words, "--workers", "2").out) == summary
+
+
+def test_train_writes_a_run_that_says_what_made_it(trained) -> None:
+    made = json.loads((trained / "run.json").read_text())
+    assert made["seed"] == 0
+    assert made["data"]["rows"] == 24
+    assert (trained / "recipe.yaml").is_file()
+    assert (trained / "model" / "model.safetensors").is_file()
+    assert 0 <= json.loads((trained / "metrics.json").read_text())["accuracy"] <= 1
+
+
+def test_evaluate(deepmsi, trained, prepared, tmp_path) -> None:
+    out = tmp_path / "evaluation"
+    outcome = deepmsi("evaluate", trained, "--data", prepared, "--out", out)
+    assert outcome.code == 0, outcome
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"accuracy", "uar", "weighted_f1", "macro_f1", "per_class", "confusion_matrix", "labels"} <= set(metrics)
+    assert f"accuracy     {metrics['accuracy']:.3f}" in outcome.out
+    rows = list(csv.DictReader((out / "predictions.csv").open(newline="", encoding="utf-8")))
+    assert set(rows[0]) >= {"id", "label", "predicted", *LABELS}
+    for row in rows:
+        shares = {label: float(row[label]) for label in LABELS}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        assert row["predicted"] == max(shares, key=shares.__getitem__)
+
+
+def test_evaluate_json_and_drop(deepmsi, trained, prepared) -> None:
+    outcome = deepmsi("evaluate", trained, "--data", prepared, "--drop", "text, audio", "--json")
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["modalities"] == ["video"]
+
+
+def test_evaluate_with_every_modality_dropped(mistake, trained, prepared) -> None:
+    assert "video" in mistake("evaluate", trained, "--data", prepared, "--drop", "text,audio,video")
+
+
+def test_predict(deepmsi, trained, clip) -> None:
+    outcome = deepmsi("predict", trained, clip, "--text", "this is the best day")
+    assert outcome.code == 0, outcome
+    label = re.fullmatch(rf"{re.escape(str(clip))}: (\w+) \(.+\)\n", outcome.out)
+    assert label is not None
+    assert label[1] in LABELS
+
+
+def test_predict_json_of_several_clips(deepmsi, trained, clips) -> None:
+    paths = sorted((clips / "clips").glob("*.mp4"))[:3]
+    outcome = deepmsi("predict", trained, *paths, "--json")
+    assert outcome.code == 0, outcome
+    items = json.loads(outcome.out)
+    assert [item["clip"] for item in items] == [str(path) for path in paths]
+    for item in items:
+        assert sum(item["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        assert item["label"] == max(item["probabilities"], key=item["probabilities"].__getitem__)
+
+
+def test_timeline_as_csv(deepmsi, trained, clip) -> None:
+    outcome = deepmsi("predict", trained, clip, "--timeline", "0.5")
+    assert outcome.code == 0, outcome
+    rows = list(csv.DictReader(outcome.out.splitlines()))
+    assert len(rows) >= 2
+    assert float(rows[0]["start"]) == 0
+    for row, following in itertools.pairwise(rows):
+        assert float(row["end"]) == pytest.approx(float(following["start"]), abs=1e-3)
+    assert set(rows[0]) == {"start", "end", "label", *LABELS}
+
+
+@pytest.mark.parametrize("how", ["name", "format"])
+def test_timeline_as_subtitles(deepmsi, trained, clip, tmp_path, how) -> None:
+    words = ["predict", trained, clip, "--timeline", "0.5"]
+    if how == "name":
+        outcome = deepmsi(*words, "--out", tmp_path / "x.srt")
+        assert outcome.out == ""
+        text = (tmp_path / "x.srt").read_text(encoding="utf-8")
+        assert [path.name for path in tmp_path.iterdir()] == ["x.srt"]
+    else:
+        outcome = deepmsi(*words, "--format", "srt")
+        text = outcome.out
+    assert outcome.code == 0, outcome
+    cues = text.strip().split("\n\n")
+    for number, cue in enumerate(cues, 1):
+        first, times, label = cue.splitlines()
+        assert first == str(number)
+        assert re.fullmatch(r"\d\d:\d\d:\d\d,\d\d\d --> \d\d:\d\d:\d\d,\d\d\d", times)
+        assert re.fullmatch(rf"({'|'.join(LABELS)}) \d+%", label)
+
+
+def test_report(deepmsi, trained) -> None:
+    outcome = deepmsi("report", trained)
+    assert outcome.code == 0, outcome
+    assert outcome.out == f"{trained / 'report.html'}\n"
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    for section in ("curves", "confusion", "classes", "tokens", "speakers"):
+        assert f'id="{section}"' in text, section
+    assert (trained / "report.md").is_file()

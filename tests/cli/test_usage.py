@@ -1,0 +1,184 @@
+"""The command line's own manners: help, usage errors, exit codes, a clean standard output."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepmsi import cli
+from deepmsi.errors import UserError
+
+COMMANDS = ("demo", "check", "prepare", "train", "evaluate", "predict", "report", "explain")
+
+
+def test_help_names_every_command(deepmsi) -> None:
+    outcome = deepmsi("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert command in outcome.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(deepmsi, command: str) -> None:
+    outcome = deepmsi(command, "--help")
+    assert outcome.code == 0
+    assert "Usage: deepmsi " + command in outcome.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "from deepmsi.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()): assert main(['train', '--help']) == 0\n"
+        "heavy = {'transformers', 'timm', 'torchvision', 'av', 'sklearn', 'matplotlib', 'pydantic', 'triton'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version(deepmsi) -> None:
+    from deepmsi import __version__
+
+    outcome = deepmsi("--version")
+    assert (outcome.code, outcome.out) == (0, f"deepmsi {__version__}\n")
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deepmsi", "check", "nowhere.csv"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("deepmsi: ")
+    assert "nowhere.csv" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bogus"], "bogus"),
+        (["train"], "RECIPE"),
+        (["train", "demo", "--out", "run"], "--data"),
+        (["train", "demo", "--data", "x"], "--out"),
+        (["predict", "run"], "CLIP"),
+        (["report", "run", "--shiny"], "--shiny"),
+        (["prepare", "m.csv", "--out", "d", "--frames", "0"], "frames"),
+        (["prepare", "m.csv", "--out", "d", "--resize", "zoom"], "zoom"),
+        (["evaluate", "run", "--data", "d", "--drop", "smell"], "smell"),
+        (["predict", "run", "a.mp4", "--timeline", "0"], "above 0"),
+        (["predict", "run", "a.mp4", "--timeline", "nan"], "above 0"),
+        (["predict", "run", "a.mp4", "b.mp4", "--timeline", "3"], "one recording"),
+        (["predict", "run", "a.mp4", "--format", "srt"], "--timeline"),
+        (["predict", "run", "a.mp4", "--timeline", "3", "--json", "--format", "srt"], "exclude"),
+        (["predict", "run", "a.mp4", "b.mp4", "c.mp4", "--text", "x", "--text", "y"], "2 times for 3 clips"),
+        (["predict", "run", "a.mp4", "--out", "no/such/folder/x.csv"], "no/such/folder"),
+        (["predict", "nowhere", "a.mp4"], "nowhere"),
+        (["evaluate", "nowhere", "--data", "d"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["train", "no-such-recipe", "--data", "d", "--out", "r"], "no-such-recipe"),
+        (["train", "nowhere.yaml", "--data", "d", "--out", "r"], "nowhere.yaml"),
+        (["train", "demo", "--data", "d", "--out", "r", "--set", "train.epoch=3"], "train.epochs"),
+        (["train", "demo", "--data", "d", "--out", "r", "--set", "train.epochs"], "key=value"),
+        (["train", "demo", "--data", "nowhere", "--out", "r"], "nowhere"),
+        (["prepare", "nowhere.csv", "--out", "d"], "nowhere.csv"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, words, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in mistake(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bare_command_shows_help_and_fails(deepmsi) -> None:
+    outcome = deepmsi()
+    assert outcome.code == 2
+    assert "Commands" in outcome.out
+
+
+def test_explain(deepmsi) -> None:
+    outcome = deepmsi("explain")
+    assert outcome.code == 0
+    for word in ("vsc_compress", "window_attention", "dilated_causal_conv1d", "cross_modal_contrastive", "reference"):
+        assert word in outcome.out
+
+
+def test_explain_json(deepmsi) -> None:
+    outcome = deepmsi("explain", "--json")
+    assert outcome.code == 0
+    assert "vsc_compress" in json.dumps(json.loads(outcome.out))
+
+
+class TestEndings:
+    """How each ending of the work becomes an exit code and a line."""
+
+    @staticmethod
+    def ending(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        def fail(run: Path) -> Path:
+            raise error
+
+        monkeypatch.setattr("deepmsi.report.report", fail)
+
+    def test_user_error_stays_on_one_line(self, monkeypatch, mistake) -> None:
+        self.ending(monkeypatch, UserError("a sentence\nwith a break"))
+        assert mistake("report", "run") == "deepmsi: a sentence with a break"
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["full", "quota"])
+    def test_full_disk(self, monkeypatch, mistake, number) -> None:
+        self.ending(monkeypatch, OSError(number, "No space left on device", "/data/shard"))
+        line = mistake("report", "run")
+        assert "disk is full" in line
+        assert "/data/shard" in line
+
+    def test_unexpected_errors_keep_their_traceback(self, monkeypatch, deepmsi) -> None:
+        self.ending(monkeypatch, ZeroDivisionError("a bug"))
+        with pytest.raises(ZeroDivisionError):
+            deepmsi("report", "run")
+        self.ending(monkeypatch, OSError(errno.EIO, "broken device"))
+        with pytest.raises(OSError, match="broken device"):
+            deepmsi("report", "run")
+
+    def test_interruption(self, monkeypatch, deepmsi) -> None:
+        self.ending(monkeypatch, KeyboardInterrupt())
+        outcome = deepmsi("report", "run")
+        assert outcome.code == 130
+        assert "Traceback" not in outcome.err
+
+    def test_interrupted_training_says_how_to_go_on(self, monkeypatch, deepmsi) -> None:
+        def interrupted(*args: object, **kwargs: object) -> dict[str, object]:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("deepmsi.train.run.train", interrupted)
+        outcome = deepmsi("train", "demo", "--data", "my clips", "--out", "run")
+        assert outcome.code == 130
+        assert outcome.err.strip().endswith("deepmsi train demo --data 'my clips' --out run --resume")
+
+
+def test_nothing_else_reaches_standard_output(monkeypatch, deepmsi, tmp_path) -> None:
+    """With or without --json: what libraries and child processes print goes to standard error."""
+
+    def chatty(run: Path) -> Path:
+        print("from Python")
+        subprocess.run(["echo", "from a child"], check=True)
+        return tmp_path / "report.html"
+
+    monkeypatch.setattr("deepmsi.report.report", chatty)
+    outcome = deepmsi("report", "run", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["html"].endswith("report.html")
+    assert "from Python" in outcome.err
+    assert "from a child" in outcome.err
+    print("restored")
+    assert deepmsi("report", "run").out.strip() == str(tmp_path / "report.html")
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    import numpy as np
+
+    value = cli._plain({"a": float("nan"), "b": np.float32(0.5), "c": (Path("x"), np.arange(2)), 3: True})
+    assert value == {"a": None, "b": 0.5, "c": ["x", [0, 1]], "3": True}
