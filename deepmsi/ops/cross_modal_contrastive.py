@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
-from deepmsi.ops._arguments import check, check_floating, shape
+from deepmsi.ops._arguments import check_floating, shape
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
 _OP = "cross_modal_contrastive"
@@ -58,40 +58,41 @@ def cross_modal_contrastive(
         RuntimeError: The backend that was asked for cannot run this call.
     """
     check_floating(a, _OP, "a")
-    check(a.dim() == 2, f"{_OP}: a must be [B, D], not {shape(a)}")
+    if a.dim() != 2:
+        raise ValueError(f"{_OP}: a must be [B, D], not {shape(a)}")
     others = [b] if isinstance(b, Tensor) else list(b)
-    check(len(others) >= 1, f"{_OP}: b is an empty sequence")
+    if len(others) < 1:
+        raise ValueError(f"{_OP}: b is an empty sequence")
     rows, dim = a.shape
     joined = others[0].shape[0]
     for other in others:
         check_floating(other, _OP, "b")
-        check(other.shape == (joined, dim), f"{_OP}: b must be [{joined}, {dim}], not {shape(other)}")
-    check(labels.shape == (rows,), f"{_OP}: labels must be [{rows}], not {shape(labels)}")
-    check(labels.dtype in _INTEGERS, f"{_OP}: labels must be integers, not {labels.dtype}")
-    check(temperature > 0, f"{_OP}: temperature must be above 0, not {temperature}")
-    check(
-        normalize in ("batch", "positives"),
-        f"{_OP}: normalize must be 'batch' or 'positives', not {normalize!r}",
-    )
+        if other.shape != (joined, dim):
+            raise ValueError(f"{_OP}: b must be [{joined}, {dim}], not {shape(other)}")
+    if labels.shape != (rows,):
+        raise ValueError(f"{_OP}: labels must be [{rows}], not {shape(labels)}")
+    if labels.dtype not in _INTEGERS:
+        raise ValueError(f"{_OP}: labels must be integers, not {labels.dtype}")
+    if temperature <= 0:
+        raise ValueError(f"{_OP}: temperature must be above 0, not {temperature}")
+    if normalize not in ("batch", "positives"):
+        raise ValueError(f"{_OP}: normalize must be 'batch' or 'positives', not {normalize!r}")
     if labels_b is None:
-        check(
-            joined == rows and row_offset == 0,
-            f"{_OP}: b has {joined} rows and row_offset is {row_offset}: a slice of {rows} rows needs labels_b",
-        )
+        if joined != rows or row_offset != 0:
+            raise ValueError(
+                f"{_OP}: b has {joined} rows and row_offset is {row_offset}: a slice of {rows} rows needs labels_b"
+            )
         labels_b = labels
-    check(labels_b.shape == (joined,), f"{_OP}: labels_b must be [{joined}], not {shape(labels_b)}")
-    check(
-        0 <= row_offset <= joined - rows,
-        f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}",
-    )
+    if labels_b.shape != (joined,):
+        raise ValueError(f"{_OP}: labels_b must be [{joined}], not {shape(labels_b)}")
+    if not 0 <= row_offset <= joined - rows:
+        raise ValueError(f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}")
 
     everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
     whole, part = everyone, everyone[:rows]
     if valid_a is not None:
-        check(
-            valid_a.dtype == torch.bool and valid_a.shape in ((rows,), (joined,)),
-            f"{_OP}: valid_a must be [{rows}] bool, not {shape(valid_a)} {valid_a.dtype}",
-        )
+        if not (valid_a.dtype == torch.bool and valid_a.shape in ((rows,), (joined,))):
+            raise ValueError(f"{_OP}: valid_a must be [{rows}] bool, not {shape(valid_a)} {valid_a.dtype}")
         if valid_a.shape[0] == joined:
             whole = valid_a
         else:
@@ -99,16 +100,12 @@ def cross_modal_contrastive(
     masks = [valid_b] if valid_b is None or isinstance(valid_b, Tensor) else list(valid_b)
     if valid_b is None:
         masks = masks * len(others)
-    check(
-        len(masks) == len(others),
-        f"{_OP}: valid_b holds {len(masks)} masks for {len(others)} of b: give one for each",
-    )
+    if len(masks) != len(others):
+        raise ValueError(f"{_OP}: valid_b holds {len(masks)} masks for {len(others)} of b: give one for each")
     present = []
     for mask in masks:
-        check(
-            mask is None or (mask.dtype == torch.bool and mask.shape == (joined,)),
-            f"{_OP}: valid_b must be [{joined}] bool, not {'' if mask is None else f'{shape(mask)} {mask.dtype}'}",
-        )
+        if mask is not None and not (mask.dtype == torch.bool and mask.shape == (joined,)):
+            raise ValueError(f"{_OP}: valid_b must be [{joined}] bool, not {shape(mask)} {mask.dtype}")
         present.append(whole if mask is None else whole & mask)
     columns = torch.stack(present)
     inside = columns[:, row_offset : row_offset + rows] & part

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
-from deepmsi.ops._arguments import autocast, check, check_floating, shape
+from deepmsi.ops._arguments import autocast, check_floating, shape
 from deepmsi.reference.dilated_causal_conv1d import dilated_causal_conv1d as reference
 
 _OP = "dilated_causal_conv1d"
@@ -39,20 +39,18 @@ def dilated_causal_conv1d(
     x, weight = autocast(x), autocast(weight)
     bias = autocast(bias) if bias is not None else None
     check_floating(x, _OP, "x")
-    check(x.dim() == 3, f"{_OP}: x must be [B, Cin, T], not {shape(x)}")
-    check(
-        weight.dim() == 3 and weight.shape[1] == x.shape[1] and weight.shape[2] >= 1,
-        f"{_OP}: weight must be [Cout, {x.shape[1]}, k], not {shape(weight)}",
-    )
-    check(
-        weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype),
-        f"{_OP}: x is {x.dtype} but weight is {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else ""),
-    )
-    check(
-        bias is None or bias.shape == weight.shape[:1],
-        f"{_OP}: bias must be [{weight.shape[0]}], not {shape(bias) if bias is not None else ''}",
-    )
-    check(dilation >= 1, f"{_OP}: dilation must be at least 1, not {dilation}")
+    if x.dim() != 3:
+        raise ValueError(f"{_OP}: x must be [B, Cin, T], not {shape(x)}")
+    if not (weight.dim() == 3 and weight.shape[1] == x.shape[1] and weight.shape[2] >= 1):
+        raise ValueError(f"{_OP}: weight must be [Cout, {x.shape[1]}, k], not {shape(weight)}")
+    if not (weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)):
+        raise ValueError(
+            f"{_OP}: x is {x.dtype} but weight is {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{_OP}: bias must be [{weight.shape[0]}], not {shape(bias)}")
+    if dilation < 1:
+        raise ValueError(f"{_OP}: dilation must be at least 1, not {dilation}")
     resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[2])
     with torch.autocast(x.device.type, enabled=False):
         return reference(x, weight, bias, dilation)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
-from deepmsi.ops._arguments import autocast, check, check_floating, shape
+from deepmsi.ops import _schemas as _schemas  # registers the operators
+from deepmsi.ops._arguments import autocast, check_floating, shape
+from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 from deepmsi.reference.window_attention import window_attention as reference
 
 _OP = "window_attention"
@@ -61,59 +63,74 @@ def window_attention(
     height, width = grid
     packed = positions is not None or cu_seqlens is not None
     if packed:
-        check(
-            positions is not None and cu_seqlens is not None,
-            f"{_OP}: packed rows need both positions and cu_seqlens",
-        )
-        assert positions is not None
-        assert cu_seqlens is not None
-        check(qkv.dim() == 2, f"{_OP}: qkv must be packed [R, 3C] where positions are given, not {shape(qkv)}")
-        check(
-            positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64),
-            f"{_OP}: positions must be [R] = [{qkv.shape[0]}] int32, not {shape(positions)} {positions.dtype}",
-        )
-        check(
-            cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32,
-            f"{_OP}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}",
-        )
-        check(
-            positions.device == qkv.device and cu_seqlens.device == qkv.device,
-            f"{_OP}: qkv is on {qkv.device}, positions on {positions.device}, cu_seqlens on {cu_seqlens.device}",
-        )
+        if positions is None or cu_seqlens is None:
+            raise ValueError(f"{_OP}: packed rows need both positions and cu_seqlens")
+        if qkv.dim() != 2:
+            raise ValueError(f"{_OP}: qkv must be packed [R, 3C] where positions are given, not {shape(qkv)}")
+        if not (positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64)):
+            raise ValueError(
+                f"{_OP}: positions must be [R] = [{qkv.shape[0]}] int32, not {shape(positions)} {positions.dtype}"
+            )
+        if not (cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32):
+            raise ValueError(f"{_OP}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
+        if not (positions.device == qkv.device and cu_seqlens.device == qkv.device):
+            raise ValueError(
+                f"{_OP}: qkv is on {qkv.device}, positions on {positions.device}, cu_seqlens on {cu_seqlens.device}"
+            )
     else:
-        check(
-            qkv.dim() == 4 and qkv.shape[1] == height and qkv.shape[2] == width,
-            f"{_OP}: qkv must be [B, {height}, {width}, 3C] for the grid {height}x{width}, not {shape(qkv)}",
+        if not (qkv.dim() == 4 and qkv.shape[1] == height and qkv.shape[2] == width):
+            raise ValueError(
+                f"{_OP}: qkv must be [B, {height}, {width}, 3C] for the grid {height}x{width}, not {shape(qkv)}"
+            )
+    if height < 1 or width < 1:
+        raise ValueError(f"{_OP}: the grid must not be empty, not {height}x{width}")
+    if window < 1:
+        raise ValueError(f"{_OP}: window must be at least 1, not {window}")
+    if not 0 <= shift < window:
+        raise ValueError(f"{_OP}: shift must lie in [0, {window}), not {shift}")
+    if heads < 1:
+        raise ValueError(f"{_OP}: heads must be at least 1, not {heads}")
+    if not (qkv.shape[-1] % (3 * heads) == 0 and qkv.shape[-1] > 0):
+        raise ValueError(f"{_OP}: {qkv.shape[-1]} channels of qkv are not 3 times a multiple of {heads} heads")
+    if bias_table.shape != ((2 * window - 1) ** 2, heads):
+        raise ValueError(
+            f"{_OP}: bias_table must be [{(2 * window - 1) ** 2}, {heads}] for window {window}, not {shape(bias_table)}"
         )
-    check(height >= 1 and width >= 1, f"{_OP}: the grid must not be empty, not {height}x{width}")
-    check(window >= 1, f"{_OP}: window must be at least 1, not {window}")
-    check(0 <= shift < window, f"{_OP}: shift must lie in [0, {window}), not {shift}")
-    check(heads >= 1, f"{_OP}: heads must be at least 1, not {heads}")
-    check(
-        qkv.shape[-1] % (3 * heads) == 0 and qkv.shape[-1] > 0,
-        f"{_OP}: {qkv.shape[-1]} channels of qkv are not 3 times a multiple of {heads} heads",
-    )
-    check(
-        bias_table.shape == ((2 * window - 1) ** 2, heads),
-        f"{_OP}: bias_table must be [{(2 * window - 1) ** 2}, {heads}] for window {window}, not {shape(bias_table)}",
-    )
     check_floating(bias_table, _OP, "bias_table")
-    check(
-        logit_scale is None or scale is None,
-        f"{_OP}: give logit_scale (cosine attention, V2) or scale (V1), not both",
-    )
+    if logit_scale is not None and scale is not None:
+        raise ValueError(f"{_OP}: give logit_scale (cosine attention, V2) or scale (V1), not both")
     depth = qkv.shape[-1] // (3 * heads)
     if logit_scale is not None:
-        check(
-            logit_scale.numel() == heads,
-            f"{_OP}: logit_scale must have {heads} elements, not {logit_scale.numel()}",
-        )
+        if logit_scale.numel() != heads:
+            raise ValueError(f"{_OP}: logit_scale must have {heads} elements, not {logit_scale.numel()}")
         logit_scale = logit_scale.reshape(heads)
     if scale is None:
         scale = depth**-0.5
 
-    resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
+    chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
     with torch.autocast(qkv.device.type, enabled=False):
-        return reference(
-            qkv, heads, (height, width), window, shift, bias_table, logit_scale, scale, positions, cu_seqlens
+        if chosen == "reference":
+            return reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+        head_scale = None
+        if logit_scale is not None:
+            head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        if positions is not None:
+            positions = positions.to(torch.int32)
+        forward = torch.ops.deepmsi.window_attention_cpp_fwd
+        if chosen == "triton":
+            forward = torch.ops.deepmsi.window_attention_triton_fwd
+        rows = qkv.reshape(-1, qkv.shape[-1])
+        out, _ = forward(
+            rows,
+            bias_table.float(),
+            head_scale,
+            scale or 0.0,
+            positions,
+            cu_seqlens,
+            heads,
+            height,
+            width,
+            window,
+            shift,
         )
+        return out.view(*qkv.shape[:-1], out.shape[-1])
