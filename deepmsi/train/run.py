@@ -52,7 +52,7 @@ from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wil
 from deepmsi.train.protocols import Fold, inner_folds, make_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
-from deepmsi.train.seeding import derive_seed
+from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -269,7 +269,7 @@ class _Run:
         from deepmsi.train.trainer import Fit, run_fit
 
         config = self._config(part.train)
-        torch.manual_seed(derive_seed(seed, "weights"))
+        seed_torch(derive_seed(seed, "weights"))
         model = DeepMSI(config)
         fit = Fit(
             name=name,

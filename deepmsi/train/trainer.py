@@ -7,12 +7,14 @@ steps as an uninterrupted one: bit for bit on one CPU process.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state
+from deepmsi.nn import VSC
 from deepmsi.train import checkpoints
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
@@ -33,7 +36,7 @@ from deepmsi.train.inference import predict_logits, process_rank, softmax
 from deepmsi.train.losses import classification_loss, log_prior
 from deepmsi.train.metrics import SUMMARY, compute_metrics
 from deepmsi.train.recipe import Recipe, TrainSettings
-from deepmsi.train.seeding import derive_seed
+from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -110,10 +113,11 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         load_weights(model, start / checkpoints.WEIGHTS)
         epochs = round(epochs_done)
     else:
-        with warnings_of_transformers_off():
+        with warnings_of_transformers_off(), _collected_quickly():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         curve = _curve(trainer.state.log_history)
         epochs = round(trainer.state.epoch or 0)
+    trainer.kept.remove()
     model.to(trainer.args.device)
     kept = epochs
     if fit.keep_best and curve:
@@ -157,6 +161,37 @@ class _Step(nn.Module):
         return {"loss": loss, "cross_entropy": cross_entropy, "contrastive": output.contrastive}
 
 
+class _KeepRatios:
+    """Share of the tokens that each compression kept in training, summed on the device until it is asked for."""
+
+    def __init__(self, model: DeepMSI) -> None:
+        self.counts: dict[int, list[Tensor]] = {}
+        modules = [module for module in model.modules() if isinstance(module, VSC)]
+        self.hooks = [
+            module.register_forward_hook(partial(self._count, number)) for number, module in enumerate(modules)
+        ]
+
+    def _count(self, number: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if not module.training:
+            return
+        x, cu_seqlens = args[0], args[1]
+        kept = out.cu_seqlens[-1].detach().double()
+        given = torch.full_like(kept, x.shape[:-1].numel()) if cu_seqlens is None else cu_seqlens[-1].double()
+        before = self.counts.get(number)
+        self.counts[number] = [kept, given] if before is None else [before[0] + kept, before[1] + given]
+
+    def take(self) -> dict[str, float]:
+        """The shares since the last call, by compression."""
+        shares = {f"keep/{k}": float(kept / given.clamp_min(1)) for k, (kept, given) in sorted(self.counts.items())}
+        self.counts = {}
+        return shares
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
 class UtteranceTrainer(Trainer):
     """The transformers Trainer over `Fit`: batches by key, seeded steps, exact evaluation, whole checkpoints."""
 
@@ -176,6 +211,7 @@ class UtteranceTrainer(Trainer):
             world=self.world,
         )
         model.contrast.batch_size = settings.batch_size if self.world > 1 else None
+        self.kept = _KeepRatios(model)
         self._micro = (-1, -1)
         self._parts: dict[str, Tensor] = {}
         self._parts_count = 0
@@ -212,7 +248,7 @@ class UtteranceTrainer(Trainer):
         if self._micro[0] == step:
             micro = self._micro[1] + 1
         self._micro = (step, micro)
-        torch.manual_seed(derive_seed(self.fit.seed, "step", step, micro, self.rank))
+        seed_torch(derive_seed(self.fit.seed, "step", step, micro, self.rank), self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if loss.device.type == "cpu":
             self._require_finite(float(loss))
@@ -240,7 +276,7 @@ class UtteranceTrainer(Trainer):
             if self._parts_count:
                 logs.update({name: float(total) / self._parts_count for name, total in self._parts.items()})
             self._parts, self._parts_count = {}, 0
-            logs.update(_keep_ratios(self.core))
+            logs.update(self.kept.take())
         super().log(logs, start_time)
 
     def evaluate(
@@ -496,6 +532,19 @@ def warnings_of_transformers_off() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+@contextmanager
+def _collected_quickly() -> Iterator[None]:
+    """Keep what exists out of the garbage collections that accelerate asks for before every fit.
+
+    Walking all imported modules takes most of the time of a small fit, and protocols run hundreds of them.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _arguments(fit: Fit) -> TrainingArguments:
     settings = fit.recipe.train
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -534,16 +583,6 @@ def _arguments(fit: Fit) -> TrainingArguments:
     # One GPU unless torchrun says otherwise: several visible ones would become DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _keep_ratios(model: DeepMSI) -> dict[str, float]:
-    """Share of tokens that each compressing block kept last, where the backbone tells it."""
-    backbone = getattr(model.video, "backbone", None)
-    ratios = getattr(backbone, "keep_ratios", None)
-    if ratios is None:
-        return {}
-    values: Mapping[str, Any] = ratios() if callable(ratios) else ratios
-    return {f"keep/{name}": float(value) for name, value in values.items()}
 
 
 def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

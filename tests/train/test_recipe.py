@@ -1,0 +1,136 @@
+"""Recipes: what is shipped loads, what is mistyped gets its sentence, what is resolved reads back equal."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepmsi.errors import UserError
+from deepmsi.train.recipe import AugmentSettings, Recipe, load_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize("name", ["demo", "iemocap", "meld", "ravdess"])
+def test_shipped_recipes_load(name: str) -> None:
+    assert name in shipped_recipes()
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.labels
+    assert recipe.description
+
+
+@pytest.mark.parametrize("name", ["demo", "ravdess"])
+def test_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["train.lr=5e-4", "seed=3"])
+    recipe.save(tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again.model_dump() == recipe.model_dump()
+    assert (again.train.lr, again.seed) == (5e-4, 3)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: small\nprotocol: group-kfold\ntext:\n  encoder: features\n")
+    overrides = [
+        "protocol.folds=3",
+        "vision.schedule={layout: packed}",
+        "text.dim=12",
+        "labels=[a, b]",
+        "train.patience=null",
+        "audio.options.layers=1",
+    ]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.protocol.name, recipe.protocol.folds) == ("group-kfold", 3)
+    assert recipe.vision.schedule == {"layout": "packed"}
+    assert recipe.vision.backbone == "small"
+    assert (recipe.text.dim, recipe.labels, recipe.train.patience) == (12, ["a", "b"], None)
+    assert recipe.audio.options == {"layers": 1}
+    assert recipe.name == "mine"
+
+
+def test_drop_builds_the_model_without() -> None:
+    recipe = load_recipe("demo", ["drop=video,audio"])
+    assert recipe.modalities == ("text",)
+    assert load_recipe("demo", ["drop=[text]"]).modalities == ("video", "audio")
+
+
+def test_prepare_follows_the_model(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", ["vision.frames=5", "vision.resize=pad", "audio.sample_rate=8000"])
+    options = recipe.prepare
+    assert (options.frames, options.size, options.resize, options.sample_rate) == (5, 64, "pad", 8000)
+    larger = load_recipe("demo", ["prepare.size=96"])
+    assert (larger.prepare.size, larger.vision.image_size) == (96, 64)
+
+
+def test_no_augmentation_is_none_at_all() -> None:
+    assert set(AugmentSettings.none().model_dump().values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.lrr=1", r"unknown key 'train\.lrr': did you mean 'train\.lr'"),
+        ("trian.lr=1", "unknown key 'trian': did you mean 'train'"),
+        ("lr=1", r"unknown key 'lr': did you mean 'train\.lr'"),
+        ("epochs=3", r"did you mean 'train\.epochs'"),
+        ("augment.flips=1", r"did you mean 'augment\.flip'"),
+        ("prepare.framez=3", r"did you mean 'prepare\.frames'"),
+        ("train.lr=fast", r"train\.lr: .*number"),
+        ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1"),
+        ("train.selection=best", r"train\.selection: input should be"),
+        ("protocol=magic", r"protocol\.name: input should be"),
+        ("drop=[smell]", "'smell' is no modality"),
+        ("drop=[video, text, audio]", "keep at least one"),
+        ("prepare.frames=3", r"prepare\.frames is 3 and vision\.frames is 8: make them agree"),
+        ("prepare.size=32", "cannot be stored smaller"),
+        ("labels=[a, a]", "labels has a name twice"),
+        ("exclude_labels=[joy]", "'joy' stands in labels and in exclude_labels"),
+        ("train.lr", "write key=value"),
+        ("=3", "write key=value"),
+        ("train..lr=3", "write key=value"),
+        ("train.lr=[1", "the value is no YAML"),
+        ("preset.deep=3", "preset is 'small' and has no keys of its own"),
+    ],
+)
+def test_a_mistaken_override_gets_its_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_recipe("demo", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "holds list at its top level"),
+        ("train: [1\n", r"mine\.yaml:2 is no YAML"),
+        ("seed: 1\nseed: 2\n", r"mine\.yaml:2 is no YAML: the key 'seed' stands twice"),
+        ("train:\n  lr: 1\n  lr: 2\n", "the key 'lr' stands twice"),
+        ("train: fast\n", "train: "),
+        ("a: !!python/object/apply:os.system ['true']\n", "is no YAML"),
+        ("seed: -1\n", "seed: "),
+    ],
+)
+def test_a_mistaken_file_gets_its_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no recipe 'demoo': the package has demo, "):
+        load_recipe("demoo")
+    with pytest.raises(UserError, match="no recipe file"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_every_field_says_what_it_is_in_yaml_types() -> None:
+    dumped = Recipe().model_dump(mode="json")
+    assert yaml.safe_load(yaml.safe_dump(dumped)) == dumped
