@@ -390,8 +390,8 @@ class _Run:
         # The channels are averaged afterwards: FFmpeg's own mixing to mono lifts equal channels by √2.
         self.resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=sample_rate)
         self.position = 0  # output samples so far
-        self.low = max(0, math.ceil((low - begin) * sample_rate))
-        self.high = None if high is None else max(0, math.ceil((high - begin) * sample_rate))
+        self.low = max(0, round((low - begin) * sample_rate))
+        self.high = None if high is None else max(0, round((high - begin) * sample_rate))
 
     def continues(self, frame: Any, at: Fraction | None) -> bool:
         return _audio_format(frame) == self.format and (at is None or abs(float(at - self.until)) <= _GAP)

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,21 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _empty_bytes() -> bytes:
+    # Protocols below 3 write no bytes so.
+    return b""
+
+
 def _load_storage(data: Any) -> _Storage:
     import torch
 
     if not isinstance(data, bytes):
         raise _RefusedError("it holds a storage in no known form")
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _RefusedError("it holds a torch storage that is not plain numbers") from error
     flat = torch.tensor([], dtype=storage.dtype).set_(storage)
     if flat.is_complex() or flat.is_quantized:
         raise _RefusedError(f"it holds an array of {flat.dtype}, not of real numbers")
@@ -249,6 +259,7 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Function(_Dtype),
     ("_codecs", "encode"): _Function(_encode),
+    ("__builtin__", "bytes"): _Function(_empty_bytes),
     ("collections", "OrderedDict"): _Function(_ordered_dict),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
     ("torch.storage", "_load_from_bytes"): _Function(_load_storage),

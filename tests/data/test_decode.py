@@ -1,0 +1,348 @@
+"""Frames by presentation time, sound cut by presentation time, and one sentence for every bad file."""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from deepmsi.data.decode import NoStreamError, decode_audio, decode_frames, probe, try_decoding
+from deepmsi.data.geometry import fit
+from deepmsi.errors import UserError
+
+
+def expected(times, count):
+    """t_k = t_first + (k + ½)(t_last - t_first)/T, each the last frame at or before it."""
+    first, last = times[0], times[-1]
+    at = [Fraction(first) + (k + Fraction(1, 2)) * Fraction(last - first, count) for k in range(count)]
+    return [max(i for i, time in enumerate(times) if time <= t) for t in at]
+
+
+CASES = {
+    "even": list(range(0, 2000, 100)),
+    "variable": [0, 20, 40, 400, 900, 910, 1300, 1990],
+    "begins-late": [700, 800, 900, 1500],
+    "one-frame": [0],
+    "two-frames": [0, 1000],
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 15, 40])
+@pytest.mark.parametrize("times", CASES.values(), ids=CASES)
+def test_frames_by_presentation_time(tmp_path, clip_writer, frame_numbers, times, count):
+    clip = clip_writer(tmp_path / "a.mp4", times)
+    frames = decode_frames(clip, count, size=16)
+    assert frames.shape == (count, 3, 16, 16)
+    assert frames.dtype == np.uint8
+    assert frame_numbers(frames) == expected(times, count)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mpg"])
+def test_containers(tmp_path, clip_writer, frame_numbers, suffix):
+    if suffix == ".mpg":  # stands for containers in which not every packet has a time
+        path = tmp_path / "a.mpg"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg1video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for k in range(20):
+                picture = np.full((48, 64, 3), 10 * (k + 1), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+    else:
+        codec = "mpeg4" if suffix == ".avi" else "libx264"
+        path = clip_writer(tmp_path / f"a{suffix}", list(range(0, 2000, 100)), codec=codec)
+    assert frame_numbers(decode_frames(path, 7, size=16)) == expected(list(range(20)), 7)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "kept"),
+    [
+        (None, None, range(0, 90)),
+        (0.5, None, range(5, 90)),
+        (None, 1.0, range(0, 10)),
+        (4.2, 7.1, range(42, 71)),  # far enough in for a seek
+        (6.1, 6.2, range(61, 62)),
+        (6.12, 6.18, range(61, 62)),  # between two frames: the one on screen
+        (8.9, 20.0, range(89, 90)),
+    ],
+)
+@pytest.mark.parametrize("gop", [5, 500])
+def test_cut(tmp_path, clip_writer, start, end, kept, gop):
+    times = list(range(0, 9000, 100))
+
+    def paint(k):  # two digits, one in each half
+        image = np.zeros((48, 64, 3), np.uint8)
+        image[:, :32], image[:, 32:] = 20 * (k // 10) + 20, 20 * (k % 10) + 20
+        return image
+
+    clip = clip_writer(tmp_path / "a.mp4", times, paint=paint, gop=gop)
+    tens = decode_frames(clip, 5, start=start, end=end, side="left", size=16)[:, :, 4:12, 4:12]
+    ones = decode_frames(clip, 5, start=start, end=end, side="right", size=16)[:, :, 4:12, 4:12]
+    got = [10 * (round(t.mean() / 20) - 1) + round(o.mean() / 20) - 1 for t, o in zip(tens, ones, strict=True)]
+    assert got == [kept[i] for i in expected([times[k] for k in kept], 5)]
+
+
+def rotated(path, matrix):
+    """Write a display matrix into the track header of an mp4."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and ids, layer to reserved
+    old = struct.unpack(">9i", data[at : at + 36])
+    assert old == (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    a, b, c, d = matrix
+    one = 0x10000
+    data[at : at + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000)
+    path.write_bytes(data)
+    return path
+
+
+# (a, b, c, d): the pixel at (x, y) is shown at (a·x + c·y, b·x + d·y). A bright quarter begins at top left.
+ORIENTATIONS = {
+    "upright": ((1, 0, 0, 1), (0, 0), (64, 48)),
+    "clockwise": ((0, 1, -1, 0), (0, 1), (48, 64)),
+    "upside-down": ((-1, 0, 0, -1), (1, 1), (64, 48)),
+    "anticlockwise": ((0, -1, 1, 0), (1, 0), (48, 64)),
+    "mirrored": ((-1, 0, 0, 1), (0, 1), (64, 48)),
+    "transposed": ((0, 1, 1, 0), (0, 0), (48, 64)),
+}
+
+
+@pytest.mark.parametrize(("matrix", "corner", "shape"), ORIENTATIONS.values(), ids=ORIENTATIONS)
+def test_rotation_is_applied(tmp_path, clip_writer, matrix, corner, shape):
+    def paint(k):
+        image = np.full((48, 64, 3), 30, np.uint8)
+        image[:24, :32] = 220
+        image[:24, 32:, 0] = 130  # and a mark beside it, so that mirroring shows
+        return image
+
+    clip = clip_writer(tmp_path / "a.mp4", paint=paint)
+    if matrix != (1, 0, 0, 1):
+        rotated(clip, matrix)
+    frame = decode_frames(clip, 1, size=64, resize="squash")[0].astype(int)
+    quarters = frame[1].reshape(2, 32, 2, 32)[:, 8:24, :, 8:24].mean((1, 3))  # green: the mark is dark in it
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner
+    red = frame[0].reshape(2, 32, 2, 32)[:, 8:24, :, 8:24].mean((1, 3))
+    mark = np.unravel_index(np.abs(red - 130).argmin(), (2, 2))
+    a, b, _, _ = matrix
+    assert (mark[1] - corner[1], mark[0] - corner[0]) == (a, b), "the mark lies where x points to"
+    padded = decode_frames(clip, 1, size=64, resize="pad")[0]
+    rows, columns = (padded.max(0) > 12).any(1).sum(), (padded.max(0) > 12).any(0).sum()
+    assert (columns, rows) == tuple(round(n * 64 / 64) for n in shape)
+
+
+def test_fit_agrees_with_pillow():
+    image = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
+    pillow = pytest.importorskip("PIL.Image")
+    want = np.asarray(pillow.fromarray(image).resize((57, 32), pillow.Resampling.BILINEAR)).transpose(2, 0, 1)
+    got = fit(image, 32, "crop").astype(int)
+    assert got.shape == (3, 32, 32)
+    assert np.abs(got - want[:, :, 12:44]).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (7, 5), (480, 640)])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_fit_always_gives_the_square(shape, resize):
+    image = np.full((*shape, 3), 200, np.uint8)
+    square = fit(image, 24, resize)
+    assert square.shape == (3, 24, 24)
+    assert square.max() == 200
+    assert resize == "pad" or square.min() == 200
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".flac", ".wav", ".mkv"])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_sound_is_mono_at_the_rate_asked_for(tmp_path, clip_writer, suffix, rate):
+    clip = clip_writer(tmp_path / f"a{suffix}", [], sound=3.0, rate=rate)
+    sound = decode_audio(clip)
+    assert sound.dtype == np.float32
+    assert abs(len(sound) - 48000) < 1500  # AAC pads its last block
+    for second in range(3):  # the channels are equal, so their mean has the tone's own loudness
+        part = sound[16000 * second + 2000 : 16000 * second + 14000]
+        assert np.sqrt((part**2).mean()) == pytest.approx(0.1 * (second + 1) / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".flac", ".wav"])
+def test_sound_is_cut_by_presentation_time(tmp_path, clip_writer, suffix):
+    clip = clip_writer(tmp_path / f"a{suffix}", [], sound=9.0)
+    whole = decode_audio(clip)
+    for start, end in [(0.5, 1.5), (2.25, 2.5), (5.0, 7.0), (8.5, None)]:
+        part = decode_audio(clip, start=start, end=end)
+        stop = len(whole) if end is None else round(end * 16000)
+        want = whole[round(start * 16000) : stop]
+        assert abs(len(part) - len(want)) <= 1
+        part, want = part[: len(want)], want[: len(part)]
+        # A seek can land between two samples of the whole file's grid: half a sample at most.
+        slope = np.abs(np.diff(want)).max()
+        assert np.abs(part - want).max() < 0.55 * slope
+    with pytest.raises(UserError, match=r"no sound from 20 s to 21 s"):
+        decode_audio(clip, start=20, end=21)
+
+
+def test_encoder_priming_is_left_out(tmp_path, clip_writer):
+    sound = decode_audio(clip_writer(tmp_path / "a.mp4", [], sound=1.0, rate=16000, channels=1))
+    t = np.arange(2000, 14000) / 16000
+    want = 0.1 * np.sin(2 * np.pi * 440 * t)
+    assert np.abs(sound[2000:14000] - want).max() < 0.01, "a shift by a block of AAC would show"
+
+
+def test_video_without_sound_and_sound_without_video(tmp_path, clip_writer):
+    silent, sound = clip_writer(tmp_path / "v.mp4"), clip_writer(tmp_path / "a.mp4", [], sound=0.5)
+    assert decode_frames(silent, 3, size=16).shape == (3, 3, 16, 16)
+    with pytest.raises(NoStreamError, match=r"v\.mp4: the file has no audio stream"):
+        decode_audio(silent)
+    with pytest.raises(NoStreamError, match=r"a\.mp4: the file has no video stream"):
+        decode_frames(sound, 3)
+    info = probe(silent)
+    assert (info.has_video, info.has_audio, info.width, info.height) == (True, False, 64, 48)
+    assert info.duration == pytest.approx(2.0, abs=0.15)
+    assert (probe(sound).has_video, probe(sound).sample_rate, probe(sound).channels) == (False, 44100, 2)
+
+
+def bad_files(tmp_path, clip_writer):
+    good = clip_writer(tmp_path / "good.mp4", sound=2.0).read_bytes()
+    faststart = tmp_path / "fast.mp4"
+    with (
+        av.open(str(tmp_path / "good.mp4")) as source,
+        av.open(str(faststart), "w", options={"movflags": "faststart"}) as target,
+    ):
+        streams = {s.index: target.add_stream_from_template(s) for s in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    fast = faststart.read_bytes()
+    assert fast.index(b"moov") < fast.index(b"mdat")
+    return {
+        "missing": (None, "there is no such file"),
+        "empty": (b"", "the file is empty"),
+        "truncated": (good[: len(good) // 2], "truncated"),
+        "truncated-behind-its-index": (fast[: len(fast) * 3 // 4], "truncated"),
+        "text": (b"Dear diary, today I named this a film.\n" * 20, "cannot read this as a media file"),
+        "noise": (np.random.default_rng(1).bytes(5000), "cannot read this as a media file"),
+        "no-streams": (b"RIFF\x04\x00\x00\x00AVI ", "FFmpeg cannot read|has no streams|no video stream"),
+        "page": (b"<html><body>404 not found</body></html>", "cannot read this as a media file"),
+        "playlist": (b"#EXTM3U\n#EXTINF:1,\nhttp://localhost/a.ts\n", "cannot read this|no streams"),
+    }
+
+
+NAMES = ["missing", "empty", "truncated", "truncated-behind-its-index", "text", "noise", "no-streams", "page"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "playlist"])
+def test_bad_file_gets_one_sentence(tmp_path, clip_writer, name):
+    data, sentence = bad_files(tmp_path, clip_writer)[name]
+    path = tmp_path / "bad.mp4"
+    if data is not None:
+        path.write_bytes(data)
+    for read in (probe, lambda p: decode_frames(p, 3), decode_audio, lambda p: try_decoding(p, "video")):
+        with pytest.raises(UserError, match=sentence) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+        assert "bad.mp4" in str(caught.value)
+
+
+def test_folder_is_no_clip(tmp_path):
+    with pytest.raises(UserError, match="a folder, not a media file"):
+        decode_frames(tmp_path, 3)
+
+
+def test_zero_frames(tmp_path, clip_writer):
+    """The headers of a film, and payloads that decode to nothing."""
+    clip = clip_writer(tmp_path / "a.mkv", [0, 100, 200], codec="mpeg4")
+    data = bytearray(clip.read_bytes())
+    packets = []
+    with av.open(str(clip)) as container:
+        packets = [bytes(p) for p in container.demux(video=0) if p.size]
+    for payload in packets:
+        at = data.index(payload)
+        data[at : at + len(payload)] = bytes(len(payload))
+    clip.write_bytes(data)
+    with pytest.raises(UserError, match="not one video frame can be decoded"):
+        decode_frames(clip, 3)
+    with pytest.raises(UserError, match="not one video frame can be decoded"):
+        try_decoding(clip, "video")
+
+
+def test_cut_behind_the_end(tmp_path, clip_writer):
+    clip = clip_writer(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match=r"no frames from 5 s to its end"):
+        decode_frames(clip, 3, start=5)
+
+
+def test_several_streams_take_the_default(shared_data: Path):
+    clip = shared_data / "decode" / "nasa_13013.mp4"
+    info = probe(clip)
+    assert (info.video_streams, info.audio_streams) == (2, 2)
+    assert decode_frames(clip, 4, size=32).shape == (4, 3, 32, 32)
+    first, second = decode_audio(clip), decode_audio(clip, stream=4)
+    assert abs(len(first) - 13.056 * 16000) < 2000
+    assert len(second) > 0
+    assert not np.array_equal(decode_audio(clip, stream=1)[:1000], second[:1000])
+    with pytest.raises(NoStreamError, match=r"stream 2 is no audio stream"):
+        decode_audio(clip, stream=2)
+
+
+@pytest.mark.parametrize("name", ["bbaf2n.mpg", "id2_vcd_swwp2s.mpg", "lrwp9a.mpg", "swiz3n.mpg"])
+def test_grid_clips(shared_data: Path, name):
+    clip = shared_data / "decode" / name
+    with av.open(str(clip)) as container:
+        decoded = [(f.pts, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    frames = decode_frames(clip, 15, size=64)
+    chosen = expected([pts for pts, _ in decoded], 15)
+    want = np.stack([fit(decoded[i][1], 64, "crop") for i in chosen])
+    assert np.array_equal(frames, want)
+    assert 2.8 < len(decode_audio(clip)) / 16000 < 3.1
+
+
+def test_original_takes(shared_data: Path):
+    for clip in sorted((shared_data / "ravdess" / "original").glob("*.mp4")):
+        frames = decode_frames(clip, 15, size=96)
+        assert frames.shape == (15, 3, 96, 96)
+        assert len({frame.tobytes() for frame in frames}) == 15
+        assert len(decode_audio(clip)) / 16000 == pytest.approx(probe(clip).duration, abs=0.03)
+    assert len(decode_audio(shared_data / "decode" / "jfk.flac")) == 11 * 16000
+
+
+def test_long_file_is_not_held(tmp_path, clip_writer, monkeypatch):
+    """Frames are converted when they are chosen, and no other frame is kept alive."""
+    import gc
+
+    clip = clip_writer(
+        tmp_path / "a.mp4", list(range(0, 30000, 100)), paint=lambda k: np.full((48, 64, 3), k % 250, np.uint8)
+    )
+    converted, alive = [], []
+    from deepmsi.data import geometry
+
+    original = geometry.to_rgb
+
+    def counting(frame):
+        gc.collect()
+        alive.append(sum(type(o) is av.VideoFrame for o in gc.get_objects()))
+        converted.append(frame.pts)
+        return original(frame)
+
+    monkeypatch.setattr(geometry, "to_rgb", counting)
+    decode_frames(clip, 4, size=16)
+    assert len(converted) == 4
+    assert 1 <= max(alive) <= 40, "a decoder's few frames in flight, not the film's 300"
+
+
+def test_face_crop(shared_data: Path):
+    pytest.importorskip("cv2", reason="OpenCV, the extra deepmsi[face], is not installed")
+    clip = sorted((shared_data / "ravdess" / "original").glob("*.mp4"))[0]
+    face, whole = decode_frames(clip, 3, size=64, face=True), decode_frames(clip, 3, size=64)
+    assert face.shape == whole.shape
+    assert not np.array_equal(face, whole)
+    assert face[:, 0].mean() < whole[:, 0].mean() - 10, "skin and hair in place of the white wall"
+
+
+def test_face_crop_without_opencv(tmp_path, clip_writer, monkeypatch):
+    import sys
+
+    from deepmsi.data.face import shared_detector
+
+    shared_detector.cache_clear()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match=r"install deepmsi\[face\]"):
+        decode_frames(clip_writer(tmp_path / "a.mp4"), 3, face=True)

@@ -1,0 +1,211 @@
+"""Manifests: own tables in every encoding, MELD's own files, and one sentence for each mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepmsi.data.check import check
+from deepmsi.data.manifest import MELD_LABELS, count_labels, read_manifest, require_labels
+from deepmsi.errors import UserError
+
+HEADER = "id,video,audio,text,label,speaker,dialogue,split,start,end,side,mood\n"
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_every_column(tmp_path, encoding, delimiter):
+    table = HEADER + 'a,v/a.mp4,,"It’s fine – really",joy,Zoë,d1,train,0.5,2,LEFT,x\n\nb,,b.wav,,,,,,,,,\n'
+    table = table.replace(",", delimiter)
+    rows = read_manifest(write(tmp_path / "m.csv", table, encoding)).rows
+    assert rows[0].video == tmp_path / "v/a.mp4"
+    assert (rows[0].text, rows[0].label, rows[0].speaker) == ("It’s fine – really", "joy", "Zoë")
+    assert (rows[0].start, rows[0].end, rows[0].side) == (0.5, 2.0, "left")
+    assert (rows[0].dialogue, rows[0].split, rows[0].extra) == ("d1", "train", {"mood": "x"})
+    assert (rows[1].audio, rows[1].video, rows[1].text, rows[1].label) == (tmp_path / "b.wav", None, None, None)
+    assert len(rows) == 2
+
+
+def test_jsonl(tmp_path):
+    lines = [
+        {"id": 7, "text": "so", "label": 3, "start": 1.5, "audio": "a.wav", "take": 2},
+        {"id": "b", "text_features": "b.npy", "label": None},
+    ]
+    path = write(tmp_path / "m.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\n")
+    rows = read_manifest(path).rows
+    assert (rows[0].id, rows[0].label, rows[0].start, rows[0].extra) == ("7", "3", 1.5, {"take": "2"})
+    assert (rows[1].text_features, rows[1].label) == (tmp_path / "b.npy", None)
+
+
+def test_absolute_paths_and_upper_case_names(tmp_path):
+    row = read_manifest(write(tmp_path / "m.csv", "ID,Video,Label\na,/clips/a.mp4,joy\n")).rows[0]
+    assert (row.id, row.video, row.label) == ("a", Path("/clips/a.mp4"), "joy")
+
+
+BAD = {
+    "duplicate-id": ("id,text\na,x\nb,y\na,z\n", r"m\.csv:4: the id 'a' is already taken at .*m\.csv:2"),
+    "separator": ("id,text\nd/a,x\n", r"m\.csv:2: the id 'd/a' holds a path separator"),
+    "backslash": ("id,text\nd\\a,x\n", r"m\.csv:2: .* path separator"),
+    "dots": ("id,text\n..,x\n", r"m\.csv:2: .* path separator"),
+    "no-id": ("id,text\n,x\n", r"m\.csv:2: the id is empty"),
+    "no-id-column": ("name,text\na,x\n", r"no column 'id' .* rename the column 'name'"),
+    "header-twice": ("id,text,Text\na,x,y\n", r"m\.csv:1: the column 'text' stands in the header twice"),
+    "cells": ("id,text\na,x\nb,y,z\n", r"m\.csv:3: the line has 3 cells and the header has 2"),
+    "quote": ('id,text\na,"x\n', r"m\.csv:2: the line cannot be read as CSV"),
+    "start": ("id,text,start\na,x,soon\n", r"m\.csv:2: start is 'soon'; give seconds"),
+    "negative": ("id,text,start\na,x,-1\n", r"m\.csv:2: start is '-1'"),
+    "nan": ("id,text,end\na,x,nan\n", r"m\.csv:2: end is 'nan'"),
+    "order": ("id,text,start,end\na,x,2,1\n", r"m\.csv:2: the end 1 s does not lie after the start 2 s"),
+    "side": ("id,text,side\na,x,top\n", r"m\.csv:2: side is 'top'"),
+    "label": ("id,text,label\na,x,j\x07y\n", r"m\.csv:2: the label .* cannot be read"),
+    "nothing": ("id,text,label\na,,joy\n", r"m\.csv:2: the row 'a' has no video, no audio and no text"),
+    "empty": ("  \n", r"m\.csv: the manifest is empty"),
+    "header-only": ("id,text\n", r"m\.csv: the manifest has no rows"),
+    "binary": ("id,text\n\0", r"m\.csv: this is a binary file"),
+    "two": ("id,text\nd/a,x\n..,x\n", r"m\.csv:2: .*and 1 more: see deepmsi check"),
+    "multi-line": ('id,text\na,"x\ny"\nd/b,z\n', r"m\.csv:4: the id 'd/b'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_table_gets_one_sentence(tmp_path, name):
+    text, sentence = BAD[name]
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_manifest(write(tmp_path / "m.csv", text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"id": "a"', r"m\.jsonl:2: the line is not JSON"),
+        ("[1]", r"m\.jsonl:2: the line is not a JSON object"),
+        ('{"id": "a", "text": "x", "label": ["joy"]}', r"m\.jsonl:2: the label cannot be read"),
+        ('{"id": "a", "text": {}}', r"m\.jsonl:2: the value of 'text' cannot be read"),
+    ],
+)
+def test_bad_jsonl(tmp_path, line, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_manifest(write(tmp_path / "m.jsonl", '{"id": "ok", "text": "x"}\n' + line))
+
+
+def test_missing_manifest_and_folder(tmp_path):
+    with pytest.raises(UserError, match="there is no such manifest"):
+        read_manifest(tmp_path / "m.csv")
+    with pytest.raises(UserError, match=r"no manifest\.csv, no \*_sent_emo\.csv"):
+        read_manifest(tmp_path)
+
+
+def test_require_labels(tmp_path):
+    manifest = read_manifest(write(tmp_path / "m.csv", "id,text\na,x\n"))
+    with pytest.raises(UserError, match="no row has a label"):
+        require_labels(manifest.rows, manifest.path)
+
+
+MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID\n"
+
+
+def test_meld_layout(tmp_path):
+    write(tmp_path / "test_sent_emo.csv", MELD_HEADER + "1,Why\x92d you?,Ross,Anger,negative,3,4\n")
+    write(tmp_path / "train_sent_emo.csv", MELD_HEADER + "1,Oh’s,Joey,joy,positive,3,4\n", "cp1252")
+    (row,) = read_manifest(tmp_path / "test_sent_emo.csv").rows
+    assert (row.id, row.dialogue, row.split, row.label) == ("test_dia3_utt4", "test_dia3", "test", "anger")
+    assert (row.text, row.speaker, row.video) == ("Why’d you?", "Ross", None)
+    both = read_manifest(tmp_path)
+    assert [r.id for r in both.rows] == ["train_dia3_utt4", "test_dia3_utt4"]
+    assert both.rows[0].text == "Oh’s"
+    assert both.kind == "meld"
+
+
+def test_meld_clips_are_found_at_any_nesting(tmp_path):
+    write(tmp_path / "dev_sent_emo.csv", MELD_HEADER + "1,a,A,joy,p,1,2\n2,b,B,fear,n,1,3\n")
+    clips = tmp_path / "raw" / "dev_splits_complete" / "dev_splits_complete"
+    clips.mkdir(parents=True)
+    (clips / "dia1_utt2.mp4").touch()
+    (clips / "._dia1_utt3.mp4").touch()
+    rows = read_manifest(tmp_path / "dev_sent_emo.csv").rows
+    assert rows[0].video == clips / "dia1_utt2.mp4"
+    assert rows[1].video is not None
+    assert not rows[1].video.exists(), "an absent clip is named, so that it is reported"
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [("1,a,A,bored,p,1,2", "'bored' is none of MELD's"), ("1,a,A,joy,p,x,2", "Dialogue_ID is 'x'")],
+)
+def test_bad_meld(tmp_path, cells, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_manifest(write(tmp_path / "dev_sent_emo.csv", MELD_HEADER + cells + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("split", "counts", "dialogues"),
+    [("train", (4710, 1205, 268, 683, 1743, 271, 1109), 1038), ("dev", (470, 150, 40, 111, 163, 22, 153), 114)],
+)
+def test_meld_counts(shared_data, split, counts, dialogues):
+    manifest = read_manifest(shared_data / "meld" / f"{split}_sent_emo.csv")
+    assert count_labels(manifest.rows) == {split: dict(sorted(zip(MELD_LABELS, counts, strict=True)))}
+    assert len(manifest.rows) == sum(counts)
+    assert len({row.dialogue for row in manifest.rows}) == dialogues
+    assert all(row.text and row.text.isprintable() for row in manifest.rows)
+
+
+def test_ravdess_manifest(shared_data):
+    rows = read_manifest(shared_data / "ravdess" / "manifest.csv").rows
+    assert len(rows) == 210
+    assert sum(row.video is not None for row in rows) == 26
+    assert all(path.is_file() for row in rows for path in (row.video, row.audio) if path)
+
+
+def test_check(tmp_path, clip_writer):
+    good = clip_writer(tmp_path / "good.mp4", sound=2.0)
+    (tmp_path / "copy.mp4").write_bytes(good.read_bytes())
+    (tmp_path / "half.mp4").write_bytes(good.read_bytes()[:3000])
+    (tmp_path / "empty.mp4").touch()
+    clip_writer(tmp_path / "short.wav", [], sound=0.1)
+    table = (
+        "id,video,audio,label,split,dialogue,start,end\n"
+        "good,good.mp4,,joy,train,d,,\n"
+        "copy,copy.mp4,,joy,test,d,,\n"
+        "cut,good.mp4,,Joy,train,,1,1.5\n"
+        "half,half.mp4,,fear,train,,,\n"
+        "empty,empty.mp4,,fear,train,,,\n"
+        "gone,gone.mp4,,fear,train,,,\n"
+        "short,,short.wav,,train,,,\n"
+        "late,good.mp4,,fear,train,,7,9\n"
+        "a/b,good.mp4,,fear,train,,,\n"
+    )
+    report = check(write(tmp_path / "m.csv", table))
+    problems = {p.id: p.sentence for p in report.problems}
+    assert set(problems) == {"half", "empty", "gone", "late", "a/b"}
+    assert "truncated" in problems["half"]
+    assert "no such file" in problems["gone"]
+    assert "the file is empty" in problems["empty"]
+    assert "behind the end" in problems["late"]
+    warnings = " | ".join(w.sentence for w in report.warnings)
+    assert "copy: its clip has the same content as good" in warnings
+    assert "in another split (train and test)" in warnings
+    assert "short: its audio lasts 0.10 s" in warnings
+    assert "the label 'Joy' has one row" in warnings
+    assert "'Joy' and 'joy' differ in spelling alone" in warnings
+    assert "1 row has no label" in warnings
+    assert "1 dialogue(s) stand in more than one split: d" in warnings
+    assert "cut:" not in warnings, "another cut of a file is no duplicate"
+    assert report.counts["train"] == {"": 1, "Joy": 1, "fear": 4, "joy": 1}
+    text = report.render()
+    assert "5 problems:" in text
+    assert all(problem.sentence in text for problem in report.problems)
+    assert json.loads(json.dumps(report.to_dict()))["rows"] == 8
+
+
+def test_check_finds_nothing_wrong_with_real_data(shared_data):
+    report = check(shared_data / "ravdess" / "manifest.csv")
+    assert report.problems == ()
+    assert report.warnings == ()
+    assert report.modalities == {"video": 26, "sound": 210, "text": 210}
+    assert "nothing wrong was found" in report.render()
