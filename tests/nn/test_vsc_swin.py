@@ -1,0 +1,401 @@
+"""VSCSwin: equal to timm without a schedule, to a naive second writing with one; the guide learns; static shapes."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.nn import KeptTokens, Schedule, VSCSwin
+from deepmsi.testing import assert_within_budget, generator, randn, relative_error
+
+timm = pytest.importorskip("timm")
+NAME = "swinv2_tiny_window8_256"
+
+
+def naive_class() -> Any:
+    spec = importlib.util.spec_from_file_location("naive_swin", Path(__file__).with_name("naive_swin.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.NaiveSwin
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a random value: Swin V2 starts with its post-norms at zero, which would hide the blocks."""
+    draw = generator(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+            if "logit_scale" in name:
+                value = 1 + 0.5 * value
+            elif parameter.dim() > 1:
+                value = value / parameter[0].numel() ** 0.5
+            else:
+                value = (1.0 if name.endswith("norm.weight") else 0.5) + 0.3 * value
+            parameter.copy_(value)
+    return model
+
+
+def gradients(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output, and the gradient of a random functional of it at the inputs and at every parameter."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    model.zero_grad()
+    out = model(*leaves)
+    (out * randn(*out.shape, seed=99, dtype=out.dtype)).sum().backward()
+    found = {f"input {n}": leaf.grad for n, leaf in enumerate(leaves)}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    missing = [name for name, grad in found.items() if grad is None]
+    assert not missing, f"no gradient reached {missing}"
+    return out.detach(), found
+
+
+# The pretrained window is another than the one in use, as in swinv2_base_window12to16_192to256; one grid equals it.
+CUSTOM: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2, 2),
+    "num_heads": (1, 2, 4),
+    "window_size": 8,
+    "pretrained_window_sizes": (6, 6, 6),
+}
+
+
+def pair(case: str, dtype: torch.dtype) -> tuple[nn.Module, VSCSwin, Tensor]:
+    """Return a model of timm and ours with the same random weights, and frames for both."""
+    if case == "tiny":
+        theirs = timm.create_model(NAME, num_classes=0, img_size=128, drop_path_rate=0.0)
+        ours = VSCSwin.from_timm(NAME, schedule=None, img_size=128)
+        frames = randn(1, 3, 128, 128, seed=1, dtype=torch.float64)
+    else:
+        theirs = timm.models.swin_transformer_v2.SwinTransformerV2(num_classes=0, drop_path_rate=0.0, **CUSTOM)
+        ours = VSCSwin(
+            img_size=64,
+            embed_dim=16,
+            depths=(2, 2, 2),
+            heads=(1, 2, 4),
+            window=8,
+            pretrained_window=6,
+            schedule=None,
+        )
+        frames = randn(2, 3, 64, 64, seed=1, dtype=torch.float64)
+    randomised(theirs)
+    result = ours.load_state_dict(theirs.state_dict())
+    assert not result.missing_keys
+    assert set(theirs.state_dict()) == set(ours.state_dict())
+    return theirs.to(dtype), ours.to(dtype), frames.to(dtype)
+
+
+@pytest.mark.parametrize("case", ["tiny", "custom"])
+def test_equals_timm_in_float64(case: str) -> None:
+    theirs, ours, frames = pair(case, torch.float64)
+    exact, wanted = gradients(theirs, frames)
+    out, found = gradients(ours, frames)
+    assert relative_error(out, exact) < 1e-9
+    for name, grad in wanted.items():
+        assert grad.abs().max() > 0, f"{name} tests nothing"
+        assert relative_error(found[name], grad) < 1e-9, name
+
+
+def test_equals_timm_in_float32_within_the_budget() -> None:
+    theirs, ours, frames = pair("custom", torch.float32)
+    low, low_gradients = gradients(theirs, frames)
+    out, found = gradients(ours, frames)
+    exact, wanted = gradients(theirs.double(), frames.double())
+    assert_within_budget(out, low, exact)
+    for name, grad in wanted.items():
+        # A handful of roundings: two orders of summation differ by their own error, not by the kernel's.
+        assert_within_budget(found[name], low_gradients[name], grad, name, roundings=16)
+
+
+def test_the_whole_model_at_its_own_size() -> None:
+    theirs = randomised(timm.create_model(NAME, num_classes=0)).eval()
+    ours = VSCSwin.from_timm(NAME, schedule=None).eval()
+    ours.load_state_dict(theirs.state_dict())
+    frames = randn(1, 3, 256, 256, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(frames), theirs(frames), rtol=1e-4, atol=1e-4)
+
+
+def test_training_draws_drop_path_as_timm_does() -> None:
+    theirs = randomised(timm.models.swin_transformer_v2.SwinTransformerV2(num_classes=0, drop_path_rate=0.5, **CUSTOM))
+    ours = VSCSwin(
+        img_size=64,
+        embed_dim=16,
+        depths=(2, 2, 2),
+        heads=(1, 2, 4),
+        pretrained_window=6,
+        drop_path_rate=0.5,
+        schedule=None,
+    )
+    ours.load_state_dict(theirs.state_dict())
+    frames = randn(4, 3, 64, 64, seed=3)
+    torch.manual_seed(5)
+    expected = theirs.train()(frames)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours.train()(frames), expected, rtol=1e-4, atol=1e-4)
+
+
+SMALL: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 4, 2),
+    "heads": (1, 2, 2),
+    "window": 4,
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "paper": {"schedule": "paper"},
+    "paper in capacity": {"schedule": "paper", "compression": {"capacity": 64}},
+    "released": {"schedule": {"layout": "regrid", "keep": [49, 25]}},
+    "keep": {"schedule": {"keep": [40, 21]}},
+    "second stage": {"schedule": {"blocks": [[1, 0], [1, 2], [2, 0]], "keep": [40, 21, 6]}},
+    "second stage by threshold": {"schedule": {"blocks": [[1, 1], [2, 0]], "threshold": 0.4}},
+}
+
+
+def small(case: str) -> VSCSwin:
+    return randomised(VSCSwin(**SMALL, **SCHEDULES[case]), seed=4).double()
+
+
+def naive_of(model: VSCSwin) -> Any:
+    schedule = model.schedule
+    assert schedule is not None
+    assert schedule.blocks is not None
+    keep = dict(zip(schedule.blocks, schedule.keep, strict=True)) if isinstance(schedule.keep, tuple) else None
+    return naive_class()(
+        dict(model.named_parameters()),
+        grid=16,
+        depths=SMALL["depths"],
+        heads=SMALL["heads"],
+        window=SMALL["window"],
+        keep=keep,
+        compress=schedule.blocks,
+        regrid=schedule.layout == "regrid",
+        threshold=schedule.threshold,
+    )
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_equals_a_naive_writing_frame_by_frame(case: str) -> None:
+    model = small(case)
+    frames = randn(2, 3, 32, 32, seed=5, dtype=torch.float64)
+    guide = randn(2, 16, seed=6, dtype=torch.float64)
+    out, found = gradients(model, frames, guide)
+    naive = naive_of(model)
+    model.zero_grad()
+    leaves = [frames.clone().requires_grad_(), guide.clone().requires_grad_()]
+    exact = torch.stack([naive(leaves[0][n], leaves[1][n]) for n in range(2)])
+    assert relative_error(out, exact) < 1e-9
+    (exact * randn(*out.shape, seed=99, dtype=out.dtype)).sum().backward()
+    wanted = {"input 0": leaves[0].grad, "input 1": leaves[1].grad}
+    wanted |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, grad in wanted.items():
+        assert relative_error(found[name], grad) < 1e-9, name
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_reports_the_kept_tokens(case: str) -> None:
+    model = small(case)
+    frames = randn(2, 3, 32, 32, seed=5, dtype=torch.float64)
+    guide = randn(2, 16, seed=6, dtype=torch.float64)
+    feature, kept = model(frames, guide, return_kept=True)
+    torch.testing.assert_close(feature, model(frames, guide))
+    assert [item.block for item in kept] == [f"layers.{i}.blocks.{j}" for i, j in model.schedule.blocks]
+    if case != "released":
+        naive = naive_of(model)
+        for n in range(2):
+            naive(frames[n], guide[n])
+        wanted = [naive.positions[len(kept) * n : len(kept) * (n + 1)] for n in range(2)]
+        for item, *frames_of in zip(kept, *wanted, strict=True):
+            start = item.cu_seqlens.tolist()
+            for n, places in enumerate(frames_of):
+                found = item.positions[start[n] : start[n + 1]].tolist()
+                assert found == [y * item.grid[1] + x for y, x in places]
+    for item in kept:
+        assert isinstance(item, KeptTokens)
+        assert 0 < item.ratio <= 1
+        valid = item.positions[: item.cu_seqlens[-1]]
+        assert (valid >= 0).all()
+        assert (valid < item.grid[0] * item.grid[1]).all()
+        assert item.relevance.shape == item.positions.shape
+
+
+def test_released_reports_places_on_the_grid_of_the_stage() -> None:
+    kept = small("released")(torch.randn(1, 3, 32, 32).double(), torch.randn(1, 16).double(), return_kept=True)[1]
+    first, second = (set(item.positions.tolist()) for item in kept)
+    assert len(first) == 49
+    assert len(second) == 25
+    assert second < first
+
+
+def test_presets_on_the_default_backbone() -> None:
+    for schedule, sizes in (("paper", {16 * 16, 8 * 8}), ("released", {256, 196, 144, 100, 25})):
+        model = VSCSwin.from_timm(NAME, schedule=schedule)
+        assert model.schedule.blocks == ((2, 0), (2, 2), (2, 4))
+        assert model.guide_dim == 384
+        windows = [block.attn.window for stage in model.stages()[2:] for block in stage.each()]
+        shifts = [block.attn.shift for stage in model.stages()[2:] for block in stage.each()]
+        if schedule == "released":
+            assert windows == [8, 7, 7, 6, 6, 5, 5, 5]
+            assert shifts == [0, 3, 0, 3, 0, 2, 0, 0]
+        else:
+            assert windows == [8] * 8
+            assert shifts == [0, 4, 0, 4, 0, 4, 0, 0]
+        assert sizes
+
+
+def test_the_guide_learns_in_the_default_model() -> None:
+    """The gradient at g and λ of every compression is of a useful size against that at its tokens x."""
+    torch.manual_seed(0)
+    model = VSCSwin.from_timm(NAME)
+    seen: dict[str, list[Tensor]] = {"x": [], "g": []}
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, cu_seqlens, guide = arguments
+        x, guide = x * 1, guide * 1
+        for name, value in (("x", x), ("g", guide)):
+            value.retain_grad()
+            seen[name].append(value)
+        return x, cu_seqlens, guide
+
+    blocks = [model.get_submodule(f"layers.2.blocks.{j}.compress.vsc") for j in (0, 2, 4)]
+    for block in blocks:
+        block.register_forward_pre_hook(watch)
+    frames, guide = randn(1, 3, 256, 256, seed=7), randn(1, 384, seed=8).requires_grad_()
+    out = model(frames, guide)
+    (out * randn(*out.shape, seed=9)).sum().backward()
+    assert guide.grad.norm() > 0
+    for x, g, block in zip(seen["x"], seen["g"], blocks, strict=True):
+        size = x.grad.norm()
+        assert g.grad.norm() > 1e-3 * size
+        assert block.guide_logit.grad.abs() > 1e-3 * size
+
+
+def test_stem_does_not_see_the_guide() -> None:
+    model = small("paper")
+    frames = randn(2, 3, 32, 32, seed=5, dtype=torch.float64)
+    stem = model.stem(frames)
+    for seed in (6, 7):
+        guide = randn(2, 16, seed=seed, dtype=torch.float64)
+        torch.testing.assert_close(model.guided(stem, guide), model(frames, guide), rtol=0, atol=0)
+
+
+def test_a_frame_does_not_depend_on_its_neighbours() -> None:
+    model = small("paper")
+    frames, guide = randn(3, 3, 32, 32, seed=5, dtype=torch.float64), randn(3, 16, seed=6, dtype=torch.float64)
+    alone = torch.cat([model(frames[n : n + 1], guide[n : n + 1]) for n in range(3)])
+    torch.testing.assert_close(model(frames, guide), alone, rtol=1e-10, atol=1e-12)
+    assert model(frames[:0], guide[:0]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("case", ["paper in capacity", "released", "keep", "second stage"])
+def test_static_schedules_read_nothing_on_the_host(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(case).float()
+    frames, guide = randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6)
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("a value was read on the host")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    model(frames, guide).sum().backward()
+
+
+def test_a_static_model_compiles_whole() -> None:
+    model = small("keep").float()
+    frames, guide = randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(frames, guide), model(frames, guide))
+
+
+@pytest.mark.parametrize("case", ["paper", "released"])
+def test_autocast(case: str) -> None:
+    model = small(case).float()
+    frames, guide = randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(frames, guide)
+    out.float().square().sum().backward()
+    assert torch.isfinite(out).all()
+    assert guide.grad.dtype == torch.float32
+    assert guide.grad.abs().max() > 0
+
+
+def test_fixed_bias_tables_change_nothing_and_go_in_training() -> None:
+    model = small("paper")
+    frames, guide = randn(1, 3, 32, 32, seed=5, dtype=torch.float64), randn(1, 16, seed=6, dtype=torch.float64)
+    names = set(model.state_dict())
+    expected = model.eval()(frames, guide)
+    torch.testing.assert_close(model.fix_bias_tables()(frames, guide), expected, rtol=0, atol=0)
+    assert set(model.state_dict()) == names
+    model.train()(frames, guide).sum().backward()
+    assert model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.2.weight").grad is not None
+
+
+def test_small_preset() -> None:
+    for schedule in ("paper", "released", None):
+        model = VSCSwin.small(schedule)
+        guide = torch.randn(2, 64) if schedule else None
+        assert model(torch.randn(2, 3, 64, 64), guide).shape == (2, model.num_features)
+
+
+def test_loading() -> None:
+    theirs = timm.create_model(NAME, num_classes=7, img_size=64)
+    model = VSCSwin.from_timm(NAME, img_size=64)
+    result = model.load_state_dict(theirs.state_dict())
+    assert set(result.unexpected_keys) == {"head.fc.weight", "head.fc.bias"}
+    assert result.missing_keys
+    assert all(".compress." in key for key in result.missing_keys)
+    broken = theirs.state_dict()
+    del broken["norm.weight"]
+    with pytest.raises(RuntimeError, match=r"missing \['norm.weight'\]"):
+        model.load_state_dict(broken)
+    with pytest.raises(RuntimeError, match="unexpected"):
+        model.load_state_dict({**theirs.state_dict(), "other": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"schedule": "papr"}, "none of paper, released"),
+        ({"schedule": {"keeep": 3}}, "did you mean 'keep'"),
+        ({"schedule": {"layout": "regrid"}}, "needs keep"),
+        ({"schedule": {"layout": "regrid", "keep": 12}}, "square numbers"),
+        ({"schedule": {"blocks": [[5, 0]]}}, "no block 0 in stage 5"),
+        ({"schedule": {"blocks": [3]}}, "must be pairs"),
+        ({"schedule": {"blocks": [[1, 2], [1, 0]]}}, "in order"),
+        ({"schedule": {"keep": [3]}}, "one number or one for each"),
+        ({"compression": {"threshhold": 3}}, "did you mean 'threshold'"),
+        ({"img_size": 33}, "no multiple of patch_size"),
+        ({"img_size": 40}, "no multiple of its window"),
+        ({"heads": (3, 2, 2)}, "do not divide"),
+        ({"heads": (1, 2)}, "must match in number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_told(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        VSCSwin(**{**SMALL, **options})
+
+
+def test_wrong_inputs_are_told() -> None:
+    model = small("paper").float()
+    with pytest.raises(ValueError, match="frames must be"):
+        model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="give one"):
+        model(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="guide must be"):
+        model(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8))
+    with pytest.raises(UserError, match="no Swin V2 named"):
+        VSCSwin.from_timm("swinv2_cr_tiny_224")
+
+
+def test_a_schedule_round_trips_through_plain_data() -> None:
+    first = Schedule.resolve({"blocks": [[1, 0], [1, 2]], "keep": [4, 2]}, (1, 4, 2))
+    assert Schedule.resolve(vars(first), (1, 4, 2)) == first
