@@ -107,7 +107,7 @@ class TextConfig(_EncoderConfig):
     """Text branch: 'features', 'hashing' (offline), a hub name or local folder of transformers, or 'none'."""
 
     pooling: Literal["mean", "cls"] = "mean"
-    max_length: int = Field(128, ge=2, description="tokens; the most recent ones are kept where context overflows")
+    max_length: int | None = Field(None, ge=2, description="tokens; null takes the encoder's own, at most 512")
     context: int = Field(0, ge=0, description="previous utterances of the dialogue, with speakers, that are read too")
 
     @model_validator(mode="after")
