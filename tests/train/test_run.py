@@ -1,0 +1,495 @@
+"""Runs from end to end: learning, resuming bit for bit, protocols, several processes, records, refusals."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
+from transformers import TrainerCallback
+
+from deepmsi.errors import UserError
+from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.train import trainer as trainer_module
+from deepmsi.train.evaluate import evaluate
+from deepmsi.train.metrics import read_predictions
+from deepmsi.train.recipe import AugmentSettings, load_recipe
+from deepmsi.train.run import best_epoch, train
+
+VIDEO: dict[str, Any] = {
+    "preset": "small",
+    "vision": {"backbone": "small", "image_size": 64, "frames": 2, "tcn_channels": [16], "mean": (0.5,) * 3},
+    "train": {"epochs": 2, "batch_size": 4, "lr": 0.003, "accumulation": 2, "checkpoint_steps": 1},
+}
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in load_file(run / "model" / "model.safetensors").items()}
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the trainer catches it."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch):
+    """Make the next run die as soon as it has taken so many steps (after the checkpoint, if that step has one)."""
+
+    def arm(step: int) -> None:
+        class Killer(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise Killed
+
+        init = trainer_module.UtteranceTrainer.__init__
+
+        def patched(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            self.add_callback(Killer())
+
+        monkeypatch.setattr(trainer_module.UtteranceTrainer, "__init__", patched)
+
+    yield arm
+    monkeypatch.undo()
+
+
+def test_a_run_learns_and_records_what_made_it(split_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    metrics = train(make_recipe(), split_corpus, run)
+    assert metrics["accuracy"] == 1.0
+    assert metrics["complete"]
+    assert json.loads((run / "metrics.json").read_text())["confusion_matrix"] == [[4, 0, 0], [0, 4, 0], [0, 0, 4]]
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["labels"] == list(LABELS)
+    assert len(facts["data"]["fingerprint"]) >= 32
+    for key in ("deepmsi", "torch", "seed", "command", "protocol", "finished"):
+        assert facts[key] is not None
+    splits = json.loads((run / "splits.json").read_text())["test"]
+    assert set(facts["trained_ids"]) == set(splits["train"])
+    assert not set(splits["train"]) & set(splits["test"])
+    assert set(read_predictions(run)) == set(splits["test"])
+    assert load_recipe(run / "recipe.yaml").text.dim == 6
+    events = history(run)
+    assert {event["split"] for event in events} == {"train", "dev"}
+    assert all({"step", "epoch", "loss"} <= event.keys() for event in events)
+    assert list((run / "logs").glob("events.*"))
+    assert DeepMSI.from_pretrained(run / "model").config.label_names == list(LABELS)
+
+
+def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        **VIDEO | {"train": VIDEO["train"] | {"epochs": 12, "checkpoint_steps": None, "checkpoint_every": 99}},
+        protocol={"name": "stratified-kfold", "folds": 2, "final_fit": True},
+        augment=AugmentSettings.none().model_dump(),
+        drop=["text", "audio"],
+    )
+    run = tmp_path / "run"
+    train(recipe, video_corpus, run)
+    scores = evaluate(run, video_corpus)
+    assert scores["n"] == 8  # the rows that have frames
+    assert scores["accuracy"] == 1.0
+    assert scores["rows_seen_in_training"] == 8
+
+
+@pytest.mark.parametrize(
+    ("workers", "kill", "corrupt"),
+    [(0, 2, False), (2, 3, True)],
+    ids=["at an epoch's end", "inside an epoch, with loader processes and a damaged checkpoint"],
+)
+def test_resume_is_bit_for_bit(
+    workers: int,
+    kill: int,
+    corrupt: bool,
+    video_corpus: Path,
+    tmp_path: Path,
+    kill_at,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make_recipe(**VIDEO, protocol={"name": "stratified-kfold", "folds": 3})
+    settings = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
+    # One fold only, and no final fit: what is killed and what is compared is the fit of that fold.
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    keep_models(monkeypatch)
+    train(recipe, video_corpus, whole, folds=[1])
+    kill_at(kill)
+    with pytest.raises(Killed):
+        train(settings, video_corpus, killed, folds=[1])
+    monkeypatch.undo()
+    keep_models(monkeypatch)
+    checkpoints = killed / "folds" / "01" / "checkpoints"
+    newest = max(checkpoints.iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    if corrupt:
+        damaged = newest / "model.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+    train(settings, video_corpus, killed, resume=True, folds=[1])
+    said = capsys.readouterr().err
+    assert (f"{newest} is skipped: model.safetensors has" in said) == corrupt
+    assert_same_bits(whole / "folds" / "01", killed / "folds" / "01")
+    assert history(whole / "folds" / "01") == history(killed / "folds" / "01")
+    assert (whole / "folds/01/predictions.csv").read_text() == (killed / "folds/01/predictions.csv").read_text()
+
+
+def keep_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save each fit's model beside its history, which a run does for the kept model only."""
+    fit = trainer_module.run_fit
+
+    def run_fit(model, description):
+        result = fit(model, description)
+        model.save_pretrained(description.folder / "model")
+        return result
+
+    monkeypatch.setattr(trainer_module, "run_fit", run_fit)
+
+
+def test_a_second_seed_differs_and_the_same_does_not(split_corpus: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(make_recipe(seed=seed, train={"epochs": 1}), split_corpus, tmp_path / name)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_bits(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "folds"),
+    [
+        ({"name": "stratified-kfold", "folds": 2, "repeats": 2}, 4),
+        ({"name": "group-kfold", "folds": 2}, 2),
+        ({"name": "leave-one-speaker-out"}, 4),
+        ({"name": "paper-kfold10", "final_fit": False}, 10),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_protocols_run_to_their_end(
+    protocol: dict, folds: int, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(protocol=protocol, train={"epochs": 1, "checkpoint_every": 9})
+    metrics = train(recipe, corpus, tmp_path / "run")
+    assert len(metrics["folds"]) == folds
+    assert metrics["n"] == 36
+    assert set(metrics["over_folds"]) == {"accuracy", "uar", "weighted_f1", "macro_f1"}
+    assert len(read_predictions(tmp_path / "run")) == 36
+    assert (tmp_path / "run" / "model").is_dir() == recipe.protocol.final_fit
+    leaks = protocol["name"] == "paper-kfold10"
+    assert metrics["leaks"] == leaks
+    assert ("leaks" in metrics["protocol"]) == leaks
+    assert ("leaks" in capsys.readouterr().err) == leaks
+
+
+def test_epochs_come_from_inner_folds_and_the_final_fit_takes_all_rows(corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        protocol={"name": "stratified-kfold", "folds": 2},
+        train={"selection": "inner-folds", "inner_folds": 2, "epochs": 3, "metric": "loss"},
+    )
+    run = tmp_path / "run"
+    metrics = train(recipe, corpus, run)
+    for fold in metrics["folds"]:
+        assert fold["epochs_from"] == "2 inner fits"
+        assert 1 <= fold["epochs"] == fold["kept_epoch"] <= 3
+        inner = list((run / "folds" / fold["name"] / "inner").iterdir())
+        assert len(inner) == 2
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["final_fit"]["rows"] == len(facts["trained_ids"]) == 36
+
+
+def test_best_epoch() -> None:
+    a = [
+        {"epoch": 1, "loss": 3.0, "uar": 0.5},
+        {"epoch": 2, "loss": 1.0, "uar": 0.5},
+        {"epoch": 3, "loss": 2, "uar": 0},
+    ]
+    b = [
+        {"epoch": 1, "loss": 1.0, "uar": 0.5},
+        {"epoch": 2, "loss": 2.5, "uar": 0.5},
+        {"epoch": 3, "loss": 1, "uar": 1},
+    ]
+    assert best_epoch([a, b], [3, 1], "loss") == 2
+    assert best_epoch([a, b], [1, 1], "loss") == 3
+    assert best_epoch([a, b], [3, 1], "uar") == 2  # 0.5, 0.5, 0.25: the tie goes to the lower loss
+    assert best_epoch([a, b], [1, 9], "uar") == 3
+
+
+def test_selection_keeps_the_best_epoch_and_patience_stops(split_corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(train={"selection": "dev", "epochs": 12, "patience": 2, "metric": "accuracy", "lr": 0.03})
+    run = tmp_path / "run"
+    (fold,) = train(recipe, split_corpus, run)["folds"]
+    curve = [event for event in history(run) if event["split"] == "dev"]
+    assert fold["epochs"] == len(curve) < 12
+    assert fold["epochs"] - fold["kept_epoch"] == 2
+    assert curve[fold["kept_epoch"] - 1]["accuracy"] == max(event["accuracy"] for event in curve)
+    # A finished run that is resumed trains no further.
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    train(recipe, split_corpus, run, resume=True)
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(protocol={"name": "stratified-kfold", "folds": 3}, train={"epochs": 1})
+    apart, whole = tmp_path / "apart", tmp_path / "whole"
+    first = train(recipe, corpus, apart, folds=[3])
+    assert not first["complete"]
+    assert first["n"] == 12
+    assert not (apart / "model").exists()
+    joined = train(recipe, corpus, apart, folds=["1", "02"])
+    expected = train(recipe, corpus, whole)
+    for result in (joined, expected):
+        for fold in result["folds"]:
+            fold.pop("seconds")
+    assert joined == expected
+    assert_same_bits(apart, whole)
+    with pytest.raises(UserError, match="There is no fold '9': the folds are 01, 02, 03"):
+        train(recipe, corpus, apart, folds=[9])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": {"sampler": "balanced", "focal_gamma": 2.0}},
+        {"train": {"logit_adjustment": 1.0}, "loss": {"class_weights": "balanced"}},
+    ],
+    ids=["balanced sampler and focal loss", "logit adjustment and class weights"],
+)
+def test_options_for_imbalance(options: dict, split_corpus: Path, tmp_path: Path) -> None:
+    assert train(make_recipe(**options), split_corpus, tmp_path / "run")["accuracy"] > 0.9
+
+
+def test_a_class_that_is_never_predicted_is_told(
+    split_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_recipe(train={"epochs": 1, "lr": 1e-9}), split_corpus, tmp_path / "run")
+    assert "is never predicted: try loss.class_weights=balanced" in capsys.readouterr().err
+
+
+def test_excluded_labels_are_left_out_and_told(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(exclude_labels=["joy"], protocol={"name": "group-kfold", "folds": 2}, train={"epochs": 1})
+    assert train(recipe, corpus, tmp_path / "run")["labels"] == ["anger", "sadness"]
+    assert "12 rows left out: the label 'joy' is excluded by the recipe." in capsys.readouterr().err
+    assert evaluate(tmp_path / "run", corpus)["n"] == 24
+
+
+def test_a_diverging_run_stops_with_a_sentence(split_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, so training stopped: lower train\.lr"):
+        train(make_recipe(train={"lr": 1e30, "max_grad_norm": 0, "epochs": 9}), split_corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_encoders_have_their_own_rate() -> None:
+    recipe = make_recipe(train={"encoder_lr": 1e-5})
+
+    class Pretrained:
+        """A model's parameters by name, with a text encoder that starts from pretrained weights."""
+
+        config = recipe.model_copy(update={"text": recipe.text.model_copy(update={"encoder": "some/bert"})})
+
+        def named_parameters(self):
+            import torch
+
+            for name in ("text_encoder.w", "classifier.w"):
+                yield name, torch.nn.Parameter(torch.zeros(2, 2))
+                yield name + "b", torch.nn.Parameter(torch.zeros(2))
+
+    groups = trainer_module.parameter_groups(Pretrained(), recipe.train)  # type: ignore[arg-type]
+    assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [
+        (1e-5, 0.0),
+        (1e-5, 0.01),
+        (0.02, 0.0),
+        (0.02, 0.01),
+    ]
+
+
+def test_the_kept_share_of_tokens_is_logged(video_corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(**VIDEO, protocol={"name": "stratified-kfold", "folds": 2, "final_fit": False})
+    train(recipe, video_corpus, tmp_path / "run", folds=[1])
+    kept = [v for e in history(tmp_path / "run/folds/01") for k, v in e.items() if k.startswith("keep/")]
+    assert kept
+    assert all(0 < value <= 1 for value in kept)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from small_corpus import make_recipe
+from deepmsi.train.run import train
+world, data, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+recipe = make_recipe(
+    fusion={{"dropout": 0.0, "modality_dropout": 0.0}},
+    loss={{"text_audio_pair": True, "class_weights": "balanced"}},
+    train={{"batch_size": 14 // world, "epochs": 1, "lr": 0.01, "betas": [0.0, 0.0], "max_grad_norm": 0}},
+)
+train(recipe, data, out)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(split_corpus: Path, tmp_path: Path) -> None:
+    """36 rows in batches of 14: the last one has 8 rows, and the 12 dev and test rows split without duplicates."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for world, start in ((1, [sys.executable]), (2, launcher)):
+        arguments = [*start, str(script), str(world), str(split_corpus), str(tmp_path / str(world))]
+        done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=2e-6, err_msg=name)
+    scores = [json.loads((tmp_path / world / "metrics.json").read_text()) for world in "12"]
+    assert scores[0]["n"] == scores[1]["n"] == 12
+    assert scores[0]["confusion_matrix"] == scores[1]["confusion_matrix"]
+    logits = [np.load(tmp_path / world / "logits.npy") for world in "12"]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+    dev = [[e for e in history(tmp_path / world) if e["split"] == "dev"][-1]["loss"] for world in "12"]
+    assert dev[0] == pytest.approx(dev[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(split_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(make_recipe(train={"epochs": 2}), split_corpus, run)
+    return run
+
+
+def test_evaluate_writes_what_the_interface_promises(finished: Path, split_corpus: Path, tmp_path: Path) -> None:
+    result = evaluate(finished, split_corpus, tmp_path / "scores")
+    written = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    for key in ("accuracy", "uar", "weighted_f1", "macro_f1", "per_class", "confusion_matrix", "labels"):
+        assert key in written
+    header, *rows = (tmp_path / "scores" / "predictions.csv").read_text().splitlines()
+    assert header.split(",") == ["id", "label", "predicted", *LABELS]
+    assert len(rows) == 60
+    assert all(sum(map(float, row.split(",")[3:])) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+def test_evaluate_with_modalities_hidden(finished: Path, split_corpus: Path) -> None:
+    without = evaluate(finished, split_corpus, drop=["text"])
+    assert without["n"] == 60
+    assert without["modalities"] == ["audio"]
+    only_text = evaluate(finished, split_corpus, drop=["audio,video"])
+    assert only_text["n"] == 48  # every fifth row has no text
+    assert sum(only_text["left_out"].values()) == 12
+    with pytest.raises(UserError, match="nothing is left to read"):
+        evaluate(finished, split_corpus, drop=["text", "audio"])
+    with pytest.raises(UserError, match="--drop 'smell': the modalities are video, text, audio"):
+        evaluate(finished, split_corpus, drop=["smell"])
+
+
+def test_evaluate_takes_a_manifest(finished: Path, tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path / "raw", rows=9)
+    assert evaluate(finished, manifest)["n"] == 9
+
+
+def _relabel(table: list[dict[str, str]]) -> None:
+    table[4]["label"] = "joyy"
+
+
+def test_an_unknown_label_at_evaluation(finished: Path, tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path / "raw", rows=9, edit=_relabel)
+    with pytest.raises(UserError, match=r"Row 'r004' has the unknown label 'joyy': known are .*did you mean 'joy'"):
+        evaluate(finished, manifest)
+
+
+def test_runs_that_cannot_be_evaluated(finished: Path, split_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run of deepmsi train: it has no run\.json"):
+        evaluate(tmp_path, split_corpus)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "model")
+    with pytest.raises(UserError, match="has no model: its training has not ended"):
+        evaluate(copy, split_corpus)
+    (copy / "run.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="has format 99 and this deepmsi reads 1"):
+        evaluate(copy, split_corpus)
+    (copy / "run.json").write_text("{")
+    with pytest.raises(UserError, match="the run is damaged"):
+        evaluate(copy, split_corpus)
+    with pytest.raises(UserError, match="There is no data at"):
+        evaluate(finished, tmp_path / "absent")
+
+
+def _one_label(table: list[dict[str, str]]) -> None:
+    for row in table:
+        row["label"] = "joy"
+
+
+def _rare_label(table: list[dict[str, str]]) -> None:
+    table[0]["label"] = "awe"
+
+
+def _no_labels(table: list[dict[str, str]]) -> None:
+    for row in table:
+        row["label"] = ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "changes", "sentence"),
+    [
+        (_one_label, {}, "one class only"),
+        (_rare_label, {"protocol": "stratified-kfold"}, "The class 'awe' has one row"),
+        (_no_labels, {}, "No row is left to work with: 12 because they have no label"),
+        (None, {}, "has no split"),
+        (None, {"labels": ["anger", "joy"]}, "unknown label 'sadness'"),
+        (None, {"text": {"dim": 9}, "protocol": "group-kfold"}, "features of length 6 and the model reads 9"),
+        (None, {"protocol": "group-kfold", "train": {"selection": "dev"}}, "there is no dev part"),
+        (None, {"protocol": "group-kfold", "train": {"device": "cuda"}}, "finds no CUDA device"),
+        (None, {"protocol": "group-kfold", "train": {"precision": "fp16"}}, "needs a GPU"),
+        (
+            None,
+            {"protocol": {"name": "group-kfold", "held_out": ["video"]}},
+            "No row has video",
+        ),
+    ],
+)
+def test_data_that_do_not_allow_the_recipe(edit, changes: dict, sentence: str, tmp_path: Path) -> None:
+    import torch
+
+    if changes.get("train", {}).get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    data = prepared_corpus(tmp_path, rows=12, edit=edit)
+    with pytest.raises(UserError, match=sentence) as caught:
+        train(make_recipe(**changes), data, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_run_directories_that_are_refused(finished: Path, split_corpus: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(train={"epochs": 2})
+    with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
+        train(recipe, split_corpus, finished)
+    with pytest.raises(UserError, match=r"was begun with train\.lr=0\.02 and is resumed with 0\.5"):
+        train(make_recipe(train={"epochs": 2, "lr": 0.5}), split_corpus, finished, resume=True)
+    with pytest.raises(UserError, match="was begun with other data"):
+        train(make_recipe(train={"epochs": 2}, protocol="group-kfold"), corpus, finished, resume=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match=r"is not empty \(diary\.txt\) and holds no run"):
+        train(recipe, split_corpus, tmp_path / "notes")
+    with pytest.raises(UserError, match="is a file: give a directory"):
+        train(recipe, split_corpus, tmp_path / "notes" / "diary.txt")
+
+
+def test_frames_of_another_shape_are_refused(video_corpus: Path, tmp_path: Path) -> None:
+    changes = VIDEO | {"protocol": "stratified-kfold"}
+    with pytest.raises(UserError, match="holds 2 frames per utterance and the model reads 4"):
+        train(make_recipe(**changes | {"vision": VIDEO["vision"] | {"frames": 4}}), video_corpus, tmp_path / "a")
+    with pytest.raises(UserError, match="frames of 64 pixels and the model reads 128"):
+        train(make_recipe(**changes | {"vision": VIDEO["vision"] | {"image_size": 128}}), video_corpus, tmp_path / "b")
