@@ -50,7 +50,10 @@ class Kernel:
 
 
 # One line per operation and backend. A sibling kernel registers here.
-KERNELS: dict[tuple[str, str], Kernel] = {}
+KERNELS: dict[tuple[str, str], Kernel] = {
+    ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu",)),
+    ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
+}
 
 
 def _load_extension(name: str) -> str | None:

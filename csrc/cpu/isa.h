@@ -1,0 +1,50 @@
+// Instruction sets: which ones a build holds, which one runs. Read by the CPU kernels and by the host module.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define DEEPMSI_X86 1
+#else
+#define DEEPMSI_X86 0
+#endif
+
+namespace deepmsi {
+
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+}
+
+// The highest instruction set that this CPU (and its operating system) runs and the kernels are built for.
+inline Isa cpu_isa() {
+#if DEEPMSI_X86
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+// The instruction set that runs: the CPU's own, or a lower one where DEEPMSI_ISA names it. Read once.
+inline Isa active_isa() {
+  static const Isa isa = [] {
+    const Isa best = cpu_isa();
+    const char* asked = std::getenv("DEEPMSI_ISA");
+    if (asked == nullptr) return best;
+    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+      if (std::strcmp(asked, isa_name(lower)) == 0 && lower <= best) return lower;
+    }
+    return best;
+  }();
+  return isa;
+}
+
+}  // namespace deepmsi

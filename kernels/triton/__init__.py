@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, installed as ``deepmsi._triton``; they import torch and triton alone."""
