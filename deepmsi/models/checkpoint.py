@@ -108,13 +108,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 "never loaded; save the model again with save_pretrained."
             )
         raise UserError(f"{folder} has no {WEIGHTS}: the checkpoint was not written to its end.")
-    with path.open("rb") as file:
-        magic = file.read(2)
-    if magic == b"PK" or magic[:1] == b"\x80":
-        raise UserError(f"{path} is a pickle under another name: pickled weights can run code and are never loaded.")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
+        # Only a file that is no safetensors file is looked at: the first bytes of one are any number.
+        with path.open("rb") as file:
+            magic = file.read(2)
+        if magic == b"PK" or magic[:1] == b"\x80":
+            raise UserError(
+                f"{path} is a pickle under another name: pickled weights can run code and are never loaded."
+            ) from None
         raise UserError(f"{path} is damaged or not written to its end ({error}).") from None
 
 

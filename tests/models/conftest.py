@@ -29,8 +29,9 @@ def tiny() -> Callable[..., DeepMSI]:
         model = DeepMSI(DeepMSIConfig(**merged))
         with torch.no_grad():
             for parameter in model.parameters():
-                # Fresh post-norms are zero, which would hide whole blocks.
-                parameter += 0.05 * torch.randn_like(parameter)
+                if parameter.requires_grad:
+                    # Fresh post-norms are zero, which would hide whole blocks.
+                    parameter += 0.05 * torch.randn_like(parameter)
         return model
 
     return build

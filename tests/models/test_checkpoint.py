@@ -1,0 +1,214 @@
+"""Checkpoints: what is saved comes back equal; what is damaged or foreign earns a sentence."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepmsi import DeepMSI
+from deepmsi.errors import UserError
+
+
+@pytest.fixture
+def saved(tiny, tmp_path) -> Path:
+    tiny(label_names=["a", "b", "c"]).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_round_trip(tiny, batch, tmp_path):
+    model = tiny(label_names=["joy", "Wut", "哀"], loss={"class_weights": [1.0, 2.0, 3.0]}).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "model").iterdir()}
+    state = torch.get_rng_state()
+    loaded = DeepMSI.from_pretrained(tmp_path / "model")
+    assert torch.equal(state, torch.get_rng_state())
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert loaded.config.names == ["joy", "Wut", "哀"]
+    labels = torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        for got, expected in zip(loaded(**batch, labels=labels), model(**batch, labels=labels), strict=True):
+            assert (got is None and expected is None) or torch.equal(got, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_again_replaces_the_checkpoint(tiny, batch, tmp_path):
+    target = tmp_path / "model"
+    tiny(seed=1).save_pretrained(target)
+    second = tiny(seed=2).eval()
+    second.save_pretrained(target)
+    assert torch.equal(DeepMSI.from_pretrained(target)(**batch).logits, second(**batch).logits)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_leaves_other_files_alone(tiny, batch, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model = tiny().eval()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert torch.equal(DeepMSI.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tiny, batch, saved, monkeypatch):
+    before = DeepMSI.from_pretrained(saved)(**batch).logits
+
+    def no_space(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        tiny(seed=5).save_pretrained(saved)
+    assert torch.equal(DeepMSI.from_pretrained(saved)(**batch).logits, before)
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_saving_over_a_file(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        tiny().save_pretrained(tmp_path / "file")
+
+
+def test_a_trained_encoder_travels_with_the_checkpoint(tiny, bert_folder, wav2vec2_folder, tmp_path):
+    text_source, audio_source = tmp_path / "bert", tmp_path / "wav"
+    shutil.copytree(bert_folder, text_source)
+    shutil.copytree(wav2vec2_folder(), audio_source)
+    model = tiny(
+        vision={"backbone": "none"},
+        text={"encoder": str(text_source), "dim": None},
+        audio={"encoder": str(audio_source), "dim": None},
+    ).eval()
+    inputs = model.text_processor(["i am sad !"]) | model.audio_processor([torch.randn(500).numpy()])
+    model.save_pretrained(tmp_path / "model")
+    shutil.rmtree(text_source)
+    shutil.rmtree(audio_source)
+    loaded = DeepMSI.from_pretrained(tmp_path / "model")
+    again = loaded.text_processor(["i am sad !"])
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+    assert type(loaded.audio_processor) is type(model.audio_processor)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(DeepMSI.from_pretrained(tmp_path / "again")(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_frozen_encoder_is_named_not_stored(tiny, bert_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    source = tmp_path / "bert"
+    shutil.copytree(bert_folder, source)
+    model = tiny(vision={"backbone": "none"}, text={"encoder": str(source), "dim": None, "finetune": False}).eval()
+    inputs = model.text_processor(["i am sad !", "you"])
+    model.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any(name.startswith("text_encoder.") for name in stored)
+    assert torch.equal(DeepMSI.from_pretrained(tmp_path / "model")(**inputs).logits, model(**inputs).logits)
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match=r"text\.encoder: there is no folder"):
+        DeepMSI.from_pretrained(tmp_path / "model")
+
+
+def test_offline_encoders_round_trip(tiny, tmp_path):
+    model = tiny(
+        vision={"backbone": "none"},
+        text={"encoder": "hashing", "dim": 8, "options": {"buckets": 64}},
+        audio={"encoder": "logmel", "dim": 8, "options": {"mels": 16, "width": 16, "layers": 1}},
+    ).eval()
+    inputs = model.text_processor(["good day"]) | model.audio_processor([torch.randn(3000).numpy()])
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(DeepMSI.from_pretrained(tmp_path / "model")(**inputs).logits, model(**inputs).logits)
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def damage(folder: Path, how: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = weights.read_bytes()
+    match how:
+        case "half-written weights":
+            weights.write_bytes(content[: len(content) // 2])
+        case "empty weights":
+            weights.write_bytes(b"")
+        case "garbled header":
+            weights.write_bytes(b"\xff" * 64 + content[64:])
+        case "no weights":
+            weights.unlink()
+        case "pickle beside":
+            weights.unlink()
+            torch.save({}, folder / "pytorch_model.bin")
+        case "zip pickle renamed":
+            torch.save({}, weights)
+        case "pickle renamed":
+            weights.write_bytes(pickle.dumps({"a": 1}))
+        case "no config":
+            config.unlink()
+        case "half a config":
+            config.write_text(config.read_text()[:40])
+        case "config is a list":
+            config.write_text("[]")
+        case "another architecture":
+            config.write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
+        case "newer format":
+            rewrite(config, format=99)
+        case "unknown key":
+            rewrite(config, visoin={})
+        case "another size":
+            rewrite(config, fusion={**json.loads(config.read_text())["fusion"], "projection": 24})
+        case "nan in weights":
+            from safetensors.torch import load_file, save_file
+
+            tensors = load_file(weights)
+            tensors["classifier.output.bias"][0] = float("nan")
+            save_file(tensors, weights)
+        case "a tensor less":
+            from safetensors.torch import load_file, save_file
+
+            tensors = load_file(weights)
+            del tensors["classifier.output.bias"]
+            save_file(tensors, weights)
+        case _:
+            raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("half-written weights", "damaged or not written to its end"),
+        ("empty weights", "damaged or not written to its end"),
+        ("garbled header", "damaged or not written to its end"),
+        ("no weights", "no model.safetensors"),
+        ("pickle beside", "pytorch_model.bin where"),
+        ("zip pickle renamed", "pickle under another name"),
+        ("pickle renamed", "pickle under another name"),
+        ("no config", "no deepmsi checkpoint"),
+        ("half a config", "cannot be read as JSON"),
+        ("config is a list", "another architecture"),
+        ("another architecture", "BertModel"),
+        ("newer format", "format 99"),
+        ("unknown key", "unknown key 'visoin': did you mean 'vision'"),
+        ("another size", "where the configuration makes it"),
+        ("nan in weights", "NaN or infinity in classifier.output.bias"),
+        ("a tensor less", "lacks classifier.output.bias"),
+    ],
+)
+def test_a_bad_checkpoint_earns_a_sentence(saved, how, words):
+    damage(saved, how)
+    with pytest.raises(UserError) as caught:
+        DeepMSI.from_pretrained(saved)
+    sentence = str(caught.value)
+    assert words in sentence
+    assert "\n" not in sentence
+
+
+def test_no_such_checkpoint(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        DeepMSI.from_pretrained(tmp_path / "absent")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is no folder, and the model hub gave no such checkpoint"):
+        DeepMSI.from_pretrained("nobody/no-such-checkpoint", local_files_only=True)

@@ -1,0 +1,177 @@
+"""Prediction from files: the recorded preprocessing, missing streams, timelines, features, bad input."""
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from deepmsi.data.decode import decode_audio, decode_frames
+from deepmsi.errors import UserError
+from deepmsi.models.predict import Prediction, load_run
+
+RATE = 16000
+
+
+def write_clip(path, seconds=2.0, video=True, audio=True, audio_seconds=None):
+    """A real file: moving grey steps at 10 frames per second, and a tone that rises."""
+    with av.open(str(path), "w") as container:
+        if video:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if audio:
+            sound = container.add_stream("aac" if video else "pcm_s16le", rate=RATE, layout="mono")
+        if video:
+            for k in range(round(10 * seconds)):
+                picture = np.full((48, 64, 3), 40 + 8 * (k % 20), dtype=np.uint8)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(picture)):
+                    container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+        if audio:
+            time = np.arange(round(RATE * (audio_seconds or seconds))) / RATE
+            wave = (0.3 * np.sin(2 * np.pi * (200 + 200 * time) * time) * 32767).astype(np.int16)
+            for start in range(0, len(wave), 1024):
+                frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="s16", layout="mono")
+                frame.sample_rate, frame.pts = RATE, start
+                for packet in sound.encode(frame):
+                    container.mux(packet)
+            for packet in sound.encode():
+                container.mux(packet)
+    return path
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny(
+        label_names=["joy", "anger", "calm"],
+        vision={"resize": "squash"},
+        text={"encoder": "hashing", "dim": 8, "options": {"buckets": 64}},
+        audio={"encoder": "logmel", "dim": 8, "options": {"mels": 16, "width": 16, "layers": 1}},
+    )
+
+
+def test_a_clip_is_predicted_as_its_arrays_are(model, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4")
+    model.train()
+    (found,) = model.predict([clip], texts=["such joy"])
+    assert model.training
+    model.eval()
+    out = model(
+        torch.from_numpy(decode_frames(clip, 2, size=32, resize="squash"))[None],
+        **model.text_processor(["such joy"]),
+        **model.audio_processor([decode_audio(clip)]),
+    )
+    expected = out.logits.double().softmax(1)[0].tolist()
+    assert found.probabilities == pytest.approx(dict(zip(["joy", "anger", "calm"], expected, strict=True)))
+    assert found.label == max(found.probabilities, key=found.probabilities.get)
+    assert sum(found.probabilities.values()) == pytest.approx(1)
+    assert (found.clip, found.start) == (str(clip), 0.0)
+    assert found.end == pytest.approx(2.0, abs=0.2)
+    assert found.modalities == ("video", "text", "audio")
+    assert found.to_dict()["label"] == found.label
+
+
+def test_batches_mix_what_clips_have(model, tmp_path):
+    clips = [
+        write_clip(tmp_path / "both.mp4"),
+        write_clip(tmp_path / "silent.mp4", audio=False),
+        write_clip(tmp_path / "voice.wav", video=False),
+    ]
+    texts = [None, "words", None]
+    together = model.predict(clips, texts, batch_size=3)
+    assert [p.modalities for p in together] == [("video", "audio"), ("video", "text"), ("audio",)]
+    alone = [p for clip, text in zip(clips, texts, strict=True) for p in model.predict([clip], [text])]
+    for one, other in zip(together, alone, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_a_timeline_covers_the_recording(model, tmp_path):
+    clip = write_clip(tmp_path / "long.mp4", seconds=3.4)
+    windows = model.predict([clip], timeline=1.0, batch_size=2)
+    assert [w.start for w in windows] == [0.0, 1.0, 2.0, 3.0]
+    assert [w.end for w in windows[:3]] == [1.0, 2.0, 3.0]
+    assert windows[-1].end == pytest.approx(3.4, abs=0.2)
+    assert all(isinstance(w, Prediction) and w.modalities == ("video", "audio") for w in windows)
+    # A rest of a tenth is no window of its own.
+    clip = write_clip(tmp_path / "rest.mp4", seconds=3.1, audio=False)
+    assert len(model.predict([clip], timeline=1.0)) == 3
+    assert len(model.predict([clip], timeline=60.0)) == 1
+
+
+def test_a_window_is_its_cut(model, tmp_path):
+    clip = write_clip(tmp_path / "long.mp4", seconds=3.0)
+    second = model.predict([clip], timeline=1.0)[1]
+    out = model.eval()(
+        torch.from_numpy(decode_frames(clip, 2, start=1.0, end=2.0, size=32, resize="squash"))[None],
+        **model.audio_processor([decode_audio(clip, start=1.0, end=2.0)]),
+    )
+    expected = out.logits.double().softmax(1)[0].tolist()
+    assert list(second.probabilities.values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sound_may_end_before_the_picture(model, tmp_path):
+    clip = write_clip(tmp_path / "short-sound.mkv", seconds=3.0, audio_seconds=1.0)
+    windows = model.predict([clip], timeline=1.0)
+    assert windows[0].modalities == ("video", "audio")
+    assert windows[-1].modalities == ("video",)
+
+
+def test_features_come_from_the_encoder_that_is_named(tiny, bert_folder, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", audio=False)
+    model = tiny(text={"dim": 16, "features_from": str(bert_folder)}, audio={"encoder": "none"})
+    (happy,), (sad,) = model.predict([clip], ["i am so happy"]), model.predict([clip], ["you sad"])
+    assert happy.modalities == ("video", "text")
+    assert happy.probabilities != sad.probabilities
+
+
+def test_features_of_an_unknown_encoder(tiny, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4")
+    model = tiny()
+    with pytest.raises(UserError, match=r"text\.features_from"):
+        model.predict([clip], ["words"])
+    with pytest.warns(UserWarning, match=r"audio\.features_from"):
+        (found,) = model.predict([clip])
+    assert found.modalities == ("video",)
+
+
+def test_load_run(model, tmp_path):
+    model.save_pretrained(tmp_path / "run" / "model")
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert load_run(folder).config == model.config
+    with pytest.raises(UserError, match="no run directory"):
+        load_run(tmp_path / "absent")
+    with pytest.raises(UserError, match="holds no model"):
+        load_run(tmp_path)
+
+
+def test_bad_input(model, tiny, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4")
+    text_file = tmp_path / "text.mp4"
+    text_file.write_text("not a video")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    voice = write_clip(tmp_path / "voice.wav", video=False)
+    blind = tiny(text={"encoder": "none"}, audio={"encoder": "none"})
+    for call, words in (
+        (lambda: model.predict([tmp_path / "absent.mp4"]), "absent.mp4"),
+        (lambda: model.predict([text_file]), "text.mp4"),
+        (lambda: model.predict([tmp_path / "empty.mp4"]), "empty.mp4"),
+        (lambda: blind.predict([voice]), "reads video, and the clip gives none"),
+        (lambda: model.predict([clip], ["a", "b"]), "2 texts were given for 1 clips"),
+        (lambda: model.predict([clip], ["a"], timeline=1.0), "a text belongs to a whole clip"),
+        (lambda: model.predict([clip], timeline=0.0), "timeline is 0.0"),
+        (lambda: model.predict([clip], timeline=float("nan")), "timeline is nan"),
+        (lambda: model.predict([clip], batch_size=0), "batch_size is 0"),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_real_clip(model, shared_data):
+    (found,) = model.predict([shared_data / "ravdess" / "original" / _first(shared_data)])
+    assert found.modalities == ("video", "audio")
+
+
+def _first(shared_data):
+    return min(path.name for path in (shared_data / "ravdess" / "original").glob("*.mp4"))
