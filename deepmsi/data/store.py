@@ -115,9 +115,7 @@ class PreparedData:
             index = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             if (folder / STARTED).exists():
-                raise UserError(
-                    f"{folder}: the preparation was not finished; {again} to continue it"
-                ) from None
+                raise UserError(f"{folder}: the preparation was not finished; {again} to continue it") from None
             raise UserError(f"{folder}: this is not a prepared folder (it has no {INDEX})") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: the index cannot be read ({error}); {again}") from error
@@ -134,9 +132,8 @@ class PreparedData:
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(
-                f"{file}: the index is damaged ({type(error).__name__}: {error}); {again}"
-            ) from error
+            cause = str(error).partition("\n")[0]
+            raise UserError(f"{file}: the index is damaged ({type(error).__name__}: {cause}); {again}") from error
         return data
 
     def __len__(self) -> int:
@@ -193,9 +190,7 @@ class PreparedData:
             try:
                 size = (self.path / name).stat().st_size
             except OSError:
-                raise UserError(
-                    f"{self.path / name}: the shard is missing; run deepmsi prepare again"
-                ) from None
+                raise UserError(f"{self.path / name}: the shard is missing; run deepmsi prepare again") from None
             if size != entry["bytes"]:
                 raise UserError(
                     f"{self.path / name}: the shard has {size} bytes where the index says {entry['bytes']}; "
