@@ -199,7 +199,7 @@ class Canvas:
         top, bottom = max(int(y0) - 2, 0), min(int(y1) + 3, height)
         if left >= right or top >= bottom:
             return
-        y, x = (axis.astype(np.float32) for axis in np.ogrid[top:bottom, left:right])
+        y, x = np.arange(top, bottom, dtype=np.float32)[:, None], np.arange(left, right, dtype=np.float32)[None]
         alpha = np.clip(coverage(x, y), 0, 1)[..., None]
         box = self.pixels[top:bottom, left:right]
         box += alpha * (colour - box)
@@ -400,7 +400,7 @@ def encode_clip(path: Path, frames: NDArray[np.uint8], waveform: Array) -> None:
         video: Any = container.add_stream(codec, rate=FPS)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         video.codec_context.thread_count = 1  # the same bytes at any number of cores
-        video.options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"qscale": "4"}
+        video.options = {"preset": "ultrafast", "crf": "23"} if codec == "libx264" else {"qscale": "4"}
         audio: Any = container.add_stream("aac", rate=SAMPLE_RATE)
         audio.layout = "mono"
         for frame in frames:
@@ -438,7 +438,7 @@ def make_clip(plan: ClipPlan) -> tuple[NDArray[np.uint8], Array, str]:
     rng = plan.rng()
     who = make_identity(plan.seed, plan.speaker)
     text = make_phrase(rng, plan.label)
-    steps = int(rng.integers(20, 31))
+    steps = int(rng.integers(16, 25))
     waveform = render_voice(rng, who, plan.label, steps / FPS)
     loudness = np.abs(waveform[: steps * (SAMPLE_RATE // FPS)]).reshape(steps, -1).mean(axis=1)
     frames = render_frames(rng, who, plan.label, (loudness / (loudness.max() + 1e-6)).astype(np.float32))
