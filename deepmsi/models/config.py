@@ -136,6 +136,8 @@ def _check_encoder(config: _Encoder, offline: str, features_dim: int) -> _Encode
         raise ValueError(f"options belong to the offline encoder {offline!r}, not to {config.encoder!r}")
     if config.features_from is not None and config.encoder != "features":
         raise ValueError("features_from goes with encoder: features")
+    if config.features_from == offline:
+        raise ValueError(f"{offline!r} has no pretrained weights to compute features with: name it as the encoder")
     if config.encoder == "features" and config.dim is None:
         # Not through setattr: validation on assignment would run this validator again.
         config.__dict__["dim"] = features_dim

@@ -324,28 +324,27 @@ def build_audio_encoder(config: AudioConfig, saved: Path | None = None) -> tuple
     return PretrainedAudioEncoder(model, config.finetune), processor
 
 
-def build_feature_encoder(modality: str, section: TextConfig | AudioConfig) -> tuple[nn.Module, Any]:
-    """Build the frozen encoder that a section's features come from, `features_from`, in eval mode.
-
-    An offline encoder has no pretrained weights: here it is a fixed random map, the same on every machine.
+def build_feature_encoder(
+    modality: str, name: str, sample_rate: int = 16000
+) -> tuple[nn.Module, Callable[[Any], dict[str, Tensor]]]:
+    """Build the frozen encoder that utterance vectors were prepared with, in eval mode.
 
     Args:
         modality: "text" or "audio".
-        section: the section, with `features_from` set.
+        name: a hub name or a local folder.
+        sample_rate: Hz of the waveforms, for audio.
 
     Returns:
         As `build_text_encoder` and `build_audio_encoder`.
+
+    Raises:
+        UserError: the encoder cannot be had.
     """
-    named = section.model_copy(
-        update={"encoder": section.features_from, "features_from": None, "finetune": False, "dim": None}
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        build: Callable[[Any], tuple[nn.Module, Any]] = (
-            build_text_encoder if modality == "text" else build_audio_encoder
-        )
-        module, processor = build(named)
-    return module.requires_grad_(False).eval(), processor
+    if modality == "text":
+        text, tokenizer = build_text_encoder(TextConfig(encoder=name, finetune=False))
+        return text.eval(), tokenizer
+    audio, padding = build_audio_encoder(AudioConfig(encoder=name, sample_rate=sample_rate, finetune=False))
+    return audio.eval(), padding
 
 
 def save_encoder(module: nn.Module, processor: Any, folder: Path) -> None:

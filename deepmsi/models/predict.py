@@ -209,7 +209,7 @@ class _Encoders:
             if section.encoder != "features" or (name == "text" and not has_text):
                 continue
             if section.features_from is not None:
-                module, processor = build_feature_encoder(name, section)
+                module, processor = build_feature_encoder(name, section.features_from, model.config.audio.sample_rate)
                 self.features[name] = module.to(_device(model)), processor
             elif name == "text":
                 raise UserError(

@@ -61,6 +61,7 @@ def test_modalities_follow_from_the_sections():
         ({"text": {"encoder": "hashing", "finetune": False}}, ("hashing", "finetune")),
         ({"text": {"options": {"buckets": 3}}}, ("options", "features")),
         ({"text": {"encoder": "x", "features_from": "y"}}, ("features_from",)),
+        ({"text": {"features_from": "hashing"}}, ("hashing", "no pretrained weights")),
         (
             {"vision": {"backbone": "none"}, "text": {"encoder": "none"}, "audio": {"encoder": "none"}},
             ("at least one",),

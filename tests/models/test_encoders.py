@@ -13,7 +13,6 @@ from deepmsi.models.config import AudioConfig, TextConfig
 from deepmsi.models.encoders import (
     NormalizedWaveformProcessor,
     build_audio_encoder,
-    build_feature_encoder,
     build_text_encoder,
     context_strings,
 )
@@ -162,24 +161,6 @@ def test_finding_unused_parameters_draws_no_random_numbers(bert_folder):
     state = torch.get_rng_state()
     encoder.switch_off_unused(input_ids=torch.zeros(1, 2, dtype=torch.long))
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("name", ["hashing", "logmel"])
-def test_features_of_offline_encoders_are_fixed(name):
-    section = (
-        TextConfig(encoder="features", features_from=name)
-        if name == "hashing"
-        else AudioConfig(encoder="features", features_from=name)
-    )
-    modality = "text" if name == "hashing" else "audio"
-    content = TEXTS if name == "hashing" else waves()
-    outputs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        module, processor = build_feature_encoder(modality, section)
-        assert not any(parameter.requires_grad for parameter in module.parameters())
-        outputs.append(module(**processor(content)))
-    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("build", [build_text_encoder, build_audio_encoder], ids=["text", "audio"])
