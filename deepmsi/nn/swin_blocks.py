@@ -20,9 +20,10 @@ class Tokens(NamedTuple):
         x: [F, H, W, C] where every place of the grid has its token, else packed [R, C], by frame and position.
         grid: (H, W) on which positions lie.
         place: Position y · W + x of each packed row [R] int32. In the regrid layout it is where a token lay on the
-            grid of its stage before the first compression, for reports; None where every token is at its own place.
+            stage's own grid, for reports; None where every token is at its own place.
         cu_seqlens: Packed: offsets of the frames' rows [F + 1] int32; the rows past the last one do not count.
         per_frame: Packed: the number of rows of every frame, where that is one number known beforehand.
+        stage_grid: Regrid layout: the stage's own grid, where it is not ``grid``.
     """
 
     x: Tensor
@@ -30,6 +31,7 @@ class Tokens(NamedTuple):
     place: Tensor | None = None
     cu_seqlens: Tensor | None = None
     per_frame: int | None = None
+    stage_grid: tuple[int, int] | None = None
 
 
 class KeptTokens(NamedTuple):
@@ -150,7 +152,7 @@ class Compression(nn.Module):
 
     def forward(self, tokens: Tokens, guide: Tensor, name: str, kept: list[KeptTokens] | None = None) -> Tokens:
         """Compress the tokens of every frame under its guide [F, G]; append what stayed to ``kept``."""
-        x, grid, place, cu_seqlens, per_frame = tokens
+        x, grid, place, cu_seqlens, per_frame, stage_grid = tokens
         channels, area = x.shape[-1], grid[0] * grid[1]
         if cu_seqlens is None:
             x, per_frame = x.flatten(1, 2), area
@@ -165,12 +167,16 @@ class Compression(nn.Module):
         place = (index % area).to(torch.int32) if place is None else place[index]
         if kept is not None:
             came = out.relevance.shape[0] if cu_seqlens is None else cu_seqlens[-1]
-            kept.append(KeptTokens(name, grid, place, out.cu_seqlens, out.relevance[index], out.cu_seqlens[-1] / came))
+            kept.append(
+                KeptTokens(
+                    name, stage_grid or grid, place, out.cu_seqlens, out.relevance[index], out.cu_seqlens[-1] / came
+                )
+            )
         keep = self.vsc.keep
         left = min(keep, per_frame) if keep is not None and per_frame is not None else None
         if self.regrid and left is not None:
             side = math.isqrt(left)
-            return Tokens(y.view(-1, side, side, channels), (side, side), place)
+            return Tokens(y.view(-1, side, side, channels), (side, side), place, stage_grid=stage_grid or grid)
         if self.vsc.capacity is not None and self.vsc.capacity != left:
             left = None
         return Tokens(y, grid, place, out.cu_seqlens, left)
@@ -288,7 +294,7 @@ class PatchMerging(nn.Module):
 
 def mean_of_frames(tokens: Tokens) -> Tensor:
     """Return the mean over the tokens of each frame [F, C]; a frame without tokens gives zeros."""
-    x, grid, place, cu_seqlens, _ = tokens
+    x, grid, place, cu_seqlens = tokens[:4]
     if cu_seqlens is None or place is None:
         return x.mean((1, 2))
     frames, area = cu_seqlens.shape[0] - 1, grid[0] * grid[1]
@@ -297,4 +303,4 @@ def mean_of_frames(tokens: Tokens) -> Tensor:
     # Copied to their places and summed over them in order, for an index_add has none.
     spread = x.new_zeros(frames * area + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1)
-    return spread.view(frames, area, -1).sum(1) / lengths.to(x.dtype).unsqueeze(1)
+    return spread.view(frames, area, x.shape[1]).sum(1) / lengths.to(x.dtype).unsqueeze(1)

@@ -131,12 +131,12 @@ def _attend(
     if logit_scale is not None:
         q = torch.nn.functional.normalize(q, dim=-1, eps=NORM_FLOOR)
         k = torch.nn.functional.normalize(k, dim=-1, eps=NORM_FLOOR)
-        q = q * logit_scale.to(wide).view(-1, 1, 1).clamp(max=MAX_LOGIT_SCALE).exp()
+        # Not folded into q: the gradient of the scale is a sum that cancels, and loses digits that way.
+        logits = q @ k.transpose(-2, -1) * logit_scale.to(wide).view(-1, 1, 1).clamp(max=MAX_LOGIT_SCALE).exp()
     else:
-        q = q * scale
-    bias = bias_table.to(wide)[_bias_index(window, q.device)].permute(2, 0, 1)
-    # In place: no backward reads the products themselves.
-    logits = (q @ k.transpose(-2, -1)).add_(bias)
+        logits = (q * scale) @ k.transpose(-2, -1)
+    # In place from here: no backward reads the sums.
+    logits = logits.add_(bias_table.to(wide)[_bias_index(window, q.device)].permute(2, 0, 1))
     if allowed is not None and logits.shape[0]:
         logits = logits.unflatten(0, (-1, allowed.shape[0])).masked_fill_(~allowed, -torch.inf).flatten(0, 1)
     return (logits.softmax(-1) @ v).to(storage)

@@ -1,6 +1,7 @@
 """VSCSwin: equal to timm without a schedule, to a naive second writing with one; the guide learns; static shapes."""
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import deepmsi
 from deepmsi.errors import UserError
 from deepmsi.nn import KeptTokens, Schedule, VSCSwin
 from deepmsi.testing import assert_within_budget, generator, randn, relative_error
@@ -102,15 +104,21 @@ def test_equals_timm_in_float64(case: str) -> None:
         assert relative_error(found[name], grad) < 1e-9, name
 
 
-def test_equals_timm_in_float32_within_the_budget() -> None:
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_equals_timm_in_float32_within_the_budget(backend: str) -> None:
     theirs, ours, frames = pair("custom", torch.float32)
     low, low_gradients = gradients(theirs, frames)
-    out, found = gradients(ours, frames)
+    with deepmsi.use_backend(backend):
+        out, found = gradients(ours, frames)
     exact, wanted = gradients(theirs.double(), frames.double())
     assert_within_budget(out, low, exact)
+    ratios = []
     for name, grad in wanted.items():
-        # A handful of roundings: two orders of summation differ by their own error, not by the kernel's.
-        assert_within_budget(found[name], low_gradients[name], grad, name, roundings=16)
+        error, own = relative_error(found[name], grad), relative_error(low_gradients[name], grad)
+        ratios.append(math.log(max(error, 1e-9) / max(own, 1e-9)))
+        assert error < 1e-4, f"{name}: {error:.1e} against {own:.1e}"
+    # The errors of the one and the other order of summation differ by luck from tensor to tensor, not over all of them.
+    assert math.exp(sum(ratios) / len(ratios)) < 2
 
 
 def test_the_whole_model_at_its_own_size() -> None:
@@ -235,7 +243,7 @@ def test_released_reports_places_on_the_grid_of_the_stage() -> None:
 
 
 def test_presets_on_the_default_backbone() -> None:
-    for schedule, sizes in (("paper", {16 * 16, 8 * 8}), ("released", {256, 196, 144, 100, 25})):
+    for schedule in ("paper", "released"):
         model = VSCSwin.from_timm(NAME, schedule=schedule)
         assert model.schedule.blocks == ((2, 0), (2, 2), (2, 4))
         assert model.guide_dim == 384
@@ -247,13 +255,19 @@ def test_presets_on_the_default_backbone() -> None:
         else:
             assert windows == [8] * 8
             assert shifts == [0, 4, 0, 4, 0, 4, 0, 0]
-        assert sizes
 
 
-def test_the_guide_learns_in_the_default_model() -> None:
-    """The gradient at g and λ of every compression is of a useful size against that at its tokens x."""
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "random weights"])
+def test_the_guide_learns_in_the_default_model(trained: bool) -> None:
+    """The gradients at g and λ are of a useful size against that at the tokens x.
+
+    In a fresh model the post-norms are zero, so the norm of a later compression cancels the gates of the earlier ones:
+    the last one alone teaches the guide until the blocks between them wake up. With weights in them, each does.
+    """
     torch.manual_seed(0)
     model = VSCSwin.from_timm(NAME)
+    if trained:
+        randomised(model)
     seen: dict[str, list[Tensor]] = {"x": [], "g": []}
 
     def watch(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -270,11 +284,13 @@ def test_the_guide_learns_in_the_default_model() -> None:
     frames, guide = randn(1, 3, 256, 256, seed=7), randn(1, 384, seed=8).requires_grad_()
     out = model(frames, guide)
     (out * randn(*out.shape, seed=9)).sum().backward()
-    assert guide.grad.norm() > 0
-    for x, g, block in zip(seen["x"], seen["g"], blocks, strict=True):
+    assert guide.grad.norm() > 1e-3 * seen["x"][0].grad.norm()
+    learning = list(zip(seen["x"], seen["g"], blocks, strict=True))
+    for x, g, block in learning if trained else learning[-1:]:
         size = x.grad.norm()
         assert g.grad.norm() > 1e-3 * size
         assert block.guide_logit.grad.abs() > 1e-3 * size
+    assert all(block.guide_logit.grad.abs() > 0 for block in blocks)
 
 
 def test_stem_does_not_see_the_guide() -> None:

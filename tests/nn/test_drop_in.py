@@ -1,0 +1,126 @@
+"""fuse: timm's Swin models keep their weights, outputs and gradients; padding, dropout and refusals."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepmsi
+from deepmsi.errors import UserError
+from deepmsi.testing import generator, randn, relative_error
+
+timm = pytest.importorskip("timm")
+
+SHALLOW: dict[str, Any] = {"num_classes": 3, "depths": (2, 2), "embed_dim": 16, "num_heads": (2, 4)}
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """A shallow model of timm in float64, every parameter random."""
+    model = timm.create_model(name, **{**SHALLOW, **options}).double()
+    draw = generator(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            value = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+            parameter.copy_(1 + 0.3 * value if "logit_scale" in key else 0.3 * value)
+    return model.eval()
+
+
+def gradients(model: nn.Module, frames: Tensor, seed: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    x = frames.clone().requires_grad_()
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = model(x)
+    (out * randn(*out.shape, seed=3, dtype=out.dtype)).sum().backward()
+    return out.detach(), {"input": x.grad, **{n: p.grad for n, p in model.named_parameters()}}
+
+
+def assert_fused_equal(model: nn.Module, frames: Tensor, seed: int | None = None) -> None:
+    exact, wanted = gradients(model, frames, seed)
+    names = list(model.state_dict())
+    fused = copy.deepcopy(model)
+    assert deepmsi.fuse(fused) is fused
+    assert list(fused.state_dict()) == names
+    assert type(next(m for m in fused.modules() if hasattr(m, "shift_size"))).__name__.startswith("Fused")
+    out, found = gradients(fused, frames, seed)
+    assert relative_error(out, exact) < 1e-9
+    for name, grad in wanted.items():
+        assert relative_error(found[name], grad) < 1e-9, name
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 56}),
+    "swin, padded": ("swin_tiny_patch4_window7_224", {"img_size": 48}),
+    "swin_s3": ("swin_s3_tiny_224", {"img_size": 56, "window_size": (7, 14)}),
+    "swinv2": ("swinv2_tiny_window8_256", {"img_size": 64}),
+    "swinv2, padded": ("swinv2_tiny_window8_256", {"img_size": 56}),
+    "swinv2, padded beyond the grid": ("swinv2_tiny_window8_256", {"img_size": 24, "always_partition": True}),
+    "swinv2, pretrained on another window": ("swinv2_base_window12to16_192to256", {"img_size": 64}),
+    "swinv2, any size": ("swinv2_tiny_window8_256", {"img_size": 64, "strict_img_size": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inference_and_gradients_are_timms(case: str) -> None:
+    name, options = CASES[case]
+    if "pretrained_window_sizes" not in options and "12to16" in name:
+        options = {**options, "pretrained_window_sizes": (12, 6)}
+    model = build(name, **options)
+    size = options["img_size"]
+    assert_fused_equal(model, randn(2, 3, size, size, seed=2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize(
+    "rates", [{"drop_path_rate": 0.4, "proj_drop_rate": 0.2}, {"attn_drop_rate": 0.3}], ids=["path", "attention"]
+)
+def test_training_drops_what_timm_drops(name: str, rates: dict[str, float]) -> None:
+    model = build(name, img_size=56, **rates).train()
+    assert_fused_equal(model, randn(2, 3, 56, 56, seed=2, dtype=torch.float64), seed=11)
+
+
+def test_survives_checkpointing_copies_and_a_second_fuse() -> None:
+    model = build("swinv2_tiny_window8_256", img_size=64)
+    frames = randn(1, 3, 64, 64, seed=2, dtype=torch.float64)
+    exact, wanted = gradients(model, frames)
+    fused = copy.deepcopy(deepmsi.fuse(deepmsi.fuse(model)))
+    fused.set_grad_checkpointing(True)
+    out, found = gradients(fused.train(), frames)
+    if fused.layers[1].blocks[1].drop_path1.__class__ is nn.Identity:
+        assert relative_error(out, exact) < 1e-9
+    assert set(found) == set(wanted)
+    fused.eval().set_input_size(img_size=32)
+    plain = build("swinv2_tiny_window8_256", img_size=64)
+    plain.set_input_size(img_size=32)
+    small = randn(1, 3, 32, 32, seed=3, dtype=torch.float64)
+    torch.testing.assert_close(fused(small), plain(small))
+
+
+def test_autocast_and_compile() -> None:
+    model = build("swinv2_tiny_window8_256", img_size=32).float()
+    frames = randn(1, 3, 32, 32, seed=2)
+    with torch.no_grad():
+        expected = model(frames)
+        deepmsi.fuse(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(frames)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(frames), expected, rtol=1e-4, atol=1e-4)
+    assert relative_error(low, expected) < 0.1
+
+
+def test_refusals_leave_the_model_as_it_is() -> None:
+    with pytest.raises(UserError, match="swinv2_cr"):
+        deepmsi.fuse(
+            timm.create_model("swinv2_cr_tiny_224", img_size=56, depths=(1, 1), embed_dim=16, num_heads=(2, 4))
+        )
+    with pytest.raises(UserError, match="no block"):
+        deepmsi.fuse(nn.Linear(2, 2))
+    oblong = build("swin_tiny_patch4_window7_224", img_size=(56, 16), window_size=7)
+    kinds = [type(module) for module in oblong.modules()]
+    with pytest.raises(UserError, match="only square ones"):
+        deepmsi.fuse(oblong)
+    assert [type(module) for module in oblong.modules()] == kinds

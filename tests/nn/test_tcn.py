@@ -1,0 +1,185 @@
+"""TCN: against torch's convolutions with weight norm; last and step equal the whole; names; receptive field."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.nn import TCN
+from deepmsi.testing import randn
+
+
+class Chomp(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, : -self.size].contiguous() if self.size else x
+
+
+class UsualBlock(nn.Module):
+    """The block as it is commonly written: padding on both sides, the surplus cut off, layers listed twice."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        past = (kernel - 1) * dilation
+        norm = nn.utils.parametrizations.weight_norm
+        self.conv1 = norm(nn.Conv1d(inputs, outputs, kernel, padding=past, dilation=dilation))
+        self.conv2 = norm(nn.Conv1d(outputs, outputs, kernel, padding=past, dilation=dilation))
+        drop = nn.Dropout(dropout)
+        self.net = nn.Sequential(self.conv1, Chomp(past), nn.ReLU(), drop, self.conv2, Chomp(past), nn.ReLU(), drop)
+        self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.net(x) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Usual(nn.Module):
+    def __init__(self, inputs: int, channels: tuple[int, ...], kernel: int = 3, dropout: float = 0.3) -> None:
+        super().__init__()
+        widths = (inputs, *channels)
+        self.network = nn.Sequential(
+            *(UsualBlock(widths[i], widths[i + 1], kernel, 2**i, dropout) for i in range(len(channels)))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def both(kernel: int = 3) -> tuple[Usual, TCN]:
+    torch.manual_seed(kernel)
+    usual, tcn = Usual(5, (6, 6, 8), kernel).double(), TCN(5, (6, 6, 8), kernel).double()
+    tcn.load_state_dict(usual.state_dict())
+    return usual, tcn
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_equals_the_usual_network_with_every_gradient(kernel: int) -> None:
+    usual, tcn = both(kernel)
+    x = randn(3, 5, 15, seed=1, dtype=torch.float64)
+    weight = randn(3, 8, 15, seed=2, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    expected, got = usual.eval()(leaves[0]), tcn.eval()(leaves[1])
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-10, atol=1e-12)
+    wanted = dict(usual.named_parameters())
+    for name, parameter in tcn.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 15, 40])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_last_equals_the_whole(kernel: int, steps: int) -> None:
+    tcn = both(kernel)[1].eval()
+    x = randn(2, 5, steps, seed=3, dtype=torch.float64)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = tcn.last(one), tcn(other)[:, :, -1]
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    weight = randn(2, 8, seed=4, dtype=torch.float64)
+    (got * weight).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in tcn.parameters()]
+    tcn.zero_grad()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+    for gradient, parameter in zip(gradients, tcn.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_last_computes_the_cone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tcn = TCN(5, (6, 8, 8)).eval()
+    positions: list[int] = []
+    linear = nn.functional.linear
+
+    def count(x: Tensor, *arguments: Tensor) -> Tensor:
+        positions.append(x.shape[1])
+        return linear(x, *arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", count)
+    tcn.last(torch.randn(2, 5, 15))
+    # conv1, conv2, shortcut of the first block; the second block has a shortcut because 6 != 8
+    assert positions == [15, 8, 8, 8, 4, 4, 3, 1]
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_steps_equal_the_whole_for_every_stream(kernel: int) -> None:
+    tcn = both(kernel)[1].eval()
+    x = randn(3, 5, 40, seed=5, dtype=torch.float64)
+    expected = tcn(x)
+    state = tcn.init_state(3)
+    for t in range(40):
+        y, state = tcn.step(x[:, :, t], state)
+        torch.testing.assert_close(y, expected[:, :, t], rtol=1e-11, atol=1e-12)
+
+
+def test_a_stream_starts_anew_with_zeros() -> None:
+    tcn = both()[1].eval()
+    x = randn(2, 5, 6, seed=6, dtype=torch.float64)
+    state = tcn.init_state(2)
+    for t in range(3):
+        _, state = tcn.step(x[:, :, t], state)
+    for past in state:
+        past[1] = 0
+    y, _ = tcn.step(x[:, :, 3], state)
+    torch.testing.assert_close(y[0], tcn(x[:, :, :4])[0, :, -1])
+    torch.testing.assert_close(y[1], tcn(x[:, :, 3:4])[1, :, -1])
+
+
+def test_receptive_field() -> None:
+    tcn = both()[1].eval()
+    assert tcn.receptive_field == 29
+    x = randn(1, 5, 60, seed=7, dtype=torch.float64).requires_grad_()
+    tcn(x)[0, :, 45].sum().backward()
+    reached = x.grad[0].abs().sum(0).nonzero().flatten()
+    assert reached.tolist() == list(range(45 - 28, 46))
+
+
+def test_names_and_older_checkpoints() -> None:
+    usual, tcn = both()
+    names = set(tcn.state_dict())
+    for conv in ("conv1", "conv2"):
+        for part in ("parametrizations.weight.original0", "parametrizations.weight.original1", "bias"):
+            assert f"network.0.{conv}.{part}" in names
+    assert {"network.0.downsample.weight", "network.0.downsample.bias"} < names
+    assert not any(".net." in name for name in names)
+    older = OrderedDict(
+        (
+            name.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            ),
+            value,
+        )
+        for name, value in usual.state_dict().items()
+    )
+    fresh = nn.ModuleDict({"tcn": TCN(5, (6, 6, 8)).double()})
+    fresh.load_state_dict({f"tcn.{name}": value for name, value in older.items()})
+    for name, value in tcn.state_dict().items():
+        assert torch.equal(fresh["tcn"].state_dict()[name], value)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        TCN(5, (6, 6, 8)).load_state_dict({})
+
+
+def test_dropout_follows_the_generator() -> None:
+    usual, tcn = both()
+    x = randn(2, 5, 15, seed=8, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = usual.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(tcn.train()(x), expected)
+    assert not torch.equal(tcn(x), tcn(x))
+    assert not torch.equal(tcn.last(x), tcn.last(x))
+
+
+def test_autocast_and_mistakes() -> None:
+    tcn = TCN(5, (6, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tcn(torch.randn(2, 5, 7)).shape == (2, 6, 7)
+        tcn.last(torch.randn(2, 5, 7)).float().sum().backward()
+    with pytest.raises(UserError, match="must be positive"):
+        TCN(5, ())
+    with pytest.raises(ValueError, match="no time step"):
+        tcn.last(torch.randn(2, 5, 0))
