@@ -14,6 +14,7 @@ from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import Manifest, Problem, Row, count_labels, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
+from deepmsi.data.release import count_differences
 from deepmsi.data.released import FILES
 from deepmsi.errors import UserError
 
@@ -87,6 +88,8 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
     findings += _length_findings(manifest, looked)
     findings += _duplicates(manifest)
     findings += _label_findings(manifest)
+    for sentence in count_differences(manifest.rows):
+        findings.append(Problem("warning", str(manifest.path), sentence))
     problems, warnings = [tuple(f for f in findings if f.severity == s) for s in ("error", "warning")]
     return CheckReport(
         path=Path(manifest_path),

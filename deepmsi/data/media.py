@@ -87,14 +87,16 @@ def open_media(path: Path) -> Iterator[Any]:
     check_file(path)
     try:
         # A playlist in a media file's clothes must not reach the network: local files only.
-        with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"}) as container:
+        with av.open(
+            f"file:{path.absolute()}",
+            options={"protocol_whitelist": "file"},
+            metadata_errors="replace",  # titles in another code page are no reason to refuse a clip
+        ) as container:
             if not len(container.streams):
                 raise UserError(f"{path}: the file has no streams, neither video nor audio")
             yield container
     except av.error.FFmpegError as error:
-        raise UserError(
-            f"{path}: FFmpeg cannot read this as a media file ({error.strerror or error})"
-        ) from error
+        raise UserError(f"{path}: FFmpeg cannot read this as a media file ({error.strerror or error})") from error
 
 
 def check_file(path: Path) -> None:

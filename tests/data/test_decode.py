@@ -1,5 +1,6 @@
 """Frames by presentation time, sound cut by presentation time, and one sentence for every bad file."""
 
+import contextlib
 import struct
 import sys
 from fractions import Fraction
@@ -242,6 +243,31 @@ def test_bad_file_gets_one_sentence(tmp_path, clip_writer, name):
             read(path)
         assert "\n" not in str(caught.value)
         assert "bad.mp4" in str(caught.value)
+
+
+def test_tags_in_another_code_page(tmp_path, clip_writer):
+    """A title in Latin-1, as old AVI files have it, is no reason to refuse the clip."""
+    clip = clip_writer(tmp_path / "a.avi", codec="mpeg4")
+    data = clip.read_bytes()
+    assert b"Lavf" in data
+    clip.write_bytes(data.replace(b"Lavf", b"Caf\xe9", 1))
+    assert probe(clip).has_video
+    assert decode_frames(clip, 2, size=16).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_flipped_bytes_end_in_frames_or_in_a_sentence(tmp_path, clip_writer, suffix):
+    clip = clip_writer(tmp_path / f"a{suffix}", codec="mpeg4", sound=1.0 if suffix != ".avi" else None)
+    good = clip.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        data = np.frombuffer(good, np.uint8).copy()
+        at = rng.integers(0, len(data), int(rng.choice([1, 10, 100])))
+        data[at] = rng.integers(0, 256, len(at))
+        clip.write_bytes(data.tobytes())
+        for read in (probe, lambda p: decode_frames(p, 3, start=0.3, end=1.2, size=16), decode_audio):
+            with contextlib.suppress(UserError):
+                read(clip)
 
 
 def test_folder_is_no_clip(tmp_path):
