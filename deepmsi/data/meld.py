@@ -87,18 +87,22 @@ def read_meld(raw: Path, *, exclusions: Path | None = None, partial: bool = Fals
 
 
 def count_differences(rows: Sequence[Row]) -> list[str]:
-    """Hold utterances per label and dialogues of each split against the published counts."""
+    """Hold utterances per label and dialogues of each split that is there against the published counts."""
     sentences = []
     for split, published in COUNTS.items():
         part = [row for row in rows if row.split == split]
         if not part:
-            sentences.append(f"MELD {split} is absent.")
             continue
         labels = Counter(row.label for row in part if row.label)
         sentences += compare_counts(f"MELD {split}", labels, published)
         dialogues = {"dialogues": len({row.dialogue for row in part})}
         sentences += compare_counts(f"MELD {split}", dialogues, {"dialogues": DIALOGUES[split]})
     return sentences
+
+
+def is_key(row_id: str) -> bool:
+    """Whether an id is one of an utterance of MELD: split, dialogue, utterance."""
+    return re.fullmatch(rf"({'|'.join(SPLITS)})_dia\d+_utt\d+", row_id) is not None
 
 
 def _find(raw: Path) -> tuple[dict[str, list[Path]], dict[Path, dict[tuple[int, int], Path]]]:

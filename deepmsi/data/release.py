@@ -107,7 +107,8 @@ def count_differences(rows: Sequence[Row]) -> list[str]:
     """Hold the counts of a release's rows against the published ones.
 
     Args:
-        rows: of a manifest that a loader wrote; the column `release` says what to hold them against.
+        rows: of a manifest that a loader wrote, where the column `release` says what to hold them against, or of
+            MELD's own tables.
 
     Returns:
         One sentence for each count that differs; empty for rows of no known release.
@@ -115,7 +116,7 @@ def count_differences(rows: Sequence[Row]) -> list[str]:
     from deepmsi.data import iemocap, meld
 
     names = {row.extra.get(MARK, "") for row in rows}
-    if names == {meld.NAME}:
+    if names == {meld.NAME} or (names == {""} and all(meld.is_key(row.id) for row in rows)):
         return meld.count_differences(rows)
     if len(names) == 1 and (name := names.pop()).startswith(f"{iemocap.NAME}:"):
         return iemocap.count_differences(rows, name.partition(":")[2])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deepmsi.data.check import check
 from deepmsi.data.manifest import read_manifest
 from deepmsi.data.meld import COUNTS, DIALOGUES, read_meld
 from deepmsi.data.release import count_differences, read_release, write_manifest
@@ -278,6 +279,15 @@ def test_the_manifest_is_read_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.csv"]
 
 
+def test_tables_as_published_are_held_against_the_counts_too(tmp_path: Path) -> None:
+    for path in (release(tmp_path) / "train_sent_emo.csv", tmp_path):
+        sentences = [warning.sentence for warning in check(path).warnings]
+        assert any("MELD train differs from the published counts: neutral 5" in sentence for sentence in sentences)
+    own = tmp_path / "own.csv"
+    own.write_text("id,text,label\ntrain_dia0_utt0,hello,joy\n2,no,anger\n")
+    assert not any("published" in warning.sentence for warning in check(own).warnings)
+
+
 def test_counts_are_held_against_the_published_ones(tmp_path: Path) -> None:
     differences = read_meld(release(tmp_path)).differences
     assert any("MELD train differs" in d and "neutral 5 instead of 4710" in d for d in differences)
@@ -291,11 +301,12 @@ def test_counts_are_held_against_the_published_ones(tmp_path: Path) -> None:
 
 def test_the_published_tables(shared_data: Path) -> None:
     result = read_meld(shared_data / "meld")
-    assert result.differences == ["MELD test is absent."]
+    assert result.differences == []
     for split in ("train", "dev"):
         part = [row for row in result.rows if row.split == split]
         assert Counter(row.label for row in part) == COUNTS[split]
         assert len({row.dialogue for row in part}) == DIALOGUES[split]
     assert len({row.id for row in result.rows}) == len(result.rows) == 9989 + 1109
+    assert count_differences(read_manifest(shared_data / "meld").rows) == []
     fewer = [row for row in result.rows if row.id != "dev_dia0_utt0"]
     assert count_differences(fewer)[0] == "MELD dev differs from the published counts: sadness 110 instead of 111."
