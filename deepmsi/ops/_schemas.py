@@ -55,9 +55,7 @@ def _register(
         def backward_of(ctx: Any, *grads: Tensor | None, _bwd: Any = bwd) -> tuple[Any, ...]:
             return gradient(_bwd, ctx, *grads)
 
-        torch.library.register_autograd(
-            f"deepmsi::{name}_fwd", backward_of, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"deepmsi::{name}_fwd", backward_of, setup_context=setup_context, lib=LIBRARY)
 
 
 def _launcher(op: str, function: str) -> Callable[..., Any]:
@@ -242,4 +240,56 @@ _register(
     _window_fake_backward,
     _window_setup_context,
     _window_gradient,
+)
+
+
+# --- cross_modal_contrastive
+# Forward: a [B, D] and b [P, J, D] in float32, labels int64, valid [P, B] and valid_b [P, J] bool or None (all). With
+# `with_grad` it makes the gradients of a and b with the loss, since the scores are at hand only then; else they are
+# empty. The backward scales them.
+
+_CONTRASTIVE_FORWARD = (
+    "(Tensor a, Tensor b, Tensor labels, Tensor labels_b, int row_offset, Tensor? valid, Tensor? valid_b, "
+    "float temperature, bool include_matched, bool per_positive, bool with_grad) -> "
+    "(Tensor loss, Tensor grad_a, Tensor grad_b)"
+)
+_CONTRASTIVE_BACKWARD = "(Tensor grad_loss, Tensor grad_a, Tensor grad_b) -> (Tensor, Tensor)"
+
+
+def _contrastive_fake_forward(a: Tensor, b: Tensor, *rest: Any) -> Any:
+    with_grad = rest[-1]
+    pairs, columns, dim = b.shape
+    return (
+        a.new_empty(()),
+        a.new_empty((a.shape[0] if with_grad else 0, dim)),
+        a.new_empty((pairs, columns if with_grad else 0, dim)),
+    )
+
+
+def _contrastive_fake_backward(grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor) -> Any:
+    return grad_a.new_empty(grad_a.shape), grad_b.new_empty(grad_b.shape)
+
+
+def _contrastive_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad_a, grad_b = output
+    ctx.mark_non_differentiable(grad_a, grad_b)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_a, grad_b)
+    ctx.with_grad = inputs[-1]
+
+
+def _contrastive_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None or not ctx.with_grad:
+        return (None,) * 11
+    return (*bwd(grads[0], *ctx.saved_tensors), *(None,) * 9)
+
+
+_register(
+    "cross_modal_contrastive",
+    _CONTRASTIVE_FORWARD,
+    _CONTRASTIVE_BACKWARD,
+    _contrastive_fake_forward,
+    _contrastive_fake_backward,
+    _contrastive_setup_context,
+    _contrastive_gradient,
 )

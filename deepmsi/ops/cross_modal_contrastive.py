@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
+from deepmsi.ops import _schemas as _schemas  # registers the operators
 from deepmsi.ops._arguments import check_floating, shape
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
@@ -88,6 +89,54 @@ def cross_modal_contrastive(
     if not 0 <= row_offset <= joined - rows:
         raise ValueError(f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}")
 
+    chosen = resolve(_OP, backend, a.device.type, a.dtype, rows=rows, joined=joined, dim=dim)
+    with torch.autocast(a.device.type, enabled=False):
+        if chosen == "reference":
+            return reference(
+                a,
+                torch.stack([other.to(a.dtype) for other in others]),
+                labels,
+                labels_b,
+                row_offset,
+                *_taking_part(a, others, row_offset, valid_a, valid_b),
+                float(temperature),
+                include_matched,
+                normalize == "positives",
+            )
+        inside, columns = None, None
+        if valid_a is not None or valid_b is not None:
+            inside, columns = _taking_part(a, others, row_offset, valid_a, valid_b)
+        wide = a.float()
+        stacked = torch.stack([other.float() for other in others])
+        forward = torch.ops.deepmsi.cross_modal_contrastive_cpp_fwd
+        if chosen == "triton":
+            forward = torch.ops.deepmsi.cross_modal_contrastive_triton_fwd
+        with_grad = torch.is_grad_enabled() and (wide.requires_grad or stacked.requires_grad)
+        loss, _, _ = forward(
+            wide,
+            stacked,
+            labels.long(),
+            labels_b.long(),
+            row_offset,
+            inside,
+            columns,
+            float(temperature),
+            include_matched,
+            normalize == "positives",
+            with_grad,
+        )
+        return loss
+
+
+def _taking_part(
+    a: Tensor,
+    others: Sequence[Tensor],
+    row_offset: int,
+    valid_a: Tensor | None,
+    valid_b: Tensor | Sequence[Tensor | None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return which rows of a [P, B] and which joined rows [P, J] take part in each pair, both bool."""
+    rows, joined = a.shape[0], others[0].shape[0]
     everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
     whole, part = everyone, everyone[:rows]
     if valid_a is not None:
@@ -108,19 +157,4 @@ def cross_modal_contrastive(
             raise ValueError(f"{_OP}: valid_b must be [{joined}] bool, not {shape(mask)} {mask.dtype}")
         present.append(whole if mask is None else whole & mask)
     columns = torch.stack(present)
-    inside = columns[:, row_offset : row_offset + rows] & part
-
-    resolve(_OP, backend, a.device.type, a.dtype, rows=rows, joined=joined, dim=dim)
-    with torch.autocast(a.device.type, enabled=False):
-        return reference(
-            a,
-            torch.stack([other.to(a.dtype) for other in others]),
-            labels,
-            labels_b,
-            row_offset,
-            inside,
-            columns,
-            float(temperature),
-            include_matched,
-            normalize == "positives",
-        )
+    return columns[:, row_offset : row_offset + rows] & part, columns

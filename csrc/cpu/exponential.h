@@ -1,0 +1,39 @@
+// The exponential of a vector of floats, and the largest lane: what a softmax is made of.
+#pragma once
+
+#include "simd.h"
+
+namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
+namespace {
+
+typedef int32_t VecInt __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
+
+DEEPMSI_INLINE float lane_max(Vec<float> v) {
+  float top = v[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes<float>; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (relative error 1e-7); below -87
+// it is 2e-38.
+DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> lowest = Vec<float>{} - 87.0f;
+  x = x < lowest ? lowest : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer.
+  const Vec<float> n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const VecInt power = (__builtin_convertvector(n, VecInt) + 127) << 23;
+  Vec<float> scale;
+  __builtin_memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+}  // namespace
+}  // namespace deepmsi::DEEPMSI_ISA_NAMESPACE

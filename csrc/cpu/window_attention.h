@@ -1,0 +1,55 @@
+// What the registration of window_attention and its kernels share: arguments, and one table of kernels per
+// ISA.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace deepmsi {
+
+struct WindowAttention {
+  const void* qkv;  // T [R, 3C], rows qkv_stride elements apart
+  int64_t qkv_stride;
+  const float* bias;        // [heads, table], turned round: bias(i, j) = bias[table / 2 + code_j - code_i]
+  const float* head_scale;  // [heads] for cosine attention, else null
+  float scale;              // where head_scale is null
+  int64_t heads, head_dim;
+  int64_t height, width, window, shift;
+  const int32_t* offset;     // [F + 1], null for a dense grid
+  const int32_t* positions;  // [R], y * width + x, ascending inside a frame; null for a dense grid
+
+  // Forward writes these, backward reads them.
+  void* out;   // T [R, C]
+  float* lse;  // [R, heads]
+
+  // Backward.
+  const void* grad_out;  // T [R, C]
+  void* grad_qkv;        // T [R, 3C]
+
+  int64_t table() const { return (2 * window - 1) * (2 * window - 1); }
+  // Rows of windows over a frame; a shift cuts one more.
+  int64_t bands() const { return (height - shift + window - 1) / window + (shift > 0 ? 1 : 0); }
+};
+
+struct WindowAttentionKernels {
+  // Bands [begin, end) counted over all frames. Each owns its rows of the outputs.
+  void (*forward)(const WindowAttention&, int64_t begin, int64_t end, char* scratch);
+  // Adds to grad_bias [heads, table] (turned round as the bias is) and grad_log_scale [heads], which a caller
+  // owns.
+  void (*backward)(const WindowAttention&, int64_t begin, int64_t end, char* scratch, float* grad_bias,
+                   double* grad_log_scale);
+  int64_t (*scratch_bytes)(const WindowAttention&, bool backward);
+};
+
+namespace baseline {
+WindowAttentionKernels window_attention_kernels(DType dtype);
+}
+namespace avx2 {
+WindowAttentionKernels window_attention_kernels(DType dtype);
+}
+namespace avx512 {
+WindowAttentionKernels window_attention_kernels(DType dtype);
+}
+
+}  // namespace deepmsi
