@@ -1,7 +1,8 @@
 """Checkpoints on disk: config.json, model.safetensors, and what rebuilds trained encoders.
 
 A checkpoint folder holds
-- `config.json`: the whole configuration, with label names and preprocessing, and the architecture's name;
+- `config.json`: the whole configuration, with label names and preprocessing, the architecture's name, and a
+  digest of each frozen encoder;
 - `model.safetensors`: every weight except those of frozen encoders, which the configuration names;
 - `text_encoder/`, `audio_encoder/`: architecture and tokenizer files of encoders that were trained.
 
@@ -16,19 +17,22 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import ARCHITECTURE, FORMAT, read_config
+from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.encoders import PretrainedEncoder, save_encoder
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
+ARCHITECTURE = "DeepMSI"
+FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ENCODERS = ("text_encoder", "audio_encoder")
 OWN_FILES = {CONFIG, WEIGHTS, "README.md", *ENCODERS}
@@ -38,7 +42,12 @@ def write(model: DeepMSI, folder: Path) -> None:
     """Write a model's files into an existing folder; `staged` is what makes that atomic."""
     from safetensors.torch import save_file
 
-    config = {"architecture": ARCHITECTURE, "format": FORMAT, **model.config.model_dump(mode="json")}
+    config = {
+        "architecture": ARCHITECTURE,
+        "format": FORMAT,
+        "frozen": {name: _digest(encoder) for name, encoder in _frozen(model).items()},
+        **model.config.model_dump(mode="json"),
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -50,12 +59,27 @@ def write(model: DeepMSI, folder: Path) -> None:
 
 def stored_state(model: DeepMSI) -> dict[str, Tensor]:
     """The part of the state dict that a checkpoint holds: all but frozen encoders."""
-    frozen = tuple(
-        f"{name}."
-        for name in ENCODERS
-        if isinstance(encoder := getattr(model, name), PretrainedEncoder) and not encoder.finetune
-    )
+    frozen = tuple(f"{name}." for name in _frozen(model))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(frozen)}
+
+
+def _frozen(model: DeepMSI) -> dict[str, PretrainedEncoder]:
+    """The encoders that a checkpoint names without holding their weights."""
+    encoders = {name: getattr(model, name) for name in ENCODERS}
+    return {
+        name: encoder
+        for name, encoder in encoders.items()
+        if isinstance(encoder, PretrainedEncoder) and not encoder.finetune
+    }
+
+
+def _digest(module: nn.Module) -> str:
+    """A name for a module's weights, so that other weights in their place are noticed."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read(cls: type[DeepMSI], folder: Path) -> DeepMSI:
@@ -66,12 +90,20 @@ def read(cls: type[DeepMSI], folder: Path) -> DeepMSI:
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}.")
-    config = read_config(folder / CONFIG)
+    config, frozen = _read_config(folder / CONFIG)
     weights = _read_weights(folder)
     # Initial values are about to be overwritten: they must not move the caller's random state.
     with torch.random.fork_rng(devices=[]):
         model = cls(config, saved=folder)
     _load(model, weights, folder)
+    for name, encoder in _frozen(model).items():
+        if frozen.get(name) != _digest(encoder):
+            section = name.removesuffix("_encoder")
+            source = getattr(config, section).encoder
+            raise UserError(
+                f"{folder} was trained with a frozen {section} encoder whose weights are no longer those of {source}: "
+                "give it the encoder it was trained with."
+            )
     return model.eval()
 
 
@@ -93,6 +125,25 @@ def locate(name: str, **download: Any) -> Path:
         # The hub's client raises errors of several families: HTTP, offline, cache, names.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name} is no folder, and the model hub gave no such checkpoint ({reason:.200}).") from None
+
+
+def _read_config(path: Path) -> tuple[DeepMSIConfig, dict[str, str]]:
+    """Read config.json: the configuration, and the digest of each frozen encoder by its name."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no deepmsi checkpoint: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from None
+    if not isinstance(data, dict) or data.get("architecture") != ARCHITECTURE:
+        named = data.get("architecture") or data.get("architectures") if isinstance(data, dict) else None
+        found = f"it names {named!r}" if named else "it names no deepmsi architecture"
+        raise UserError(f"{path} belongs to another architecture ({found}): give a folder saved by deepmsi.")
+    version = data.get("format")
+    if version != FORMAT:
+        raise UserError(f"{path} has checkpoint format {version!r}, this deepmsi reads {FORMAT}: update deepmsi.")
+    config = {key: value for key, value in data.items() if key not in ("architecture", "format", "frozen")}
+    return validated(DeepMSIConfig, config, str(path)), data.get("frozen") or {}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -245,8 +244,8 @@ class DeepMSIConfig(ModelSections):
         vision, text, audio, fusion, loss: the sections, as objects or as dictionaries.
 
     Raises:
-        pydantic.ValidationError: on an unknown key or a value out of range; `read_config` and `validated`
-            turn it into a `UserError` sentence that names the nearest known key.
+        pydantic.ValidationError: on an unknown key or a value out of range; `validated` turns it
+            into a `UserError` sentence that names the nearest known key.
     """
 
     num_labels: int = Field(ge=1)
@@ -339,35 +338,3 @@ def _nearest(cls: type[BaseModel], loc: tuple[int | str, ...]) -> str:
         if close:
             return f": did you mean '{candidates[close[0]]}'"
     return f": known here are {', '.join(key.rpartition('.')[2] for key in siblings)}" if siblings else ""
-
-
-def read_config(path: Path) -> DeepMSIConfig:
-    """Read the configuration of a checkpoint's `config.json`.
-
-    Raises:
-        UserError: the file is missing, no JSON, or not a configuration of this architecture.
-    """
-    import json
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no deepmsi checkpoint: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from None
-    if not isinstance(data, dict) or data.get("architecture") != ARCHITECTURE:
-        named = data.get("architecture") or data.get("architectures") if isinstance(data, dict) else None
-        found = f"it names {named!r}" if named else "it names no deepmsi architecture"
-        raise UserError(f"{path} belongs to another architecture ({found}): give a folder saved by deepmsi.")
-    version = data.get("format")
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version!r}, this deepmsi reads {FORMAT}: update deepmsi.")
-    return validated(
-        DeepMSIConfig,
-        {key: value for key, value in data.items() if key not in ("architecture", "format")},
-        str(path),
-    )
-
-
-ARCHITECTURE = "DeepMSI"
-FORMAT = 1

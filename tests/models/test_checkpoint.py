@@ -95,7 +95,7 @@ def test_a_trained_encoder_travels_with_the_checkpoint(tiny, bert_folder, wav2ve
 
 
 def test_a_frozen_encoder_is_named_not_stored(tiny, bert_folder, tmp_path):
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     source = tmp_path / "bert"
     shutil.copytree(bert_folder, source)
@@ -105,6 +105,11 @@ def test_a_frozen_encoder_is_named_not_stored(tiny, bert_folder, tmp_path):
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert not any(name.startswith("text_encoder.") for name in stored)
     assert torch.equal(DeepMSI.from_pretrained(tmp_path / "model")(**inputs).logits, model(**inputs).logits)
+    encoder = load_file(source / "model.safetensors")
+    encoder[min(encoder)] += 1
+    save_file(encoder, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no longer those of"):
+        DeepMSI.from_pretrained(tmp_path / "model")
     shutil.rmtree(source)
     with pytest.raises(UserError, match=r"text\.encoder: there is no folder"):
         DeepMSI.from_pretrained(tmp_path / "model")
