@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from deepmsi.nn import CrossModalContrastiveLoss
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepmsi.nn import CrossModalContrastiveLoss
 
-rank, folder, batch_size = int(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 case = torch.load(folder / "case.pt", weights_only=True)
 part = slice(0, 5) if rank == 0 else slice(5, 8)
@@ -41,34 +40,36 @@ class Heads(nn.Module):
 model = Heads()
 model.load_state_dict(case["weights"])
 model = DistributedDataParallel(model)
-a, b, c = model(*(x[part] for x in case["inputs"]))
-loss_of = CrossModalContrastiveLoss(batch_size=batch_size, normalize=case["normalize"], include_matched=True)
-loss = loss_of(
-    a, (b, c), case["labels"][part], valid_a=case["has_a"][part], valid_b=(case["has_b"][part], None)
-)
-loss.backward()
-result = {"loss": loss.detach(), "gradients": {n: p.grad for n, p in model.module.named_parameters()}}
-torch.save(result, folder / f"result{rank}.pt")
+results = []
+for batch_size, normalize in ((None, "batch"), (6, "positives")):
+    model.zero_grad(set_to_none=False)
+    a, b, c = model(*(x[part] for x in case["inputs"]))
+    loss_of = CrossModalContrastiveLoss(batch_size=batch_size, normalize=normalize, include_matched=True)
+    loss = loss_of(
+        a, (b, c), case["labels"][part], valid_a=case["has_a"][part], valid_b=(case["has_b"][part], None)
+    )
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.module.named_parameters()}
+    results.append({"loss": loss.detach(), "gradients": gradients})
+torch.save(results, folder / f"result{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "normalize"), [(None, "batch"), (6, "positives")], ids=["sizes asked", "size given"]
-)
-def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path, batch_size: int | None, normalize: str) -> None:
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
+    """Batches of 5 and 3 rows, the sizes asked for (with `batch`) and given (with `positives`)."""
     torch.manual_seed(3)
     heads = torch.nn.ModuleDict({"heads": torch.nn.ModuleList(torch.nn.Linear(4, 6).double() for _ in range(3))})
     inputs = [randn(8, 4, seed=seed, dtype=torch.float64) for seed in range(3)]
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 2])
     has_a = torch.tensor([True] * 6 + [False, True])
     has_b = torch.tensor([True, False] + [True] * 6)
-    case = {"inputs": inputs, "labels": labels, "has_a": has_a, "has_b": has_b, "normalize": normalize}
+    case = {"inputs": inputs, "labels": labels, "has_a": has_a, "has_b": has_b}
     torch.save({**case, "weights": heads.state_dict()}, tmp_path / "case.pt")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), repr(batch_size)],
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,16 +83,18 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path, batch_size:
     finally:
         for worker in workers:
             worker.kill()
-    a, b, c = (head(x) for head, x in zip(heads["heads"], inputs, strict=True))
-    loss = cross_modal_contrastive(
-        a, (b, c), labels, valid_a=has_a, valid_b=(has_b, None), normalize=normalize, include_matched=True
-    )
-    loss.backward()
     results = [torch.load(tmp_path / f"result{rank}.pt", weights_only=True) for rank in range(2)]
-    torch.testing.assert_close((results[0]["loss"] + results[1]["loss"]) / 2, loss.detach())
-    for name, parameter in heads.named_parameters():
-        for result in results:
-            torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-9, atol=1e-12)
+    for n, normalize in enumerate(("batch", "positives")):
+        heads.zero_grad()
+        a, b, c = (head(x) for head, x in zip(heads["heads"], inputs, strict=True))
+        loss = cross_modal_contrastive(
+            a, (b, c), labels, valid_a=has_a, valid_b=(has_b, None), normalize=normalize, include_matched=True
+        )
+        loss.backward()
+        torch.testing.assert_close((results[0][n]["loss"] + results[1][n]["loss"]) / 2, loss.detach())
+        for name, parameter in heads.named_parameters():
+            for result in results:
+                torch.testing.assert_close(result[n]["gradients"][name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_one_process_is_the_operation() -> None:
