@@ -187,7 +187,7 @@ class UtteranceDataset(Dataset[Example]):
 
 def hide_modalities(present: tuple[bool, ...], chance: float, rng: np.random.Generator) -> tuple[bool, bool, bool]:
     """Hide each present modality with a chance, never all: one of the hidden ones stays if none would."""
-    draws, keep = rng.random(3), int(rng.integers(3))
+    draws, keep = rng.random(3), int(rng.integers(6))  # 6: every number of options divides it
     left = [has and draw >= chance for has, draw in zip(present, draws, strict=True)]
     if not any(left):
         options = [k for k, has in enumerate(present) if has]

@@ -56,7 +56,8 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
     if out is not None:
         _make_folder(Path(out))
     with TemporaryDirectory() as temporary:
-        prepared = open_data(data, recipe.prepare, (Path(out) if out else Path(temporary)) / "prepared")
+        folder = (Path(out) if out else Path(temporary)) / "prepared"
+        prepared = open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
     seen = sum(row[0] in trained for row in predictions)

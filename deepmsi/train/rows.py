@@ -37,23 +37,36 @@ def is_prepared(path: Path) -> bool:
     return path.is_dir() and ((path / INDEX).exists() or (path / STARTED).exists())
 
 
-def open_data(path: Path, options: PrepareOptions, prepared: Path) -> PreparedData:
+def open_data(
+    path: Path,
+    options: PrepareOptions,
+    prepared: Path,
+    names: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> PreparedData:
     """Open a prepared folder, or prepare a manifest first.
 
     Args:
         path: a prepared folder, a manifest, or a release's folder that `read_manifest` knows.
         options: for a manifest.
         prepared: where a manifest is prepared; what lies there already is continued.
+        names, exclude: the classes and the labels left out: a manifest with another label is refused before its
+            clips are decoded. None admits every label.
 
     Raises:
-        UserError: neither, or nothing in it could be prepared.
+        UserError: neither, an unknown label, or nothing in it could be prepared.
     """
     if not path.exists():
         raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
     if is_prepared(path):
         return PreparedData.open(path)
+    from deepmsi.data.manifest import read_manifest
     from deepmsi.data.prepare import prepare
 
+    if names is not None:
+        for row in read_manifest(path).rows:
+            if row.label is not None and row.label not in exclude:
+                check_label(row.id, row.label, names)
     return prepare(path, prepared, options)
 
 
@@ -97,15 +110,22 @@ def select_rows(
         raise UserError(f"The data have one class only ({classes[0]!r}): a classifier needs two or more.")
     position = {name: k for k, name in enumerate(classes)}
     for i, label in zip(indices, labels, strict=True):
-        if label not in position:
-            close = difflib.get_close_matches(label, classes, n=1)
-            hint = f"; did you mean {close[0]!r}" if close else ""
-            raise UserError(
-                f"Row {rows[i].id!r} has the unknown label {label!r}: known are {', '.join(classes)}{hint}."
-            )
+        check_label(rows[i].id, label, classes)
     return Selection(
         classes,
         np.array(indices, dtype=np.int64),
         np.array([position[label] for label in labels], dtype=np.int64),
         dict(left_out),
     )
+
+
+def check_label(row_id: str, label: str, names: Sequence[str]) -> None:
+    """Refuse a label that is not among the classes.
+
+    Raises:
+        UserError: it is not; the nearest class is named.
+    """
+    if label not in names:
+        close = difflib.get_close_matches(label, names, n=1)
+        hint = f"; did you mean {close[0]!r}" if close else ""
+        raise UserError(f"Row {row_id!r} has the unknown label {label!r}: known are {', '.join(names)}{hint}.")

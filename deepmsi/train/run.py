@@ -111,7 +111,9 @@ class _Run:
         self.out, self.resume = out, resume
         self.main = process_rank()[0] == 0
         started = _check_directory(out, resume or folds is not None)
-        self.data = _on_main_first(lambda: open_data(data, recipe.prepare, out / "prepared"))
+        self.data = _on_main_first(
+            lambda: open_data(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels)
+        )
         self.recipe = recipe = _fit_to_data(recipe, self.data)
         check_data(self.data, recipe)
         self.selection = select_rows(self.data.rows, recipe, recipe.labels, recipe.exclude_labels)

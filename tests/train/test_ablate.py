@@ -1,0 +1,47 @@
+"""The ablation: which lines there are, and that each is measured on what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_corpus import make_recipe
+
+from deepmsi.errors import UserError
+from deepmsi.train.ablate import ablate, ablation_table, subsets
+from deepmsi.train.run import train
+
+
+def test_the_seven_subsets() -> None:
+    assert list(subsets(("video", "text", "audio"))) == [
+        "text", "audio", "video", "text+audio", "text+video", "audio+video", "text+audio+video",
+    ]  # fmt: skip
+    assert list(subsets(("audio",))) == ["audio"]
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "retrain"])
+def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(make_recipe(), split_corpus, run)
+    variants = {"no dropout": {"fusion.dropout": "0"}} if mode == "retrain" else None
+    lines = ablate(run, split_corpus, mode=mode, variants=variants)  # type: ignore[arg-type]
+    names = ["text", "audio", "text+audio"] + ["no dropout"] * (mode == "retrain")
+    assert [line["name"] for line in lines] == names
+    if mode == "evaluate":
+        assert [line["n"] for line in lines] == [48, 60, 60]
+    else:
+        assert [line["n"] for line in lines[1:]] == [12, 12, 12]
+        assert all("protocol" in line for line in lines)
+    assert lines[2]["accuracy"] > 0.9
+    written = json.loads((run / "ablation" / "ablation.json").read_text())
+    assert [line["name"] for line in written["lines"]] == names
+    assert (run / "ablation" / "text+audio" / "metrics.json").is_file()
+    table = ablation_table(lines).splitlines()
+    assert len(table) == 2 + len(lines)
+    assert table[2].startswith("| text | ")
+
+
+def test_variants_need_training(split_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(make_recipe(train={"epochs": 1}), split_corpus, run)
+    with pytest.raises(UserError, match="mode='retrain'"):
+        ablate(run, split_corpus, variants={"x": {"fusion.dropout": "0"}})
