@@ -37,9 +37,7 @@ class WaveformProcessor:
         if sample_rate <= 0:
             raise UserError(f"audio.sample_rate is {sample_rate}; give samples per second, such as 16000")
         if max_seconds is not None and max_seconds <= 0:
-            raise UserError(
-                f"audio.max_seconds is {max_seconds}; give a positive number, or null for no limit"
-            )
+            raise UserError(f"audio.max_seconds is {max_seconds}; give a positive number, or null for no limit")
         self.sample_rate = sample_rate
         self.max_seconds = max_seconds
 
@@ -55,9 +53,7 @@ class WaveformProcessor:
             if row.ndim != 1:
                 raise UserError(f"waveform {number} has shape {row.shape}; give mono sound, shape [samples]")
             if not np.isfinite(row).all():
-                raise UserError(
-                    f"waveform {number} holds NaN or infinity; decode or repair that recording again"
-                )
+                raise UserError(f"waveform {number} holds NaN or infinity; decode or repair that recording again")
         values = torch.zeros(len(rows), max([1, *map(len, rows)]))
         mask = torch.zeros(values.shape, dtype=torch.bool)
         for target, valid, row in zip(values, mask, rows, strict=True):
@@ -90,8 +86,8 @@ def mel_filterbank(sample_rate: int, fft_size: int, mels: int, low: float = 50.0
 class LogMel(nn.Module):
     """Log-mel spectrogram: 25 ms Hann windows every 10 ms, no parameters.
 
-    ``y = (log(mel power + floor) + 10) / 4``: a fixed affine map that brings speech near zero mean and
-    unit deviation and keeps its loudness, which tells much about emotion.
+    ``y = (log(mel power + floor) + 10) / 4``: a fixed affine map that brings speech near zero mean and unit
+    deviation.
 
     Equivalent to: ``torch.stft(center=False)``, squared, times :func:`mel_filterbank`, then the logarithm.
     """
@@ -146,8 +142,9 @@ class _TimeBlock(nn.Module):
 class LogMelEncoder(nn.Module):
     """Encode speech as one vector: log-mel frames, convolutions over time, mean and deviation over time.
 
-    The statistics of the spectrogram itself stand beside those of the learned frames: with few utterances
-    they are what carries loudness, timbre and liveliness, and the learned ones add to them.
+    The statistics of the spectrogram itself stand beside those of the learned frames: with few utterances they
+    are what carries timbre and liveliness, and the learned ones add to them. Each of the four is normalised on
+    its own, so that none drowns another and the level of the recording does not matter.
 
     Args:
         dim: width of the utterance vector.
@@ -185,7 +182,9 @@ class LogMelEncoder(nn.Module):
         self.stem = nn.Linear(mels, width)
         self.blocks = nn.ModuleList(_TimeBlock(width, kernel, dropout) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(2 * mels + (2 * width if layers else 0), dim)
+        sizes = [mels, mels, width, width] if layers else [mels, mels]
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
+        self.head = nn.Linear(sum(sizes), dim)
 
     def _mask(self, logmel: Tensor, valid: Tensor) -> Tensor:
         """SpecAugment: hide random stretches of time and of bands behind the utterance's mean frame."""
@@ -201,8 +200,7 @@ class LogMelEncoder(nn.Module):
             return ((place >= start) & (place < start + length)).any(1)
 
         hidden = (
-            stretches(count, 0.10, steps)[:, :, None]
-            | stretches(torch.full_like(count, mels), 0.12, mels)[:, None]
+            stretches(count, 0.10, steps)[:, :, None] | stretches(torch.full_like(count, mels), 0.12, mels)[:, None]
         )
         return torch.where(hidden & valid[..., None], mean, logmel)
 
@@ -238,7 +236,8 @@ class LogMelEncoder(nn.Module):
             for block in self.blocks:
                 x = block(x, inside)
             pooled += self._statistics(x, inside)
-        return self.head(self.dropout(torch.cat(pooled, dim=1)))
+        level = [norm(statistic) for norm, statistic in zip(self.norms, pooled, strict=True)]
+        return self.head(self.dropout(torch.cat(level, dim=1)))
 
 
 class HashingTokenizer:
@@ -253,9 +252,7 @@ class HashingTokenizer:
         ngrams: smallest and largest length of the character n-grams of ``<word>``; None leaves them out.
     """
 
-    def __init__(
-        self, buckets: int = 32_768, max_length: int = 512, ngrams: tuple[int, int] | None = (3, 5)
-    ) -> None:
+    def __init__(self, buckets: int = 32_768, max_length: int = 512, ngrams: tuple[int, int] | None = (3, 5)) -> None:
         if buckets < 1 or max_length < 1:
             raise UserError(
                 f"the hashing vocabulary needs positive sizes, not buckets={buckets}, max_length={max_length}"
@@ -268,9 +265,7 @@ class HashingTokenizer:
         """Yield words, then pairs, then n-grams, each kind under its own mark so that they cannot meet."""
         words = _TOKEN.findall(unicodedata.normalize("NFKC", text).translate(_APOSTROPHES).casefold())
         yield from (f"w {word}" for word in words)
-        yield from (
-            f"p {first} {second}" for first, second in zip(["<", *words], [*words, ">"], strict=True) if words
-        )
+        yield from (f"p {first} {second}" for first, second in zip(["<", *words], [*words, ">"], strict=True) if words)
         if self.ngrams is not None:
             shortest, longest = self.ngrams
             for word in words:
@@ -296,9 +291,7 @@ class HashingTokenizer:
         """
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UserError(
-                    f"text {number} is {type(text).__name__}, not text; leave its modality out instead"
-                )
+                raise UserError(f"text {number} is {type(text).__name__}, not text; leave its modality out instead")
         rows = [self.encode(text) for text in texts]
         ids = torch.full((len(rows), max([1, *map(len, rows)])), PADDING)
         for target, row in zip(ids, rows, strict=True):
@@ -321,17 +314,13 @@ class HashingTextEncoder(nn.Module):
     def __init__(self, dim: int = 128, *, buckets: int = 32_768, dropout: float = 0.1) -> None:
         super().__init__()
         if min(dim, buckets) < 1:
-            raise UserError(
-                f"the hashing text encoder needs positive sizes, not dim={dim}, buckets={buckets}"
-            )
+            raise UserError(f"the hashing text encoder needs positive sizes, not dim={dim}, buckets={buckets}")
         self.dim = dim
         self.drop_pieces = dropout
         self.embedding = nn.Embedding(RESERVED + buckets, dim)
         self.weight = nn.Embedding(RESERVED + buckets, 1)
         self.norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
         nn.init.zeros_(self.weight.weight)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -57,9 +57,7 @@ def test_logmel_equals_stft() -> None:
     margin = (front.fft_size - front.length) // 2
     padded = nn.functional.pad(x, (margin, margin))
     window = torch.hann_window(front.length) / torch.hann_window(front.length).square().sum().sqrt()
-    spectrum = torch.stft(
-        padded, front.fft_size, front.hop, front.length, window, center=False, return_complex=True
-    )
+    spectrum = torch.stft(padded, front.fft_size, front.hop, front.length, window, center=False, return_complex=True)
     expected = ((spectrum.abs().square().transpose(1, 2) @ front.bank + front.floor).log() + 10) / 4
     logmel, valid = front(x, torch.ones_like(x, dtype=torch.bool))
     assert valid.all()
@@ -205,9 +203,7 @@ def test_pieces_keep_words_punctuation_and_order() -> None:
     assert list(tokenizer.pieces("No, I DON’T!"))[:5] == ["w no", "w ,", "w i", "w don't", "w !"]
     assert set(tokenizer.encode("dog bites man")) != set(tokenizer.encode("man bites dog"))
     assert tokenizer.encode("No I don't") == tokenizer.encode("no i don’t")
-    shared = set(HashingTokenizer(1 << 30).encode("laughing")) & set(
-        HashingTokenizer(1 << 30).encode("laughed")
-    )
+    shared = set(HashingTokenizer(1 << 30).encode("laughing")) & set(HashingTokenizer(1 << 30).encode("laughed"))
     assert len(shared) >= 5
 
 
