@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +37,36 @@ class VideoBranch(nn.Module):
         self.tcn = TCN(self.backbone.num_features, config.tcn_channels, config.tcn_kernel, config.tcn_dropout)
         self.dim = config.tcn_channels[-1]
         self.guide_dim: int | None = self.backbone.guide_dim
+        self.pixel_statistics = config.pixel_statistics
         for name, values in (("mean", config.mean), ("std", config.std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+            tensor = torch.tensor(values).view(3, 1, 1)
+            if config.pixel_statistics:
+                tensor = tensor.repeat(1, config.image_size, config.image_size)
+            self.register_buffer(name, tensor, persistent=config.pixel_statistics)
+
+    @torch.no_grad()
+    def fit_pixel_statistics(self, videos: Iterable[Tensor], mirrored: bool = False) -> None:
+        """Take each position's mean and deviation from training videos, for `vision.pixel_statistics`.
+
+        The deviation is raised by 0.025 (a fortieth of the range from black to white), so that a still background
+        is not blown up to noise.
+
+        Args:
+            videos: `[T, 3, S, S]` uint8, one at a time.
+            mirrored: count each frame's mirror image too, as training that flips frames will show it.
+        """
+        count, total, squares = 0, torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double()
+        for video in videos:
+            frames = video.to(self.mean.device).double() / 255
+            count += len(frames)
+            total += frames.sum(0)
+            squares += frames.square().sum(0)
+        if count:
+            if mirrored:
+                count, total, squares = 2 * count, total + total.flip(-1), squares + squares.flip(-1)
+            mean = total / count
+            self.mean.copy_(mean)
+            self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.025)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """Bring uint8 pixels to the backbone's mean and deviation; floating ones are taken as they are."""
@@ -71,7 +101,10 @@ class VideoBranch(nn.Module):
             guide = guide.repeat_interleave(frames, 0)
         pixels = self.normalize(pixel_values.flatten(0, 1))
         kept: list[KeptTokens] = []
-        features = self.backbone.guided(self.backbone.stem(pixels), guide, kept if return_kept else None)
+        if return_kept:
+            features, kept = self.backbone(pixels, guide, return_kept=True)
+        else:
+            features = self.backbone(pixels, guide)
         return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
 
 
@@ -89,6 +122,7 @@ def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
             img_size=config.image_size,
             drop_path_rate=config.drop_path,
             compression=config.compression,
+            **config.options,
         )
     return VSCSwin.from_timm(
         config.backbone,
