@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define DEEPMSI_X86 1
@@ -33,7 +35,7 @@ inline Isa cpu_isa() {
   return Isa::kBaseline;
 }
 
-// The instruction set that runs: the CPU's own, or a lower one where DEEPMSI_ISA names it. Read once.
+// The instruction set that runs: the CPU's own, or a lower one that DEEPMSI_ISA names. Read once.
 inline Isa active_isa() {
   static const Isa isa = [] {
     const Isa best = cpu_isa();
@@ -42,7 +44,8 @@ inline Isa active_isa() {
     for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
       if (std::strcmp(asked, isa_name(lower)) == 0 && lower <= best) return lower;
     }
-    return best;
+    throw std::runtime_error(std::string("DEEPMSI_ISA must name an instruction set up to ") + isa_name(best) +
+                             " (baseline, avx2, avx512), not " + asked);
   }();
   return isa;
 }

@@ -1,5 +1,7 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,13 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def check(condition: bool, sentence: str) -> None:
-    """Raise ``ValueError(sentence)`` unless the condition holds."""
+def check(condition: bool, sentence: Callable[[], str]) -> None:
+    """Raise ``ValueError(sentence())`` unless the condition holds.
+
+    The sentence is made only when it is needed: ``torch.compile`` cannot trace text made of symbolic sizes.
+    """
     if not condition:
-        raise ValueError(sentence)
+        raise ValueError(sentence())
 
 
 def check_floating(x: Tensor, op: str, name: str) -> None:

@@ -93,41 +93,41 @@ def vsc_compress(
     check_floating(x, _OP, "x")
     check_floating(guide, _OP, "guide")
     if cu_seqlens is None:
-        check(x.dim() == 3, f"{_OP}: x must be [B, N, C] where cu_seqlens is None, not {shape(x)}")
+        check(x.dim() == 3, lambda: f"{_OP}: x must be [B, N, C] where cu_seqlens is None, not {shape(x)}")
         frames = x.shape[0]
     else:
-        check(x.dim() == 2, f"{_OP}: x must be packed [R, C] where cu_seqlens is given, not {shape(x)}")
+        check(x.dim() == 2, lambda: f"{_OP}: x must be packed [R, C] where cu_seqlens is given, not {shape(x)}")
         check(
             cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] >= 1,
-            f"{_OP}: cu_seqlens must be [B + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}",
+            lambda: f"{_OP}: cu_seqlens must be [B + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}",
         )
         check(
             cu_seqlens.device == x.device,
-            f"{_OP}: cu_seqlens is on {cu_seqlens.device}, x on {x.device}: move it",
+            lambda: f"{_OP}: cu_seqlens is on {cu_seqlens.device}, x on {x.device}: move it",
         )
         frames = cu_seqlens.shape[0] - 1
     check(
         guide.dim() == 2 and guide.shape[0] == frames and guide.shape[1] == x.shape[-1],
-        f"{_OP}: guide must be [B, C] = [{frames}, {x.shape[-1]}], not {shape(guide)}",
+        lambda: f"{_OP}: guide must be [B, C] = [{frames}, {x.shape[-1]}], not {shape(guide)}",
     )
-    check(x.shape[-1] >= 1, f"{_OP}: x must have at least one channel")
-    check(guide.device == x.device, f"{_OP}: guide is on {guide.device}, x on {x.device}: move it")
-    check(temperature > 0, f"{_OP}: temperature must be above 0, not {temperature}")
-    check(keep is None or keep >= 1, f"{_OP}: keep must be at least 1, not {keep}")
-    check(min_keep >= 1, f"{_OP}: min_keep must be at least 1, not {min_keep}")
+    check(x.shape[-1] >= 1, lambda: f"{_OP}: x must have at least one channel")
+    check(guide.device == x.device, lambda: f"{_OP}: guide is on {guide.device}, x on {x.device}: move it")
+    check(temperature > 0, lambda: f"{_OP}: temperature must be above 0, not {temperature}")
+    check(keep is None or keep >= 1, lambda: f"{_OP}: keep must be at least 1, not {keep}")
+    check(min_keep >= 1, lambda: f"{_OP}: min_keep must be at least 1, not {min_keep}")
     check(
         capacity is None or capacity >= (keep or min_keep),
-        f"{_OP}: capacity {capacity} is below {'keep' if keep else 'min_keep'} {keep or min_keep}",
+        lambda: f"{_OP}: capacity {capacity} is below {'keep' if keep else 'min_keep'} {keep or min_keep}",
     )
-    check(0 <= fuse_alpha <= 1, f"{_OP}: fuse_alpha must lie in [0, 1], not {fuse_alpha}")
-    check(max_seqlen is None or max_seqlen >= 0, f"{_OP}: max_seqlen must not be negative, not {max_seqlen}")
+    check(0 <= fuse_alpha <= 1, lambda: f"{_OP}: fuse_alpha must lie in [0, 1], not {fuse_alpha}")
+    check(max_seqlen is None or max_seqlen >= 0, lambda: f"{_OP}: max_seqlen must not be negative, not {max_seqlen}")
 
     wide = _schemas.accumulate_dtype(x.dtype)
     if isinstance(guide_weight, Tensor):
-        check(guide_weight.dim() == 0, f"{_OP}: guide_weight must be 0-dim, not {shape(guide_weight)}")
+        check(guide_weight.dim() == 0, lambda: f"{_OP}: guide_weight must be 0-dim, not {shape(guide_weight)}")
         weight = guide_weight.to(device=x.device, dtype=wide)
     else:
-        check(0 <= guide_weight <= 1, f"{_OP}: guide_weight must lie in [0, 1], not {guide_weight}")
+        check(0 <= guide_weight <= 1, lambda: f"{_OP}: guide_weight must lie in [0, 1], not {guide_weight}")
         weight = torch.full((), guide_weight, device=x.device, dtype=wide)
     guide = guide.to(wide)
     options = (

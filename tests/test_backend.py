@@ -1,0 +1,110 @@
+"""Choosing a backend: precedence, sentences, and that nothing this machine can run was left out of the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import deepmsi
+import deepmsi.ops  # registers the operators
+from deepmsi import backend
+
+
+def test_argument_goes_before_context_before_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend.resolve("vsc_compress", "reference", "cpu", torch.float32) == "reference"
+    monkeypatch.setattr(backend, "_environment", "triton")
+    with deepmsi.use_backend("reference"):
+        assert backend.resolve("vsc_compress", None, "cpu", torch.float32) == "reference"
+        if backend.why_not("vsc_compress", "cpp", "cpu", torch.float32) is None:
+            assert backend.resolve("vsc_compress", "cpp", "cpu", torch.float32) == "cpp"
+            assert backend.resolve("vsc_compress", "auto", "cpu", torch.float32) == "cpp"
+    monkeypatch.setattr(backend, "_environment", "reference")
+    assert backend.resolve("vsc_compress", None, "cpu", torch.float32) == "reference"
+
+
+def test_context_restores_after_an_error() -> None:
+    before = backend._override
+    with pytest.raises(KeyError), deepmsi.use_backend("reference"):
+        raise KeyError
+    assert backend._override == before
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Reference"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be one of reference, triton, cpp, auto"), backend.use_backend(name):
+        pass
+    with pytest.raises(ValueError, match="must be one of reference, triton, cpp, auto"):
+        backend.resolve("vsc_compress", name, "cpu", torch.float32)
+
+
+def test_a_backend_asked_for_by_name_raises_the_sentence_that_explains_it() -> None:
+    reason = backend.why_not("vsc_compress", "cpp", "meta", torch.float32)
+    assert reason is not None
+    with pytest.raises(RuntimeError) as raised:
+        backend.resolve("vsc_compress", "cpp", "meta", torch.float32)
+    assert reason in str(raised.value)
+
+
+def test_a_type_that_a_kernel_lacks_falls_to_the_reference_only_under_auto() -> None:
+    assert backend.resolve("vsc_compress", "auto", "cpu", torch.int32) == "reference"
+    with pytest.raises(RuntimeError, match="vsc_compress"):
+        backend.resolve("vsc_compress", "cpp", "cpu", torch.int32)
+
+
+def test_explain_has_a_line_for_every_operation_and_backend() -> None:
+    page = deepmsi.explain()
+    for op in backend.OPS:
+        for name in backend.BACKENDS:
+            assert any(line.split()[:2] == [op, name] for line in page.splitlines()), (op, name)
+    assert torch.__version__ in page
+
+
+def test_every_kernel_that_is_registered_has_its_operators() -> None:
+    for (op, name), kernel in backend.KERNELS.items():
+        for direction in ("fwd", "bwd"):
+            assert hasattr(torch.ops.deepmsi, f"{op}_{name}_{direction}"), (op, name)
+        assert kernel.dtypes
+        assert kernel.devices
+
+
+def test_no_backend_that_this_machine_can_run_is_missing() -> None:
+    """Fails when the suite would silently test less than this machine can: an extension that is not built, say."""
+    missing = []
+    for op, name in backend.KERNELS:
+        for device in ("cpu", "cuda"):
+            if device not in backend.KERNELS[(op, name)].devices:
+                continue
+            able = {
+                ("cpp", "cpu"): shutil.which("c++") or shutil.which("g++"),
+                ("cpp", "cuda"): torch.cuda.is_available() and shutil.which("nvcc"),
+                ("triton", "cuda"): torch.cuda.is_available(),
+                ("triton", "cpu"): backend._TRITON is None and not torch.cuda.is_available(),
+            }[(name, device)]
+            reason = backend.why_not(op, name, device)
+            if able and reason is not None:
+                missing.append(f"{op} {name} on {device}: {reason}")
+    assert not missing, "\n".join(missing)
+
+
+def test_environment_variable_is_checked_at_import() -> None:
+    environment = {**os.environ, "DEEPMSI_BACKEND": "fast"}
+    done = subprocess.run([sys.executable, "-c", "import deepmsi"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "DEEPMSI_BACKEND must be one of" in done.stderr
+
+
+def test_choice_is_traced_without_a_break() -> None:
+    torch._dynamo.reset()
+
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        name = backend.resolve("vsc_compress", None, x.device.type, x.dtype)
+        return x + len(name)
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    x = torch.zeros(3)
+    assert torch.equal(compiled(x), choose(x))
+    with deepmsi.use_backend("reference"):
+        assert torch.equal(compiled(x), x + len("reference"))
