@@ -41,6 +41,14 @@ class VisionConfig(Section):
     face: bool = Field(False, description="frames are cropped to the largest face before resizing")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pixel_statistics: bool = Field(
+        False,
+        description="in place of mean and std, standardise each position of the frame by its own mean and deviation "
+        "over the training part: with few clips of aligned faces it leaves what changes and not the face itself",
+    )
+    options: dict[
+        Literal["patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio"], int | float | list[int]
+    ] = Field(default_factory=dict, description="sizes of the 'small' backbone, by the names of VSCSwin's constructor")
 
     schedule: Literal["paper", "released"] | dict[str, Any] | None = Field(
         "paper", description="where and how tokens are compressed; null runs the backbone uncompressed"
@@ -67,6 +75,12 @@ class VisionConfig(Section):
         names = ("guide_weight", "temperature", "standardize", "threshold", "keep", "capacity", "min_keep")
         said = {name: getattr(self, name) for name in (*names, "fuse_threshold", "fuse_alpha")}
         return {name: value for name, value in said.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.options and self.backbone != "small":
+            raise ValueError(f"options belong to the backbone 'small', not to {self.backbone!r}")
+        return self
 
     @field_validator("std")
     @classmethod

@@ -140,6 +140,12 @@ class UtteranceDataset(Dataset[Example]):
             return self._load(position, rng)
         return self._load(key, None)
 
+    def videos(self) -> Iterator[Tensor]:
+        """The frames of every row that has video, `[T, 3, S, S]` uint8, not augmented."""
+        for position, i in enumerate(self.indices):
+            if self.present(position)[0]:
+                yield self._frames(i, None)
+
     def _load(self, position: int, rng: np.random.Generator | None) -> Example:
         i, config = self.indices[position], self.config
         row = self.data.rows[i]
@@ -197,7 +203,7 @@ def hide_modalities(present: tuple[bool, ...], chance: float, rng: np.random.Gen
 
 
 def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
-    """Augment one clip `[T, 3, S, S]` uint8: flip, crop and shift, brightness, contrast, loss of colour."""
+    """Augment one clip `[T, 3, S, S]` uint8: flip, crop and shift, light, loss of colour, order."""
     size = frames.shape[-1]
     flip, grey = rng.random() < settings.flip, rng.random() < settings.grey
     scale = 1.0 - settings.crop * rng.random()
@@ -206,6 +212,8 @@ def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Gen
     brightness = 1.0 + settings.brightness * rng.uniform(-1, 1)
     contrast = 1.0 + settings.contrast * rng.uniform(-1, 1)
 
+    if settings.shuffle and rng.random() < settings.shuffle:
+        frames = frames[torch.from_numpy(rng.permutation(len(frames)))]
     pixels = frames.float()
     if scale < 1 or settings.shift:
         # In grid_sample's units the side is 2 long; "border" repeats the edge, as a shift needs.
@@ -330,6 +338,7 @@ class EpochBatches(Sampler[list[Key]]):
         batch_size: keys per process.
         seed: of the order.
         balanced: draw every class equally often; rows of rare classes come several times.
+        partial: `[rows]` bool, and how many of the rows that it marks an epoch draws; None: all of them.
         rank, world: this process and the number of processes.
     """
 
@@ -340,11 +349,13 @@ class EpochBatches(Sampler[list[Key]]):
         seed: int,
         *,
         balanced: bool = False,
+        partial: tuple[NDArray[np.bool_], int] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.labels = np.asarray(labels)
-        self.batch_size, self.seed, self.balanced = batch_size, seed, balanced
+        self.batch_size, self.seed, self.balanced, self.partial = batch_size, seed, balanced, partial
+        self.size = len(self.labels) if partial is None else int((~partial[0]).sum()) + partial[1]
         self.rank, self.world = rank, world
         self.epoch = 0
 
@@ -353,19 +364,23 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // (self.batch_size * self.world))
+        return -(-self.size // (self.batch_size * self.world))
 
     def keys(self) -> list[Key]:
         """The epoch's keys in order, all processes together."""
         rng = np.random.default_rng(derive_seed(self.seed, "order", self.epoch))
+        pool = np.arange(len(self.labels))
+        if self.partial is not None:
+            marked, count = self.partial
+            pool = np.concatenate([pool[~marked], rng.choice(pool[marked], count, replace=False)])
         if not self.balanced:
-            return [(self.epoch, 0, int(i)) for i in rng.permutation(len(self.labels))]
-        classes = np.unique(self.labels)
-        share, extra = divmod(len(self.labels), len(classes))
+            return [(self.epoch, 0, int(i)) for i in rng.permutation(pool)]
+        classes = np.unique(self.labels[pool])
+        share, extra = divmod(len(pool), len(classes))
         bonus = rng.permutation(len(classes))  # which classes get one more
         keys: list[Key] = []
         for k, label in enumerate(classes):
-            rows = np.flatnonzero(self.labels == label)
+            rows = pool[self.labels[pool] == label]
             count = share + int(bonus[k] < extra)
             for draw in range(-(-count // len(rows))):
                 order = rng.permutation(rows)[: count - draw * len(rows)]

@@ -60,6 +60,12 @@ class TrainSettings(Section):
     sampler: Literal["shuffle", "balanced"] = Field(
         "shuffle", description="balanced: every class is drawn equally often in an epoch"
     )
+    partial_rows: float | None = Field(
+        None,
+        ge=0,
+        description="rows that lack a modality of the model: an epoch draws so many of them per complete row, anew "
+        "each time; null takes them all",
+    )
     focal_gamma: float = Field(0.0, ge=0, description="focal loss (1 - p)^γ CE; 0 is cross-entropy")
     logit_adjustment: float = Field(
         0.0, ge=0, description="τ·log prior of the training part added to the logits in the loss (Menon 2021)"
@@ -83,6 +89,9 @@ class AugmentSettings(Section):
     shift: float = Field(0.05, ge=0, lt=1, description="largest shift as a share of the side; edges repeat")
     brightness: float = Field(0.2, ge=0, lt=1, description="factor within 1 ± this")
     contrast: float = Field(0.2, ge=0, lt=1, description="factor within 1 ± this, about the clip's mean")
+    shuffle: float = Field(
+        0.0, ge=0, le=1, description="chance that the frames come in random order, so that none is learned by its time"
+    )
     grey: float = Field(0.1, ge=0, le=1, description="chance of losing the colours")
 
     gain: float = Field(6.0, ge=0, description="loudness within ± so many dB")

@@ -273,11 +273,14 @@ class _Run:
         config = self._config(part.train)
         seed_torch(derive_seed(seed, "weights"))
         model = DeepMSI(config)
+        train = self._dataset(part.train, config, seed)
+        if model.video is not None and config.vision.pixel_statistics:
+            model.video.fit_pixel_statistics(train.videos(), mirrored=self.recipe.augment.flip > 0)
         fit = Fit(
             name=name,
             folder=folder,
             recipe=self.recipe,
-            train=self._dataset(part.train, config, seed),
+            train=train,
             watch=None if part.watch is None else self._dataset(part.watch, config),
             keep_best=keep_best,
             stop_epoch=stop_epoch,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state
+from deepmsi.models.config import MODALITIES
 from deepmsi.nn import VSC
 from deepmsi.train import checkpoints
 from deepmsi.train.console import note, progress
@@ -207,6 +209,7 @@ class UtteranceTrainer(Trainer):
             settings.batch_size,
             fit.seed,
             balanced=settings.sampler == "balanced",
+            partial=partial_rows(fit.train, settings.partial_rows),
             rank=self.rank,
             world=self.world,
         )
@@ -448,6 +451,27 @@ class _Records(TrainerCallback):
     ) -> None:
         self.bar.close()
         self.writer.close()
+
+
+def partial_rows(dataset: UtteranceDataset, share: float | None) -> tuple[NDArray[np.bool_], int] | None:
+    """Which rows lack a modality of the model, and how many of them an epoch draws; None: all.
+
+    Raises:
+        UserError: no row is complete, so that a number per complete row means nothing.
+    """
+    if share is None:
+        return None
+    wanted = [name in dataset.config.modalities for name in MODALITIES]
+    partial = np.array(
+        [
+            any(want and not has for want, has in zip(wanted, dataset.present(i), strict=True))
+            for i in range(len(dataset))
+        ]
+    )
+    complete = int((~partial).sum())
+    if not complete:
+        raise UserError("train.partial_rows counts rows per complete row, and no training row has every modality.")
+    return partial, min(round(share * complete), int(partial.sum()))
 
 
 def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Batches: their order and augmentation depend on (seed, epoch, row) alone, and hold what the mask says."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -135,6 +136,10 @@ def test_frame_augmentations_do_what_they_say() -> None:
     brighter = [int(augment_frames(flat, settings(brightness=0.5), rng)[0, 0, 0, 0]) for _ in range(200)]
     assert 50 <= min(brighter) < 60
     assert 140 < max(brighter) <= 150
+    shuffled = [augment_frames(frames, settings(shuffle=1.0), rng) for _ in range(80)]
+    assert {tuple(int(frames.eq(frame).flatten(1).all(1).nonzero()) for frame in clip) for clip in shuffled} == {
+        *itertools.permutations(range(3))
+    }
     moved = augment_frames(frames, settings(shift=0.3, crop=0.3), rng)
     assert moved.shape == frames.shape
     assert not torch.equal(moved, frames)
@@ -211,3 +216,21 @@ def test_texts_and_sounds_go_through_the_processors(tmp_path: Path) -> None:
     assert "labels" not in batch
     assert batch["input_ids"].shape[0] == batch["input_values"].shape[0] == 2
     assert batch["modality_mask"].tolist() == [[False, True, False]] * 2
+
+
+def test_partial_rows_are_drawn_anew_beside_all_complete_ones() -> None:
+    partial = np.arange(20) >= 6
+    batches = EpochBatches([k % 2 for k in range(20)], 4, 1, partial=(partial, 3))
+    assert len(batches) == 3
+    drawn = []
+    for epoch in range(30):
+        batches.set_epoch(epoch)
+        rows = [row for _, _, row in batches.keys()]  # noqa: SIM118
+        assert sum(map(len, batches)) == len(rows) == len(set(rows)) == 9
+        assert set(range(6)) <= set(rows)
+        drawn += [row for row in rows if row >= 6]
+    assert set(drawn) == set(range(6, 20))
+    assert len(EpochBatches([0] * 20, 4, 1, partial=(partial, 0)).keys()) == 6
+    even = EpochBatches([0] * 5 + [1] * 15, 4, 1, balanced=True, partial=(partial, 4)).keys()
+    assert len(even) == 10
+    assert sum(row < 5 for _, _, row in even) == 5

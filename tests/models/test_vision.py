@@ -1,0 +1,78 @@
+"""What the video branch does around its backbone: the small one's sizes, statistics of each pixel position."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import DeepMSI, DeepMSIConfig
+from deepmsi.models.config import VisionConfig
+from deepmsi.models.vision import VideoBranch
+
+TINY = {"patch_size": 8, "embed_dim": 8, "depths": [1, 1, 1], "heads": [1, 1, 1], "window": 4}
+
+
+def branch(**changes: object) -> VideoBranch:
+    torch.manual_seed(0)
+    config = {"backbone": "small", "image_size": 32, "frames": 3, "tcn_channels": (8,), "schedule": None}
+    return VideoBranch(VisionConfig(**{**config, "options": TINY, **changes})).eval()  # type: ignore[arg-type]
+
+
+def videos(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8) for _ in range(count)]
+
+
+def test_options_size_the_small_backbone() -> None:
+    video = branch()
+    assert video.backbone.num_features == 32
+    assert [len(stage.blocks) for stage in video.backbone.stages()] == [1, 1, 1]
+    with pytest.raises(ValueError, match="backbone 'small'"):
+        VisionConfig(options={"embed_dim": 8})
+    with pytest.raises(ValueError, match="embed_dims"):
+        VisionConfig(backbone="small", options={"embed_dims": 8})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_pixel_statistics_standardise_every_position(mirrored: bool) -> None:
+    video = branch(pixel_statistics=True)
+    clips = videos()
+    video.fit_pixel_statistics(iter(clips), mirrored)
+    frames = torch.cat(clips)
+    seen = torch.cat([frames, frames.flip(-1)]) if mirrored else frames
+    expected = (seen.double() / 255).std(0, correction=0) + 0.025
+    torch.testing.assert_close(video.std.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(video.normalize(seen).mean(0), torch.zeros(3, 32, 32), rtol=0, atol=1e-5)
+
+
+def test_a_still_background_stays_still() -> None:
+    video = branch(pixel_statistics=True)
+    clips = videos()
+    for clip in clips:
+        clip[..., :8] = 200
+    video.fit_pixel_statistics(clips)
+    assert video.normalize(clips[0])[..., :8].abs().max() < 1e-4
+    noisy = clips[0].clone()
+    noisy[..., :8] += 3
+    assert video.normalize(noisy)[..., :8].abs().max() < 0.5
+
+
+def test_without_videos_the_configured_mean_stays() -> None:
+    video = branch(pixel_statistics=True, mean=(0.1, 0.2, 0.3))
+    video.fit_pixel_statistics([])
+    assert video.mean[:, 5, 5].tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_pixel_statistics_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "frames": 3, "pixel_statistics": True, "options": TINY, "schedule": None}
+    config = {"preset": "small", "num_labels": 2, "vision": vision, "text": {"encoder": "none"}}
+    model = DeepMSI(DeepMSIConfig(**config, audio={"encoder": "none"})).eval()  # type: ignore[arg-type]
+    assert model.video is not None
+    clips = videos()
+    model.video.fit_pixel_statistics(clips)
+    model.save_pretrained(tmp_path / "model")
+    again = DeepMSI.from_pretrained(tmp_path / "model").eval()
+    pixels = torch.stack(clips)
+    assert torch.equal(again(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
