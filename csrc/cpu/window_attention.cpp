@@ -152,20 +152,19 @@ std::tuple<Tensor, Tensor> window_attention_fwd_cpu(Tensor qkv, Tensor bias_tabl
 
 std::tuple<Tensor, Tensor, Tensor> window_attention_bwd_cpu(
     Tensor grad_out_any, Tensor qkv, Tensor /* out: what the kernels need of it they compute */,
-    Tensor lse_any, Tensor bias_table, std::optional<Tensor> head_scale, double scale,
+    Tensor /* lse: likewise */, Tensor bias_table, std::optional<Tensor> head_scale, double scale,
     std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens, int64_t heads, int64_t height,
     int64_t width, int64_t window, int64_t shift) {
   Call call(qkv, bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window, shift);
-  const Tensor grad_out = contiguous(grad_out_any), lse = contiguous(lse_any);
+  const Tensor grad_out = contiguous(grad_out_any);
   STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type() && grad_out.size(0) == call.rows &&
-                      grad_out.numel() == call.rows * (qkv.size(1) / 3) && lse.numel() == call.rows * heads,
-                  kOp, ": the gradient or the saved tensors do not fit qkv");
+                      grad_out.numel() == call.rows * (qkv.size(1) / 3),
+                  kOp, ": the gradient does not fit qkv");
   Tensor grad_qkv = torch::stable::new_empty(qkv, {call.rows, qkv.size(1)});
   Tensor grad_table = torch::stable::new_empty(bias_table, bias_table.sizes());
   Tensor grad_scale = torch::stable::new_empty(bias_table, {heads});
   call.w.grad_out = grad_out.data_ptr();
   call.w.grad_qkv = grad_qkv.data_ptr();
-  call.w.lse = pointer<float>(lse);
 
   const int64_t table = call.w.table(), stride = table * heads;
   const int64_t parts = std::min(call.tasks, kPartialSums);

@@ -19,7 +19,7 @@ struct WindowAttention {
   const int32_t* offset;     // [F + 1], null for a dense grid
   const int32_t* positions;  // [R], y * width + x, ascending inside a frame; null for a dense grid
 
-  // Forward writes these, backward reads them.
+  // Forward.
   void* out;   // T [R, C]
   float* lse;  // [R, heads]
 

@@ -171,12 +171,12 @@ DEEPMSI_INLINE void scale_row(float* x, int64_t dim, float factor) {
   for (int64_t c = 0; c < dim; c += kLanesF) store(x + c, load(x + c) * factor);
 }
 
-// Read q, k and v of one head: q scaled, q and k normalised for cosine attention, k turned round.
+// Read q, k and v of one head: q and k normalised for cosine attention, k turned round. The scale is applied
+// to the products, not to q: it may be 100, and would magnify the rounding of a sum that mostly cancels.
 template <typename T>
 DEEPMSI_INLINE void read_head(const WindowAttention& w, const Window& window, int64_t head,
                               WindowScratch& s) {
   const int64_t dim = whole_vectors(w.head_dim), channels = w.heads * w.head_dim;
-  const float scale = w.head_scale != nullptr ? w.head_scale[head] : w.scale;
   for (int64_t i = 0; i < window.count; ++i) {
     const T* from = static_cast<const T*>(w.qkv) + window.row[i] * w.qkv_stride + head * w.head_dim;
     float *q = s.q + i * dim, *k = s.k + i * dim;
@@ -187,9 +187,7 @@ DEEPMSI_INLINE void read_head(const WindowAttention& w, const Window& window, in
       s.q_norm[i] = floored_norm(q, dim);
       s.k_norm[i] = floored_norm(k, dim);
       scale_row(k, dim, 1.0f / s.k_norm[i]);
-      scale_row(q, dim, scale / s.q_norm[i]);
-    } else {
-      scale_row(q, dim, scale);
+      scale_row(q, dim, 1.0f / s.q_norm[i]);
     }
   }
   turn(s.k, window.count, dim, w.head_dim, s.kt, whole_vectors(window.count));
@@ -207,14 +205,21 @@ DEEPMSI_INLINE bool by_vectors(const WindowAttention& w, const Window& window) {
   return w.window == kLanesF && window.count == kLanesF * kLanesF;
 }
 
-DEEPMSI_INLINE void add_bias(const WindowAttention& w, const Window& window, const float* bias,
-                             float* scores) {
+DEEPMSI_INLINE float scale_of(const WindowAttention& w, int64_t head) {
+  return w.head_scale != nullptr ? w.head_scale[head] : w.scale;
+}
+
+// Make a row of logits from a row of products: scale and add the position bias.
+DEEPMSI_INLINE void logits(const WindowAttention& w, const Window& window, float scale, const float* bias,
+                           float* products) {
   if (by_vectors(w, window)) {
 #pragma GCC unroll 16
-    for (int64_t y = 0; y < kLanesF; ++y)
-      store(scores + y * kLanesF, load(scores + y * kLanesF) + load(bias + y * (2 * kLanesF - 1)));
+    for (int64_t y = 0; y < kLanesF; ++y) {
+      float* row = products + y * kLanesF;
+      store(row, load(row) * scale + load(bias + y * (2 * kLanesF - 1)));
+    }
   } else {
-    for (int64_t j = 0; j < window.count; ++j) scores[j] += bias[window.code[j]];
+    for (int64_t j = 0; j < window.count; ++j) products[j] = products[j] * scale + bias[window.code[j]];
   }
 }
 
@@ -263,7 +268,7 @@ void attend(const WindowAttention& w, const Window& window, WindowScratch& s) {
       const int64_t rows = window.count - i < kTileRows ? window.count - i : kTileRows;
       product(rows, stride, w.head_dim, s.q + i * dim, dim, 1, s.kt, stride, s.scores, stride);
       for (int64_t r = 0; r < rows; ++r) {
-        add_bias(w, window, bias + bias_offset(w, window, i + r), s.scores + r * stride);
+        logits(w, window, scale_of(w, head), bias + bias_offset(w, window, i + r), s.scores + r * stride);
         w.lse[window.row[i + r] * w.heads + head] = softmax(s.scores + r * stride, window.count, stride);
       }
       product(rows, dim, window.count, s.scores, stride, 1, s.v, dim, s.result, dim);
@@ -275,16 +280,13 @@ void attend(const WindowAttention& w, const Window& window, WindowScratch& s) {
   }
 }
 
-// Take the gradient of x / |x| * factor to the gradient of x in place; returns the product of unit row and
-// gradient.
-DEEPMSI_INLINE float through_norm(const float* scaled, float factor, float norm, int64_t dim,
-                                  float* gradient) {
-  const float along = dot(scaled, gradient, dim);
+// Take the gradient of x / |x| to the gradient of x in place; returns the product of unit row and gradient.
+DEEPMSI_INLINE float through_norm(const float* unit, float norm, int64_t dim, float* gradient) {
+  const float along = dot(unit, gradient, dim);
   // Below the floor the norm is a constant, so nothing is taken away along x.
-  const float inward = norm > kWindowNormFloor ? along / (factor * factor) : 0.0f;
-  const float outward = factor / norm;
+  const float inward = norm > kWindowNormFloor ? along : 0.0f;
   for (int64_t c = 0; c < dim; c += kLanesF)
-    store(gradient + c, (load(gradient + c) - load(scaled + c) * inward) * outward);
+    store(gradient + c, (load(gradient + c) - load(unit + c) * inward) / norm);
   return along;
 }
 
@@ -294,6 +296,7 @@ void attend_backward(const WindowAttention& w, const Window& window, WindowScrat
   const int64_t count = window.count, dim = whole_vectors(w.head_dim), stride = whole_vectors(count);
   const int64_t channels = w.heads * w.head_dim;
   for (int64_t head = 0; head < w.heads; ++head) {
+    const float scale = scale_of(w, head);
     read_head<T>(w, window, head, s);
     for (int64_t i = 0; i < count; ++i) {
       read_row(static_cast<const T*>(w.grad_out) + window.row[i] * channels + head * w.head_dim, w.head_dim,
@@ -305,14 +308,15 @@ void attend_backward(const WindowAttention& w, const Window& window, WindowScrat
     for (int64_t i = 0; i < count; ++i) {
       float *p = s.scores + i * stride, *gradient = s.grad_scores + i * stride;
       const int64_t offset = head * w.table() + bias_offset(w, window, i);
-      add_bias(w, window, w.bias + offset, p);
-      const float lse = w.lse[window.row[i] * w.heads + head];
-      for (int64_t j = 0; j < stride; j += kLanesF) store(p + j, exp_nonpositive(load(p + j) - lse));
-      for (int64_t j = count; j < stride; ++j) p[j] = 0.0f;
+      logits(w, window, scale, w.bias + offset, p);
+      // Not from the saved log-sum-exp: its rounding would be common to the row, whose gradients must sum to
+      // zero.
+      softmax(p, count, stride);
       const float mean = dot(p, gradient, stride);
       for (int64_t j = 0; j < stride; j += kLanesF)
         store(gradient + j, load(p + j) * (load(gradient + j) - mean));
       add_bias_gradient(w, window, gradient, grad_bias + offset);
+      scale_row(gradient, stride, scale);
     }
     product(count, dim, count, s.scores, 1, stride, s.grad_out, dim, s.grad_v, dim);
     product(count, dim, count, s.grad_scores, stride, 1, s.k, dim, s.grad_q, dim);
@@ -320,11 +324,10 @@ void attend_backward(const WindowAttention& w, const Window& window, WindowScrat
     for (int64_t i = 0; i < count; ++i) {
       float *grad_q = s.grad_q + i * dim, *grad_k = s.grad_k + i * dim;
       if (w.head_scale != nullptr) {
-        // The logits are linear in the scale, so d loss / d log scale is the sum of logit times gradient.
-        grad_log_scale[head] += through_norm(s.q + i * dim, w.head_scale[head], s.q_norm[i], dim, grad_q);
-        through_norm(s.k + i * dim, 1.0f, s.k_norm[i], dim, grad_k);
-      } else {
-        scale_row(grad_q, dim, w.scale);
+        // The logits are linear in the scale, so d loss / d log scale is the sum of scaled product times
+        // gradient.
+        grad_log_scale[head] += through_norm(s.q + i * dim, s.q_norm[i], dim, grad_q);
+        through_norm(s.k + i * dim, s.k_norm[i], dim, grad_k);
       }
       T* to = static_cast<T*>(w.grad_qkv) + window.row[i] * 3 * channels + head * w.head_dim;
       narrow(grad_q, to, w.head_dim);
