@@ -28,8 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Keep what explains a time, and leave out what names a machine or its folders."""
-    for key in ("node", "python_build", "python_compiler"):
+    for key in ("node", "python_build", "python_compiler", "release"):
         machine_info.pop(key, None)
+    if "cpu" in machine_info:
+        machine_info["cpu"] = {k: machine_info["cpu"].get(k) for k in ("brand_raw", "count", "arch")}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
@@ -55,7 +57,11 @@ def smallest(request: pytest.FixtureRequest) -> bool:
 
 
 def facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return device, versions, threads and arithmetic settings, which hold for both sides of a comparison."""
+    """Return device, versions, threads and arithmetic settings, which hold for both sides of a comparison.
+
+    `load` is what else the machine is doing: above the number of its CPUs, wall time says little, and a run with
+    `--threads 1 --benchmark-timer=time.process_time` counts the work itself.
+    """
     name = platform.processor() or platform.machine()
     if device == "cuda":
         name = torch.cuda.get_device_name()
@@ -67,6 +73,7 @@ def facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "torch": torch.__version__,
         "deepmsi": deepmsi.__version__,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "instruction_set": backend.host_info().get("instruction set in use", "none"),
         "tf32": torch.backends.cuda.matmul.allow_tf32 if device == "cuda" else False,
         "dtype": str(dtype).removeprefix("torch."),
@@ -81,9 +88,10 @@ def percentile(samples: list[float], share: float) -> float:
 class Comparison:
     """Times one function with pytest-benchmark, and its baselines in turn with it, round by round."""
 
-    def __init__(self, benchmark: Any, smallest: bool) -> None:
+    def __init__(self, benchmark: Any, smallest: bool, timer: Callable[[], float]) -> None:
         self.benchmark = benchmark
         self.smallest = smallest
+        self.timer = timer
 
     def __call__(
         self,
@@ -136,28 +144,29 @@ class Comparison:
         if floor is not None:
             info["floor_s"], info["share_of_floor"] = floor, floor / median
 
-    @staticmethod
-    def _time(function: Function, device: str) -> float:
-        start = time.perf_counter()
+    def _time(self, function: Function, device: str) -> float:
+        start = self.timer()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return self.timer() - start
 
 
 @pytest.fixture
 def compare(benchmark: Any, smallest: bool) -> Comparison:
-    """Return the function that times one side against the others."""
-    return Comparison(benchmark, smallest)
+    """Return the function that times one side against the others, all by the clock of `--benchmark-timer`."""
+    timer = benchmark._timer
+    benchmark.extra_info["clock"] = "CPU time" if timer is time.process_time else "wall time"
+    return Comparison(benchmark, smallest, timer)
 
 
-@pytest.fixture(scope="session")
-def gemm_rate() -> float:
+@pytest.fixture
+def gemm_rate(benchmark: Any) -> float:
     """Return this CPU's float32 rate of a plain product, in operations a second, for floors."""
     a, b = torch.randn(768, 768), torch.randn(768, 768)
     times = []
     for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
+        start = benchmark._timer()
+        torch.mm(a, b)
+        times.append(benchmark._timer() - start)
     return 2 * 768**3 / min(times)

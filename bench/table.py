@@ -46,8 +46,8 @@ def render(document: dict[str, Any]) -> str:
     where = measured[0]
     head = ["operation", "case", "direction", "median", "20th to 80th, ms", "baseline", "ratio", "share of floor"]
     lines = [
-        f"Measured on {where['device']}, {where['threads']} threads, {where['instruction_set']}, "
-        f"{where['dtype']}, torch {where['torch']}, {document['datetime'][:10]}.",
+        f"Measured on {where['device']}, {where['clock']}, {where['threads']} threads, {where['instruction_set']}, "
+        f"{where['dtype']}, torch {where['torch']}, load {where['load']}, {document['datetime'][:10]}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
