@@ -68,23 +68,23 @@ def _reserved_stdout() -> Iterator[IO[str]]:
     Yields the real standard output, for the result alone.
     """
     real = sys.stdout
+    real.flush()
     try:
-        descriptor = real.fileno()
-        saved = os.dup(descriptor)
-    except (OSError, ValueError, AttributeError):  # a captured stream without a descriptor
+        saved = os.dup(1)
+    except OSError:  # there is no standard output on the level of the process
         with contextlib.redirect_stdout(sys.stderr):
             yield real
         return
-    real.flush()
     try:
-        os.dup2(2, descriptor)
-        with (
-            contextlib.redirect_stdout(sys.stderr),
-            os.fdopen(os.dup(saved), "w", encoding="utf-8") as result,
-        ):
-            yield result
+        owns = real.fileno() == 1
+    except (OSError, ValueError, AttributeError):  # a stream in memory stands in its place
+        owns = False
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+            yield stack.enter_context(os.fdopen(os.dup(saved), "w", encoding="utf-8")) if owns else real
     finally:
-        os.dup2(saved, descriptor)
+        os.dup2(saved, 1)
         os.close(saved)
 
 
