@@ -43,6 +43,7 @@ DataOpt = Annotated[
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 FAILURES_SHOWN = 20
+INTERRUPTED = 130
 
 
 class Resize(StrEnum):
@@ -174,7 +175,11 @@ def check(manifest: ManifestArg, as_json: JsonOpt = False) -> None:
 
 @app.command()
 def prepare(
-    manifest: ManifestArg,
+    source: Annotated[
+        str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
+    ],
+    raw: Annotated[Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.")] = None,
+    *,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where frames, sound and features go.")],
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 15,
     size: Annotated[int, typer.Option(min=8, help="Side of a frame in pixels.")] = 256,
@@ -187,14 +192,48 @@ def prepare(
         str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Store sound features of this encoder.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a release with parts missing.")] = False,
+    exclude: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="meld: further clips to leave out, with reasons.")
+    ] = None,
+    label_set: Annotated[
+        str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
+    ] = None,
+    offset: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="iemocap: added to the times that cut the videos.")
+    ] = None,
+    sides: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="iemocap: dialogue, and the half of who wears the markers.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Decode every clip once into frames and features that training reads fast.
 
-    Run it again after an interruption: it goes on where it stopped. Clips that fail are listed with reasons.
+    Of a release (`deepmsi prepare meld RAW --out DIR`) the manifest is made first, from the raw files, as
+    DIR/manifest.csv. Run the command again after an interruption: it goes on where it stopped. Clips that fail
+    are listed with reasons.
     """
     from deepmsi.data.prepare import PrepareOptions
     from deepmsi.data.prepare import prepare as prepare_manifest
+    from deepmsi.data.release import RELEASES, prepare_release
+
+    given = {
+        "exclusions": exclude,
+        "label_set": label_set,
+        "offset": offset,
+        "sides": sides,
+        "partial": partial or None,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if raw is None and source in RELEASES and not Path(source).exists():
+        raise UserError(f"prepare {source} needs the folder of the release: deepmsi prepare {source} RAW --out DIR")
+    if raw is not None and source not in RELEASES:
+        raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
+    takes = {"meld": {"exclusions", "partial"}, "iemocap": {"label_set", "offset", "sides", "partial"}}
+    if foreign := settings.keys() - (takes[source] if raw is not None else set()):
+        option = {"exclusions": "exclude"}.get(min(foreign), min(foreign).replace("_", "-"))
+        whose = " and ".join(name for name in RELEASES if min(foreign) in takes[name])
+        raise UserError(f"--{option} goes with: deepmsi prepare {whose} RAW")
 
     with _reserved_stdout() as result:
         options = PrepareOptions(
@@ -205,7 +244,10 @@ def prepare(
             text_encoder=text_encoder,
             audio_encoder=audio_encoder,
         )
-        prepared = prepare_manifest(manifest, out, options, workers=workers)
+        if raw is None:
+            prepared = prepare_manifest(Path(source), out, options, workers=workers)
+        else:
+            prepared = prepare_release(source, raw, out, options, workers=workers, note=_say, **settings)
         failures = prepared.failures
         if as_json:
             summary = {"out": out, "rows": len(prepared), "fingerprint": prepared.fingerprint, "failures": failures}
@@ -398,6 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
         sys.stdout.flush()
+        if outcome == INTERRUPTED:  # some releases of typer turn the interruption into its exit code
+            raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
         _say(f"deepmsi: {_one_line(str(error))}")
@@ -411,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         _say(f"deepmsi: {_resume_hint(words)}")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of the output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

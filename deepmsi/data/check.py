@@ -164,7 +164,8 @@ def _row_findings(row: Row, looked: dict[_File, _Look]) -> Iterable[Problem]:
 
 
 def _duration_findings(row: Row, column: str, duration: float) -> Iterable[Problem]:
-    start, end = row.start or 0.0, duration if row.end is None else row.end
+    first, last = row.cut(column)
+    start, end = first or 0.0, duration if last is None else last
     if start >= duration:
         sentence = f"the start {start:g} s lies behind the end of its {column} ({duration:.2f} s)"
         yield Problem("error", "", f"{row.id}: {sentence}")
@@ -208,7 +209,7 @@ def _duplicates(manifest: Manifest) -> Iterable[Problem]:
         files = tuple(content.get(path, "") if path else None for path in (row.video, row.audio))
         if not any(files):
             continue
-        seen = first.setdefault((files, row.start, row.end, row.side), (row, where))
+        seen = first.setdefault((files, row.cut("video"), row.cut("audio"), row.side), (row, where))
         if seen[0] is row:
             continue
         sentence = f"{row.id}: its clip has the same content as {seen[0].id} at {seen[1]}"

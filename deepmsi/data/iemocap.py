@@ -180,7 +180,8 @@ def read_iemocap(
                 start=max(0.0, round(turn.start + offset, 4)) if cut else None,
                 end=round(turn.end + offset, 4) if cut else None,
                 side=turn.side(wearers.get(turn.dialogue, "left")) if cut else None,
-                extra=extra | ({"audio_is_cut": "yes"} if cut and sound else {}),
+                audio_start=0.0 if cut and sound else None,
+                extra=extra,
             )
         )
     if files.transcripts and (silent := [row.id for row in rows if row.text is None]):

@@ -1,6 +1,7 @@
 """Reads the tables that name clips: an own CSV or JSONL manifest, or MELD's CSV files as published.
 
 A manifest's columns are id, video, audio, text, label, speaker, dialogue, split, start, end, side (SPEC 8),
+audio_start and audio_end for sound files that are cut elsewhere than the videos,
 and for data without media text_features, audio_features and frames (array files). Every other column is kept
 in ``Row.extra``. Paths are relative to the manifest. Reading opens none of the files that a row names.
 """
@@ -31,7 +32,7 @@ MELD_VIDEO_FOLDERS = {
 }
 PATH_COLUMNS = ("video", "audio", "text_features", "audio_features", "frames")
 TEXT_COLUMNS = ("text", "label", "speaker", "dialogue", "split")
-COLUMNS = ("id", *PATH_COLUMNS, *TEXT_COLUMNS, "start", "end", "side")
+COLUMNS = ("id", *PATH_COLUMNS, *TEXT_COLUMNS, "start", "end", "side", "audio_start", "audio_end")
 """Every column that has a meaning; a row needs an id and at least one modality."""
 
 _SEPARATORS = ",;\t"
@@ -44,8 +45,9 @@ class Row:
     """One utterance. An absent modality is None; ``start`` and ``end`` are seconds from the file's beginning.
 
     ``start`` and ``end`` cut the video and the audio alike, whether the sound comes from the video or from
-    a file of its own. ``text_features``, ``audio_features`` and ``frames`` name array files (.npy,
-    .safetensors).
+    a file of its own; ``audio_start`` and ``audio_end`` cut a sound file of its own in their place where one of
+    them is given (``audio_start`` 0 alone takes the whole file). ``text_features``, ``audio_features`` and
+    ``frames`` name array files (.npy, .safetensors).
     """
 
     id: str
@@ -63,6 +65,13 @@ class Row:
     text_features: Path | None = None
     audio_features: Path | None = None
     frames: Path | None = None
+    audio_start: float | None = None
+    audio_end: float | None = None
+
+    def cut(self, column: str) -> tuple[float | None, float | None]:
+        """Return the start and the end, in seconds, at which the file in a column is cut."""
+        own = (self.audio_start, self.audio_end)
+        return own if column == "audio" and own != (None, None) else (self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -313,6 +322,8 @@ class _TableParser(_Parser):
             start=_seconds(cells, "start"),
             end=_seconds(cells, "end"),
             side=_side(cells),
+            audio_start=_seconds(cells, "audio_start"),
+            audio_end=_seconds(cells, "audio_end"),
             extra={name: value for name, value in record.items() if name not in COLUMNS},
             **{name: self.folder / cells[name] for name in PATH_COLUMNS if name in cells},  # type: ignore[arg-type]
             **{name: cells[name] for name in TEXT_COLUMNS if name in cells},  # type: ignore[arg-type]
@@ -322,8 +333,9 @@ class _TableParser(_Parser):
         for name in PATH_COLUMNS:
             if "\0" in cells.get(name, "") or "\n" in cells.get(name, ""):
                 raise UserError(f"the path in {name!r} holds a line break or a null character")
-        if row.start is not None and row.end is not None and row.end <= row.start:
-            raise UserError(f"the end {row.end:g} s does not lie after the start {row.start:g} s")
+        for start, end in (row.cut("video"), row.cut("audio")):
+            if start is not None and end is not None and end <= start:
+                raise UserError(f"the end {end:g} s does not lie after the start {start:g} s")
         if not any((row.video, row.audio, row.text, row.text_features, row.audio_features, row.frames)):
             raise UserError(f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row")
         return row

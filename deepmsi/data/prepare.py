@@ -169,12 +169,12 @@ def _has_media(row: Row) -> bool:
 
 def _source(row: Row) -> Source:
     paths = {name: str(path) for name in _MEDIA if (path := getattr(row, name)) is not None}
-    return Source(id=row.id, start=row.start, end=row.end, side=row.side, **paths)
+    return Source(id=row.id, start=row.start, end=row.end, side=row.side, audio_cut=row.cut("audio"), **paths)
 
 
 def _identity(source: Source) -> list[Any]:
     """What a row's arrays depend on: its cut, and each file's size and time of change (None: not there)."""
-    stamps: list[Any] = [source.id, source.start, source.end, source.side]
+    stamps: list[Any] = [source.id, source.start, source.end, source.side, source.audio_cut]
     for name in _MEDIA:
         path = getattr(source, name)
         stamp: list[Any] | None = None

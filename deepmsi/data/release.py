@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 RELEASES = ("meld", "iemocap")
 MARK = "release"  # the extra column that says which published counts a manifest is held against
 
-_FIELDS = ("id", "video", "audio", "text", "label", "speaker", "dialogue", "split", "start", "end", "side")
+_FIELDS = (
+    *("id", "video", "audio", "text", "label", "speaker", "dialogue", "split"),
+    *("start", "end", "side", "audio_start", "audio_end"),
+)
 _SHOWN = 3
 
 

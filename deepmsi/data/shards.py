@@ -35,6 +35,7 @@ class Source:
     start: float | None = None
     end: float | None = None
     side: Side | None = None
+    audio_cut: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ class _RowDecoder:
         path = source.audio or source.video
         assert path is not None
         try:
-            sound = decode_audio(path, start=source.start, end=source.end, sample_rate=self.options.sample_rate)
+            start, end = (source.start, source.end) if source.audio is None else source.audio_cut
+            sound = decode_audio(path, start=start, end=end, sample_rate=self.options.sample_rate)
         except NoStreamError:
             if source.audio is not None:
                 raise

@@ -27,6 +27,9 @@ Batch = dict[str, Tensor]
 Key = tuple[int, int, int]
 """(epoch, how many times the epoch drew this row before, position in the dataset)."""
 
+GROUPED_BATCHES = 50
+"""Batches among which rows are sorted by length: enough to save the padding, and few to stay random."""
+
 
 def present_modalities(row: PreparedRow, config: ModelSections) -> tuple[bool, bool, bool]:
     """Whether a row has what the model reads of (video, text, audio): a feature model needs the feature."""
@@ -126,6 +129,11 @@ class UtteranceDataset(Dataset[Example]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """Characters of each row's text as the encoder gets it."""
+        return [len(self.texts[i] or "") for i in self.indices]
 
     def present(self, position: int) -> tuple[bool, ...]:
         """Whether (video, text, audio) of a row are there and not hidden."""
@@ -339,6 +347,7 @@ class EpochBatches(Sampler[list[Key]]):
         seed: of the order.
         balanced: draw every class equally often; rows of rare classes come several times.
         partial: `[rows]` bool, and how many of the rows that it marks an epoch draws; None: all of them.
+        lengths: of each row of the dataset; rows of like length then share a batch, which saves padding.
         rank, world: this process and the number of processes.
     """
 
@@ -350,10 +359,12 @@ class EpochBatches(Sampler[list[Key]]):
         *,
         balanced: bool = False,
         partial: tuple[NDArray[np.bool_], int] | None = None,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.labels = np.asarray(labels)
+        self.lengths = lengths
         self.batch_size, self.seed, self.balanced, self.partial = batch_size, seed, balanced, partial
         self.size = len(self.labels) if partial is None else int((~partial[0]).sum()) + partial[1]
         self.rank, self.world = rank, world
@@ -369,6 +380,21 @@ class EpochBatches(Sampler[list[Key]]):
     def keys(self) -> list[Key]:
         """The epoch's keys in order, all processes together."""
         rng = np.random.default_rng(derive_seed(self.seed, "order", self.epoch))
+        keys = self._shuffled(rng)
+        return keys if self.lengths is None else self._grouped(keys, self.lengths, rng)
+
+    def _grouped(self, keys: list[Key], lengths: Sequence[int], rng: np.random.Generator) -> list[Key]:
+        """Sort by length within windows of shuffled keys, and shuffle the batches; a smaller one stays last."""
+        size = self.batch_size * self.world
+        batches: list[list[Key]] = []
+        for start in range(0, len(keys), size * GROUPED_BATCHES):
+            window = sorted(keys[start : start + size * GROUPED_BATCHES], key=lambda key: lengths[key[2]])
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        full = len(keys) // size
+        order = [*rng.permutation(full), *range(full, len(batches))]
+        return [key for i in order for key in batches[i]]
+
+    def _shuffled(self, rng: np.random.Generator) -> list[Key]:
         pool = np.arange(len(self.labels))
         if self.partial is not None:
             marked, count = self.partial

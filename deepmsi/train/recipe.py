@@ -66,6 +66,9 @@ class TrainSettings(Section):
         description="rows that lack a modality of the model: an epoch draws so many of them per complete row, anew "
         "each time; null takes them all",
     )
+    group_by_length: bool = Field(
+        False, description="texts of like length share a batch: less padding where a text encoder is trained"
+    )
     focal_gamma: float = Field(0.0, ge=0, description="focal loss (1 - p)^γ CE; 0 is cross-entropy")
     logit_adjustment: float = Field(
         0.0, ge=0, description="τ·log prior of the training part added to the logits in the loss (Menon 2021)"

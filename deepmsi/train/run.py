@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from deepmsi._version import __version__
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
-from deepmsi.models.config import DeepMSIConfig
+from deepmsi.models.config import MODALITIES, DeepMSIConfig
 from deepmsi.train.console import note
-from deepmsi.train.dataset import UtteranceDataset, check_data
+from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
 from deepmsi.train.evaluate import (
     METRICS,
     PREDICTIONS,
@@ -455,6 +455,11 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
 def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
     """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
     plain = recipe.model_dump(mode="json")
+    there = [any(each) for each in zip(*(present_modalities(row, recipe) for row in data.rows), strict=True)]
+    absent = [name for name, has in zip(MODALITIES, there, strict=True) if not has and name in recipe.modalities]
+    if absent and any(there):
+        note(f"No row has {' or '.join(absent)}: the model is built without.")
+        plain["drop"] = [*recipe.drop, *absent]
     for name in ("text", "audio"):
         section = getattr(recipe, name)
         if section.encoder == "features":

@@ -210,6 +210,7 @@ class UtteranceTrainer(Trainer):
             fit.seed,
             balanced=settings.sampler == "balanced",
             partial=partial_rows(fit.train, settings.partial_rows),
+            lengths=fit.train.text_lengths if settings.group_by_length else None,
             rank=self.rank,
             world=self.world,
         )

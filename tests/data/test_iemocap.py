@@ -1,5 +1,6 @@
 """IEMOCAP's raw release: miniature trees in the true layout, with the traps that the real one holds."""
 
+import wave
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from deepmsi.data.iemocap import (
     write_contact_sheets,
 )
 from deepmsi.data.manifest import Row, read_manifest
+from deepmsi.data.options import PrepareOptions
 from deepmsi.data.release import count_differences, prepare_release, read_release, write_manifest
 from deepmsi.errors import UserError
 
@@ -228,7 +230,8 @@ def test_the_offset_moves_the_video_alone(tmp_path: Path) -> None:
     assert (read_iemocap(raw, offset=0.5).rows[0].start, read_iemocap(raw, offset=0.5).rows[0].end) == (2.0, 4.0)
     row = read_iemocap(raw, offset=-2.0).rows[0]
     assert (row.start, row.end) == (0.0, 1.5)
-    assert row.extra["audio_is_cut"] == "yes"
+    assert row.cut("video") == (0.0, 1.5)
+    assert row.cut("audio") == (0.0, None)
 
 
 def test_sides_can_be_overridden(tmp_path: Path) -> None:
@@ -359,6 +362,54 @@ def test_agreeing_counts_are_silent() -> None:
         "IEMOCAP erc7433 differs from the published counts: Session 1 1372 instead of 1373.",
     ]
     assert count_differences([Row("own", label="joy")]) == []
+
+
+def write_dialogue(path: Path, seconds: float, fps: int = 10) -> None:
+    """Write an AVI whose left half grows brighter by ten a second, and whose right half stays black."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 32, "yuv420p", 2_000_000
+        for number in range(round(seconds * fps)):
+            picture = np.zeros((32, 64, 3), np.uint8)
+            picture[:, :32] = 10 * number // fps
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+
+
+def write_sound(path: Path, seconds: float, level: int) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(np.full(round(16000 * seconds), level, "<i2").tobytes())
+
+
+def test_the_way_from_the_release_to_prepared_data(tmp_path: Path) -> None:
+    raw = release(tmp_path / "raw")
+    for video in raw.glob("*/dialog/avi/DivX/Ses*.avi"):
+        write_dialogue(video, 12)
+    for level, sound in enumerate(sorted(raw.glob("*/sentences/wav/*/Ses*.wav")), 1):
+        write_sound(sound, 2, 100 * level)
+    levels = {path.stem: 100 * i for i, path in enumerate(sorted(raw.glob("*/sentences/wav/*/Ses*.wav")), 1)}
+    options = PrepareOptions(frames=3, size=32)
+    data = prepare_release("iemocap", raw, tmp_path / "out", options, workers=0, progress=False)
+    assert len(data.rows) == 15
+    assert len(list((tmp_path / "out" / "contact_sheets").glob("*.png"))) == 5
+    for i, row in enumerate(data.rows):
+        # The sound is the turn's own file, whole, although the video is cut.
+        sound = data.waveform(i)
+        assert sound is not None
+        assert len(sound) == pytest.approx(32000, abs=64)
+        assert np.median(sound) == pytest.approx(levels[row.id] / 32768, rel=0.05)
+        frames = data.frames(i)
+        assert frames is not None
+        if row.side == "right":
+            assert frames.mean() < 3
+        else:
+            assert row.start is not None
+            assert frames.mean() == pytest.approx(10 * (row.start + 1), abs=6)
 
 
 def test_a_contact_sheet_outlines_the_half_that_is_taken(tmp_path: Path, shared_data: Path) -> None:
