@@ -1,13 +1,18 @@
-"""window_attention: against loops over pairs of tokens, dense against packed, tails, types, compilation."""
+"""window_attention: the reference against loops over pairs of tokens, every backend against the reference, torch."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from deepmsi import backend as backends
 from deepmsi.ops import window_attention
-from deepmsi.testing import assert_within_budget, offsets, randn
+from deepmsi.testing import assert_within_budget, generator, offsets, poisoned_memory, randn
 
 HEADS, DEPTH = 2, 3
 
@@ -161,27 +166,43 @@ def test_low_precision_keeps_the_budget(dtype: torch.dtype) -> None:
     assert_within_budget(got, low, exact)
 
 
-def test_autocast_takes_qkv_alone() -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_autocast_takes_qkv_alone(backend: str) -> None:
+    need(backend, torch.bfloat16)
     qkv = randn(1, 4, 4, 3 * HEADS * DEPTH, seed=8).requires_grad_()
     table = table_of(2, torch.float32).requires_grad_()
     scale = torch.ones(HEADS, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = window_attention(qkv, HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale)
+        out = window_attention(qkv, HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale, backend=backend)
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
-    same = window_attention(qkv.bfloat16(), HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale)
+    same = window_attention(qkv.bfloat16(), HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale, backend=backend)
     assert torch.equal(out, same)
     assert table.grad.dtype == scale.grad.dtype == qkv.grad.dtype == torch.float32
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_compiles_whole_and_for_changing_sizes(packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "packed"),
+    [("reference", True), ("cpp", False), ("cpp", True), ("triton", False), ("triton", True)],
+    ids=lambda value: value if isinstance(value, str) else "packed" if value else "dense",
+)
+def test_compiles_whole_and_for_changing_sizes(backend: str, packed: bool) -> None:
+    need(backend)
     table, scale = table_of(2, torch.float32), torch.ones(HEADS)
 
     def run(qkv: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         return window_attention(
-            qkv, HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale, positions=positions, cu_seqlens=cu_seqlens
+            qkv,
+            HEADS,
+            (4, 4),
+            2,
+            1,
+            bias_table=table,
+            logit_scale=scale,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
         )
 
     torch._dynamo.reset()
@@ -226,3 +247,318 @@ def test_mistakes_are_told(change: dict[str, object], words: str) -> None:
     }
     with pytest.raises(ValueError, match=words):
         window_attention(torch.zeros(1, 4, 4, 3 * HEADS * DEPTH), **{**arguments, **change})
+
+
+# Every backend against the float64 reference.
+
+KERNELS = ("cpp", "triton")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call's sizes: ``frames`` counts dense grids, ``lengths`` lists the tokens left in each packed frame."""
+
+    grid: tuple[int, int]
+    window: int
+    shift: int
+    heads: int = 2
+    depth: int = 16
+    frames: int | None = None
+    lengths: tuple[int, ...] = ()
+    tail: int = 0
+    stretch: int = 0  # channels between the rows of qkv
+
+    @property
+    def rows(self) -> int:
+        if self.frames is not None:
+            return self.frames * self.grid[0] * self.grid[1]
+        return sum(self.lengths) + self.tail
+
+    def layout(self, device: str) -> tuple[Tensor, Tensor] | None:
+        """Return positions [R] and cu_seqlens [F + 1]; None for dense grids. The tail's positions are nonsense."""
+        if self.frames is not None:
+            return None
+        places = self.grid[0] * self.grid[1]
+        positions = [
+            torch.randperm(places, generator=generator(31 + f))[:length].sort().values
+            for f, length in enumerate(self.lengths)
+        ]
+        positions.append(torch.full((self.tail,), 10**6))
+        return torch.cat(positions).to(device, torch.int32), offsets(self.lengths, device)
+
+
+CASES = {
+    "window_1": Case((3, 2), 1, 0, frames=2),
+    "window_4": Case((8, 8), 4, 2, heads=3, frames=1),
+    "window_7": Case((14, 7), 7, 3, depth=24, frames=1),
+    "window_8": Case((16, 8), 8, 4, depth=32, frames=1),
+    "window_8_unshifted": Case((8, 8), 8, 0, heads=1, depth=64, frames=1),
+    "window_9": Case((9, 9), 9, 0, heads=1, frames=2),
+    "window_16": Case((16, 16), 16, 5, heads=1, frames=1),
+    "ragged_4": Case((9, 6), 4, 1, frames=1),
+    "ragged_8": Case((10, 12), 8, 3, frames=1, depth=48),
+    "ragged_narrow": Case((5, 2), 4, 3, heads=1, depth=5, frames=2),
+    "strided": Case((8, 4), 4, 2, frames=2, stretch=16),
+    "no_frames": Case((4, 4), 4, 0, frames=0),
+    "one_token": Case((6, 6), 4, 2, lengths=(1, 1, 1)),
+    "all_left": Case((8, 8), 4, 2, heads=1, lengths=(64, 64)),
+    "skewed": Case((8, 4), 4, 2, lengths=(1, 30, 0, 7)),
+    "skewed_8": Case((16, 16), 8, 4, lengths=(3, 200, 0), depth=32, tail=5),
+    "packed_ragged": Case((7, 5), 4, 1, lengths=(20, 35), depth=24, tail=1, stretch=8),
+    "packed_16": Case((16, 16), 16, 0, heads=1, lengths=(130, 9)),
+    "empty_frames": Case((4, 4), 2, 1, lengths=(0, 0), tail=3),
+    "no_packed_frames": Case((4, 4), 2, 1, lengths=(), tail=2),
+    "nothing": Case((4, 4), 2, 1, lengths=()),
+}
+
+
+def need(backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **facts: int) -> None:
+    reason = backends.why_not("window_attention", backend, device, dtype, **facts)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def run(
+    case: Case, cosine: bool, backend: str, rounded: torch.dtype, held: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Return the output and the gradients of inputs that are rounded to one type and held in another."""
+    wide = torch.float64 if held == torch.float64 else torch.float32
+    channels = case.heads * case.depth
+    stored = randn(case.rows, 3 * channels + case.stretch, seed=21, dtype=rounded, device=device).to(held)
+    stored.requires_grad_()
+    qkv = stored[:, : 3 * channels]
+    if case.frames is not None:
+        qkv = qkv.unflatten(0, (case.frames, *case.grid))
+    table = randn((2 * case.window - 1) ** 2, case.heads, seed=22, dtype=torch.float32, device=device).to(wide)
+    table.requires_grad_()
+    logit_scale = None
+    if cosine:
+        # The last head's scale is above the clamp, where there are several.
+        scales = [2.3, 1.0, 5.0][-case.heads :] if case.heads > 1 else [1.5]
+        logit_scale = torch.tensor(scales, device=device).to(wide).requires_grad_()
+    layout = case.layout(device)
+    extra = {} if layout is None else {"positions": layout[0], "cu_seqlens": layout[1]}
+    out = window_attention(
+        qkv,
+        case.heads,
+        case.grid,
+        case.window,
+        case.shift,
+        bias_table=table,
+        logit_scale=logit_scale,
+        backend=backend,
+        **extra,
+    )
+    grad = randn(case.rows, channels, seed=23, dtype=rounded, device=device).to(held)
+    inputs = {"qkv": stored, "bias_table": table} | ({} if logit_scale is None else {"logit_scale": logit_scale})
+    # Where nothing goes in, the reference depends on nothing but qkv.
+    grads = torch.autograd.grad(out, tuple(inputs.values()), grad.view(out.shape), materialize_grads=True)
+    return {"out": out.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def assert_kernel_keeps_the_budget(case: Case, cosine: bool, backend: str, dtype: torch.dtype, device: str) -> None:
+    with poisoned_memory():
+        got = run(case, cosine, backend, dtype, dtype, device)
+    low = run(case, cosine, "reference", dtype, dtype, device)
+    exact = run(case, cosine, "reference", dtype, torch.float64, device)
+    for name, wanted in exact.items():
+        assert got[name].dtype == low[name].dtype
+        scale = None
+        if name == "logit_scale":
+            # A sum that nearly cancels; its terms are at least as large as the bias' gradient tells.
+            scale = 100 * exact["bias_table"].abs().sum().item()
+        roundings = 1.0 if name == "out" else 4.0
+        if cosine and got[name].dtype == torch.float32:
+            roundings *= 16  # a logit of 100 carries its own rounding, a hundred times as large, into the softmax
+        assert_within_budget(got[name], low[name], wanted, name, roundings, scale)
+    if case.tail:
+        assert not got["out"][-case.tail :].any()
+        assert not got["qkv"][-case.tail :].any()
+
+
+# The interpreter takes seconds where a kernel takes microseconds: of the types that it runs like float32, a few.
+INTERPRETED = [
+    (name, cosine, dtype)
+    for name in CASES
+    for cosine in (True, False)
+    for dtype in DTYPES
+    if (cosine and dtype == torch.float32) or name in ("ragged_narrow", "skewed", "one_token", "window_9")
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_cpp_keeps_the_error_budget(device: str, name: str, cosine: bool, dtype: torch.dtype) -> None:
+    need("cpp", dtype, device)
+    assert_kernel_keeps_the_budget(CASES[name], cosine, "cpp", dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("name", CASES)
+def test_triton_keeps_the_error_budget_on_a_gpu(name: str, cosine: bool, dtype: torch.dtype) -> None:
+    need("triton", dtype, "cuda")
+    assert_kernel_keeps_the_budget(CASES[name], cosine, "triton", dtype, "cuda")
+
+
+@pytest.mark.parametrize(("name", "cosine", "dtype"), INTERPRETED, ids=str)
+def test_triton_keeps_the_error_budget_interpreted(name: str, cosine: bool, dtype: torch.dtype) -> None:
+    need("triton", dtype)
+    assert_kernel_keeps_the_budget(CASES[name], cosine, "triton", dtype, "cpu")
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 10), st.integers(1, 7)),
+    window=st.integers(2, 9),
+    shift=st.integers(0, 8),
+    depth=st.integers(1, 20),
+    share=st.none() | st.lists(st.floats(0, 1), min_size=1, max_size=2),
+    tail=st.integers(0, 2),
+    cosine=st.booleans(),
+)
+def test_any_sizes_keep_the_error_budget(
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    depth: int,
+    share: list[float] | None,
+    tail: int,
+    cosine: bool,
+) -> None:
+    places = grid[0] * grid[1]
+    layout: dict[str, Any] = {"frames": 1}
+    if share is not None:
+        layout = {"lengths": tuple(int(s * places) for s in share), "tail": tail}
+    case = Case(grid, window, shift % window, heads=1, depth=depth, **layout)
+    for backend in KERNELS:
+        if backends.why_not("window_attention", backend, "cpu", torch.float32) is None:
+            assert_kernel_keeps_the_budget(case, cosine, backend, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["window_8", "skewed", "window_9"])
+def test_two_runs_and_any_thread_count_give_the_same_bits(name: str, backend: str, device: str) -> None:
+    need(backend, device=device)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(run(CASES[name], True, backend, torch.float32, torch.float32, device))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in other.items():
+            assert torch.equal(value, results[0][key]), key
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_scale_above_the_clamp_gets_no_gradient(backend: str) -> None:
+    need(backend)
+    grads = run(CASES["window_4"], True, backend, torch.float32, torch.float32)
+    assert grads["logit_scale"][2] == 0
+    assert (grads["logit_scale"][:2] != 0).all()
+
+
+@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_rows_of_zeros_stay_finite(backend: str, cosine: bool) -> None:
+    need(backend)
+    qkv = randn(1, 4, 4, 3 * HEADS * 8, seed=1)
+    qkv[0, :2] = 0
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        one = qkv.to(dtype).requires_grad_()
+        scale = torch.zeros(HEADS, dtype=dtype) if cosine else None
+        out = window_attention(one, HEADS, (4, 4), 4, 0, bias_table=table_of(4, dtype), logit_scale=scale, backend=name)
+        (grad,) = torch.autograd.grad(out.square().sum(), one)
+        assert torch.isfinite(grad).all()
+        results.append((out.double(), grad.double()[0, 2:]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_rows_past_the_last_offset_are_not_read(backend: str) -> None:
+    need(backend)
+    layout = {"positions": torch.tensor([0, 3, 5, 9, 10, -7, 99], dtype=torch.int32), "cu_seqlens": offsets([3, 2])}
+    qkv = randn(7, 3 * HEADS * DEPTH, seed=3)
+    qkv[5:] = torch.nan
+    qkv.requires_grad_()
+    table = table_of(2, torch.float32).requires_grad_()
+    out = window_attention(qkv, HEADS, (3, 4), 2, 1, bias_table=table, backend=backend, **layout)
+    grads = torch.autograd.grad(out.square().sum(), (qkv, table))
+    assert not out[5:].any()
+    assert not grads[0][5:].any()
+    assert all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("positions", "cu", "words"),
+    [
+        ([0, 5, 5, 7], [0, 4], "positions must ascend"),
+        ([0, 5, 4, 7], [0, 4], "positions must ascend"),
+        ([0, 1, 2, 16], [0, 4], "lie on the grid"),
+        ([-1, 1, 2, 3], [0, 4], "positions must ascend"),
+        ([0, 1, 2, 3], [0, 5], "end within the rows"),
+        ([0, 1, 2, 3], [1, 4], "start at 0"),
+        ([0, 1, 0, 1], [0, 3, 2], "must not descend|ascend"),
+    ],
+    ids=str,
+)
+def test_bad_positions_are_refused_on_the_cpu(positions: list[int], cu: list[int], words: str) -> None:
+    need("cpp")
+    with pytest.raises(RuntimeError, match=words):
+        window_attention(
+            randn(4, 3 * HEADS * DEPTH, seed=1),
+            HEADS,
+            (4, 4),
+            2,
+            0,
+            bias_table=table_of(2, torch.float32),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            cu_seqlens=torch.tensor(cu, dtype=torch.int32),
+            backend="cpp",
+        )
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("dense_v2", torch.float32),
+        ("dense_v2", torch.bfloat16),
+        ("dense_v2", torch.float16),
+        ("dense_v1", torch.float32),
+        ("packed", torch.float32),
+        ("strided", torch.float32),
+        ("empty", torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend: str, form: str, dtype: torch.dtype) -> None:
+    need(backend, dtype)
+    rows = 0 if form == "empty" else 8
+    width = 3 * HEADS * DEPTH
+    qkv = randn(rows, width, seed=1, dtype=dtype)
+    if form == "strided":
+        qkv = randn(width, rows, seed=1, dtype=dtype).t()
+    table, scale = table_of(2, torch.float32), None if form == "dense_v1" else torch.tensor([1.5, 10.0])
+    positions = cu_seqlens = None
+    if form == "packed":
+        positions, cu_seqlens = torch.tensor([0, 1, 3, 5, 2, 4, 7, 0], dtype=torch.int32), offsets([4, 3])
+    sizes = (HEADS, 2, 4, 2, 1)
+    forward = getattr(torch.ops.deepmsi, f"window_attention_{backend}_fwd").default
+    backward = getattr(torch.ops.deepmsi, f"window_attention_{backend}_bwd").default
+    leaves = [x if x is None else x.detach().requires_grad_() for x in (qkv, table, scale)]
+    torch.library.opcheck(forward, (*leaves, DEPTH**-0.5, positions, cu_seqlens, *sizes))
+    out, lse = forward(qkv, table, scale, DEPTH**-0.5, positions, cu_seqlens, *sizes)
+    grad = randn(*out.shape, seed=2, dtype=dtype)
+    if form == "strided":
+        grad = grad.t().contiguous().t()
+    torch.library.opcheck(backward, (grad, qkv, out, lse, table, scale, DEPTH**-0.5, positions, cu_seqlens, *sizes))
