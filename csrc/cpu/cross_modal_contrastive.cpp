@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
     if (count < 2) continue;
     const double share = 1.0 / (static_cast<double>(pairs) * static_cast<double>(count) *
                                 (per_positive ? 1.0 : static_cast<double>(count - 1)));
-    const int64_t chunk = std::max<int64_t>(1, 16384 / dim);
+    const int64_t chunk = std::max<int64_t>(1, 16384 / std::max<int64_t>(dim, 1));
     torch::stable::parallel_for(0, columns, chunk, [&](int64_t begin, int64_t end) {
       kernels.normalize(pointer<const float>(b) + (p * columns + begin) * dim,
                         present_b == nullptr ? nullptr : present_b + begin, end - begin, dim,

@@ -79,18 +79,25 @@ inline double contrastive_row(const ContrastiveRow& r, float* scores) {
   const Vec<float> zero = {}, one = zero + 1.0f, lowest = zero - __builtin_inff();
   const VecInt row = VecInt{} + r.label, none = VecInt{};
 
-  // The largest score of a negative; without one the row's terms are all 0.
+  // The largest score of a negative; without one the row's terms are all 0. Negatives are counted rather than told
+  // from the largest, which stays -inf where all scores are NaN: such a row must not pass for 0.
   Vec<float> high = lowest;
-  int64_t positives = 0;
+  VecInt count_same = {}, count_other = {};
+  int64_t positives = 0, negatives = 0;
   for (int64_t j = 0; j < r.columns; j += kLanesF) {
     const Columns c = columns_at(r, scores, j);
-    const Vec<float> score = (c.label != row) & (c.label >= none) ? c.score : lowest;
+    const VecInt same = c.label == row, other = (c.label != row) & (c.label >= none);
+    const Vec<float> score = other ? c.score : lowest;
     high = score > high ? score : high;
-    const VecInt same = c.label == row;
-    for (int64_t i = 0; i < kLanesF; ++i) positives -= same[i];
+    count_same -= same;
+    count_other -= other;
+  }
+  for (int64_t i = 0; i < kLanesF; ++i) {
+    positives += count_same[i];
+    negatives += count_other[i];
   }
   const float top = lane_max(high);
-  if (top == -__builtin_inff() || positives == 0) {
+  if (negatives == 0 || positives == 0) {
     for (int64_t j = 0; j < r.columns; ++j) scores[j] = 0.0f;
     return 0.0;
   }

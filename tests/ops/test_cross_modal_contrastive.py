@@ -1,14 +1,21 @@
-"""cross_modal_contrastive: against SPEC 6 in loops, gradients, cases of exactly zero, overflow, slices, masks."""
+"""cross_modal_contrastive: the reference against loops over the equation, every backend against the reference."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from deepmsi import backend as backends
 from deepmsi.ops import cross_modal_contrastive
-from deepmsi.testing import randn
+from deepmsi.testing import assert_within_budget, generator, poisoned_memory, randn, tokens
 
 LABELS = [0, 1, 0, 2, 1, 0, 0, 3]
 
@@ -210,3 +217,350 @@ def test_mistakes_are_told(change: dict[str, object], words: str) -> None:
     arguments = {"a": torch.ones(8, 5), "b": torch.ones(8, 5), "labels": torch.tensor(LABELS), **change}
     with pytest.raises(ValueError, match=words):
         cross_modal_contrastive(**arguments)
+
+
+# The kernels against the float64 reference. A case: rows, channels, pairs of b, options of the call, and the kind of
+# labels. Blocks and vectors have edges at multiples of 8, 16, 32, 64 and 128.
+OP = "cross_modal_contrastive"
+KERNELS = ("cpp", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "small": (8, 5, 1, {}),
+    "pair": (16, 32, 2, {}),
+    "vector_plus_one": (17, 17, 2, {}),
+    "matched": (12, 8, 2, {"include_matched": True}),
+    "positives": (23, 8, 2, {"normalize": "positives"}),
+    "masked": (33, 12, 2, {"masks": True}),
+    "masked_positives": (21, 9, 2, {"masks": True, "normalize": "positives", "include_matched": True}),
+    "slice": (9, 8, 2, {"joined": 31, "row_offset": 20, "include_matched": True}),
+    "masked_slice": (20, 8, 2, {"joined": 40, "row_offset": 3, "masks": True}),
+    "cold": (24, 16, 1, {"temperature": 1e-3}),
+    "warm": (24, 16, 1, {"temperature": 10.0}),
+    "rare_classes": (40, 8, 1, {"classes": 30}),
+    "one_class_and_a_stranger": (9, 8, 1, {"classes": 1}),
+    "edge_plus_one": (65, 24, 1, {"masks": True}),
+    "above_one_tile": (130, 20, 2, {"masks": True}),
+    "slice_above_one_tile": (40, 33, 2, {"joined": 140, "row_offset": 90, "normalize": "positives"}),
+    "wide": (10, 300, 2, {}),
+    "wide_above_one_tile": (129, 270, 1, {"include_matched": True}),
+}
+
+
+def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    reason = backends.why_not(OP, backend, "cpu", dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+class Inputs:
+    """Inputs of a case, rounded to a type once and then held in another."""
+
+    def __init__(self, case: str, rounded: torch.dtype, held: torch.dtype) -> None:
+        rows, dim, pairs, options = CASES[case]
+        self.options = dict(options)
+        joined = self.options.pop("joined", rows)
+        classes = self.options.pop("classes", 4)
+        offset = self.options.get("row_offset", 0)
+        self.a = tokens(rows, dim, seed=1, dtype=rounded).to(held)
+        self.b = [tokens(joined, dim, seed=10 + p, dtype=rounded).to(held) for p in range(pairs)]
+        # Far apart and below zero: labels are names, not numbers.
+        labels_b = torch.randint(classes, (joined,), generator=generator(3)) * 2**40 - 5
+        labels_b[-1] = 7
+        self.labels = labels_b[offset : offset + rows]
+        if joined != rows:
+            self.options["labels_b"] = labels_b
+        if self.options.pop("masks", False):
+            valid_a = torch.rand(joined, generator=generator(4)) > 0.2
+            masks = [torch.rand(joined, generator=generator(5 + p)) > 0.3 for p in range(pairs)]
+            self.options.update(valid_a=valid_a, valid_b=masks)
+            self.a[~valid_a[offset : offset + rows]] = torch.nan
+            for b, mask in zip(self.b, masks, strict=True):
+                b[~mask] = torch.nan
+        for x in (self.a, *self.b):
+            x.requires_grad_()
+
+    def run(self, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = cross_modal_contrastive(self.a, self.b, self.labels, backend=backend, **self.options)
+        return loss, torch.autograd.grad(loss * 3, (self.a, *self.b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernel_keeps_the_error_budget(backend: str, case: str, dtype: torch.dtype) -> None:
+    need(backend, dtype)
+    with poisoned_memory():
+        loss, grads = Inputs(case, dtype, dtype).run(backend)
+    low, low_grads = Inputs(case, dtype, dtype).run("reference")
+    exact, exact_grads = Inputs(case, dtype, torch.float64).run("reference")
+    assert loss.dtype == torch.float32
+    assert exact.item() > 0
+    assert_within_budget(loss, low, exact, "loss", 4.0)
+    for name, actual, rounded, wanted in zip("abc", grads, low_grads, exact_grads, strict=False):
+        assert actual.dtype == dtype
+        assert_within_budget(actual, rounded, wanted, f"gradient of {name}", 8.0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("share", [0.0, 0.47], ids=["balanced", "47% one class"])
+def test_many_rows_keep_the_budget(backend: str, share: float) -> None:
+    """More rows than the CPU kernel's scores hold at a time, and many tiles of every kind."""
+    need(backend)
+    rows = 1500 if backend == "cpp" else 300
+    labels = torch.randint(7, (rows,), generator=generator(1))
+    labels[torch.rand(rows, generator=generator(2)) < share] = 0
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        a, b = (tokens(rows, 8, seed=s, dtype=torch.float32).to(dtype).requires_grad_() for s in (3, 4))
+        loss = cross_modal_contrastive(a, b, labels, temperature=0.07, backend=name)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    for name, actual, low, exact in zip(("loss", "a", "b"), *results, strict=True):
+        assert_within_budget(actual, low, exact, name, 8.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    more=st.integers(0, 15),
+    dim=st.integers(1, 20),
+    classes=st.integers(1, 5),
+    present=st.sampled_from([0.0, 0.5, 1.0]),
+    temperature=st.sampled_from([0.01, 0.5, 5.0]),
+    include_matched=st.booleans(),
+    normalize=st.sampled_from(["batch", "positives"]),
+    seed=st.integers(0, 10_000),
+)
+def test_properties(
+    rows: int,
+    more: int,
+    dim: int,
+    classes: int,
+    present: float,
+    temperature: float,
+    include_matched: bool,
+    normalize: str,
+    seed: int,
+) -> None:
+    joined = rows + more
+    a = randn(rows, dim, seed=seed)
+    b = [randn(joined, dim, seed=seed + s) for s in (1, 2)]
+    labels_b = torch.randint(classes, (joined,), generator=generator(seed))
+    masks = [torch.rand(joined, generator=generator(seed + s)) < present for s in (1, 2)]
+    results = {}
+    for backend in ("reference", *KERNELS):
+        if backends.why_not(OP, backend, "cpu", torch.float32) is not None:
+            continue
+        leaves = [x.clone().requires_grad_() for x in (a, *b)]
+        loss = cross_modal_contrastive(
+            leaves[0],
+            leaves[1:],
+            labels_b[more : more + rows],
+            labels_b=labels_b,
+            row_offset=more,
+            valid_b=masks,
+            temperature=temperature,
+            include_matched=include_matched,
+            normalize=normalize,
+            backend=backend,
+        )
+        results[backend] = (loss.detach(), *torch.autograd.grad(loss, leaves))
+    for found in results.values():
+        for x, y in zip(found, results["reference"], strict=True):
+            tolerance = 1e-4 * max(1.0, y.abs().max().item())
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=tolerance)
+    assert all(bool(torch.isfinite(x).all()) for found in results.values() for x in found)
+
+
+@pytest.mark.parametrize(
+    "labels", [[4], [1, 1, 1], [0, 1, 2], [], [2] * 140], ids=["one row", "one class", "no positive", "no row", "many"]
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "all absent"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_give_exactly_zero_with_zero_gradients(backend: str, labels: list[int], masked: bool) -> None:
+    need(backend)
+    leaves = [randn(len(labels), 5, seed=s).requires_grad_() for s in (1, 2, 3)]
+    if masked:
+        labels = list(range(len(labels) // 2)) * 2 + [0] * (len(labels) % 2)
+    absent = torch.zeros(len(labels), dtype=torch.bool) if masked else None
+    with poisoned_memory():
+        loss = cross_modal_contrastive(
+            leaves[0], leaves[1:], torch.tensor(labels, dtype=torch.int64), valid_a=absent, backend=backend
+        )
+        grads = torch.autograd.grad(loss, leaves)
+    assert loss.item() == 0.0
+    assert all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("rows", [8, 140])
+def test_a_nan_that_takes_part_shows(backend: str, rows: int) -> None:
+    need(backend)
+    for side in (0, 1):
+        x = [randn(rows, 5, seed=s) for s in (1, 2)]
+        x[side][3] = torch.nan
+        labels = torch.tensor([i % 3 for i in range(rows)])
+        assert math.isnan(cross_modal_contrastive(*x, labels, backend=backend).item())
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("rows", [8, 140])
+def test_zero_rows_stay_finite(backend: str, rows: int) -> None:
+    need(backend)
+    a, b = torch.zeros(rows, 5, requires_grad=True), randn(rows, 5, seed=1)
+    b[2] = 0
+    b.requires_grad_()
+    loss = cross_modal_contrastive(a, b, torch.tensor([i % 3 for i in range(rows)]), backend=backend)
+    assert all(bool(torch.isfinite(x).all()) for x in (loss, *torch.autograd.grad(loss, (a, b))))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("rows", [6, 140])
+def test_kernels_have_an_exact_tail(backend: str, rows: int) -> None:
+    need(backend)
+    a = torch.tensor([[1.0, 0.0]] * (rows // 2) + [[-1.0, 0.0]] * (rows // 2))
+    got = cross_modal_contrastive(a, a, (a[:, 0] > 0).int(), temperature=0.05, backend=backend)
+    exact = math.log1p(math.exp(math.log(rows // 2) - 40)) * (rows // 2 - 1) / (rows - 1)
+    assert math.isclose(got.item(), exact, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", ["masked", "above_one_tile"])
+def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, case: str) -> None:
+    need(backend)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            loss, grads = Inputs(case, torch.float32, torch.float32).run(backend)
+            results.append((loss, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_strided_inputs_and_narrow_labels_give_the_same(backend: str) -> None:
+    need(backend)
+    a, b, c = features(dtype=torch.float32)
+    labels = torch.tensor(LABELS)
+    plain = cross_modal_contrastive(a, (b, c), labels, backend=backend)
+    strided = [x.t().contiguous().t().requires_grad_() for x in (a, b, c)]
+    spread = torch.stack([labels, labels], 1).int()[:, 0]
+    loss = cross_modal_contrastive(strided[0], strided[1:], spread, backend=backend)
+    assert torch.equal(loss, plain)
+    dense = [x.detach().contiguous().requires_grad_() for x in strided]
+    again = cross_modal_contrastive(dense[0], dense[1:], labels, backend=backend)
+    for x, y in zip(torch.autograd.grad(loss, strided), torch.autograd.grad(again, dense), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_without_gradients_none_are_made(backend: str) -> None:
+    need(backend)
+    a, b, c = features(dtype=torch.float32)
+    labels, stacked = torch.tensor(LABELS), torch.stack([b, c])
+    forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd")
+    made = {w: forward(a, stacked, labels, labels, 0, None, None, 0.5, False, False, w) for w in (False, True)}
+    assert torch.equal(made[False][0], made[True][0])
+    assert [list(x.shape) for x in made[False][1:]] == [[0, 5], [2, 0, 5]]
+    a.requires_grad_()
+    with torch.no_grad():
+        assert cross_modal_contrastive(a, b, labels, backend=backend).grad_fn is None
+    # One side alone wants its gradient.
+    (alone,) = torch.autograd.grad(cross_modal_contrastive(a, b, labels, backend=backend), a)
+    (exact,) = torch.autograd.grad(cross_modal_contrastive(a, b, labels, backend="reference"), a)
+    torch.testing.assert_close(alone, exact)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernel_autocast_computes_in_float32(backend: str) -> None:
+    need(backend)
+    a, b, _ = features(dtype=torch.float32)
+    a.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_modal_contrastive(a, b.bfloat16(), torch.tensor(LABELS), backend=backend)
+    direct = cross_modal_contrastive(a, b.bfloat16().float(), torch.tensor(LABELS), backend=backend)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, direct)
+    assert torch.equal(*(torch.autograd.grad(x, a)[0] for x in (loss, direct)))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("form", ["plain", "masked", "slice", "no_rows", "no_gradient", "permuted"])
+def test_opcheck(backend: str, form: str) -> None:
+    need(backend)
+    joined = 0 if form == "no_rows" else 7
+    rows = 4 if form == "slice" else joined
+    a, b = randn(rows, 6, seed=1), randn(2, joined, 6, seed=2)
+    if form == "permuted":
+        a, b = a.t().contiguous().t(), b.transpose(0, 2).contiguous().transpose(0, 2)
+    labels = torch.tensor([i % 3 for i in range(joined)], dtype=torch.int64)
+    valid = valid_b = None
+    if form == "masked":
+        valid_b = torch.arange(2 * joined).view(2, joined) % 5 != 0
+        valid = valid_b[:, :rows]
+    with_grad = form != "no_gradient"
+    a.requires_grad_(with_grad)
+    b.requires_grad_(with_grad)
+    start = joined - rows
+    args = (a, b, labels[start:], labels, start, valid, valid_b, 0.5, form == "slice", False, with_grad)
+    forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd").default
+    torch.library.opcheck(forward, args)
+    with torch.no_grad():
+        _, grad_a, grad_b = forward(*args)
+    backward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_bwd").default
+    torch.library.opcheck(backward, (torch.tensor(2.0), grad_a, grad_b))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_kernels_compile_whole_and_for_changing_sizes(backend: str) -> None:
+    need(backend)
+    torch._dynamo.reset()
+
+    def step(a: Tensor, b: Tensor, c: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        return cross_modal_contrastive(a, (b, c), labels, valid_b=(valid, None), backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, dim in ((9, 6), (12, 10)):
+        labels = torch.tensor([i % 3 for i in range(rows)])
+        valid = torch.arange(rows) % 4 != 1
+        results = []
+        for function in (compiled, step):
+            leaves = [randn(rows, dim, seed=s).requires_grad_() for s in (1, 2, 3)]
+            loss = function(*leaves, labels, valid)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        for x, y in zip(*results, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+_PROBE = """
+import sys, torch
+from deepmsi import _host
+from deepmsi.ops import cross_modal_contrastive
+from deepmsi.testing import tokens
+assert _host.instruction_set() == sys.argv[1], _host.instruction_set()
+labels = torch.arange(83) % 5
+results = []
+for backend in ("cpp", "reference"):
+    a, b, c = (tokens(83, 19, seed=s).requires_grad_() for s in (1, 2, 3))
+    loss = cross_modal_contrastive(a, (b, c), labels, temperature=0.1, backend=backend)
+    results.append((loss, *torch.autograd.grad(loss, (a, b, c))))
+for x, y in zip(*results, strict=True):
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
+    need("cpp")
+    from deepmsi import _host
+
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(_host.cpu_capability()):
+        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
+    environment = {**os.environ, "DEEPMSI_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
