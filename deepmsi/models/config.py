@@ -78,7 +78,7 @@ class VisionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
-        if self.options and self.backbone != "small":
+        if self.options and self.backbone not in ("small", "none"):
             raise ValueError(f"options belong to the backbone 'small', not to {self.backbone!r}")
         return self
 

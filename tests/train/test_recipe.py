@@ -134,3 +134,11 @@ def test_unknown_recipes(tmp_path: Path) -> None:
 def test_every_field_says_what_it_is_in_yaml_types() -> None:
     dumped = Recipe().model_dump(mode="json")
     assert yaml.safe_load(yaml.safe_dump(dumped)) == dumped
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("left", ["video", "text", "audio"])
+def test_every_shipped_recipe_can_be_reduced_to_one_modality(name: str, left: str) -> None:
+    if left in load_recipe(name).modalities:
+        others = ",".join({"video", "text", "audio"} - {left})
+        assert load_recipe(name, [f"drop={others}"]).modalities == (left,)
