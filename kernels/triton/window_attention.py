@@ -599,9 +599,10 @@ class _Call:
                 num_warps=4,
             )
 
-    def warps(self, one_tile: int) -> int:
-        """Return the warps of a program, given those of a tile of 64 slots."""
-        return {16: 1, 32: 2}.get(self.block, one_tile)
+    def warps(self, most: int) -> int:
+        """Return the warps of a program: float32 products hold their operands in registers, so they are spread."""
+        wide = 1 if self.qkv.dtype != torch.float32 else 4 if self.constants["BLOCK_D"] > 32 else 2
+        return min(most, wide * {16: 1, 32: 2, 64: 4}[self.block])
 
     def zero_tail(self, *outputs: Tensor) -> None:
         """Zero the rows that are no frame's."""
@@ -648,7 +649,7 @@ def window_attention_fwd(
                 width,
                 shift,
                 **call.constants,
-                num_warps=call.warps(4),
+                num_warps=call.warps(16),
                 num_stages=1,
             )
     return out, lse
@@ -682,7 +683,7 @@ def window_attention_bwd(
         grad_logits = bias_table.new_empty((chunks, heads * call.padded * call.padded))
         shared = (grad_out.contiguous(), call.qkv, call.qkv.stride(0), call.bias, call.head_scale, call.map)
         sizes = (heads, height, width, shift)
-        options = {**call.constants, "num_warps": call.warps(8 if qkv.dtype == torch.float32 else 4), "num_stages": 1}
+        options = {**call.constants, "num_warps": call.warps(8), "num_stages": 1}
         if call.blocks == 1:
             grad_scale = bias_table.new_empty((chunks, heads))
             _backward_tile_kernel[(chunks * heads,)](
