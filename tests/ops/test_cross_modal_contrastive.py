@@ -239,10 +239,10 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "rare_classes": (40, 8, 1, {"classes": 30}),
     "one_class_and_a_stranger": (9, 8, 1, {"classes": 1}),
     "edge_plus_one": (65, 24, 1, {"masks": True}),
-    "above_one_tile": (130, 20, 2, {"masks": True}),
+    "above_one_tile": (130, 20, 1, {"masks": True}),
     "slice_above_one_tile": (40, 33, 2, {"joined": 140, "row_offset": 90, "normalize": "positives"}),
     "wide": (10, 300, 2, {}),
-    "wide_above_one_tile": (129, 270, 1, {"include_matched": True}),
+    "wide_above_one_tile": (40, 270, 1, {"joined": 129, "include_matched": True}),
 }
 
 
@@ -289,6 +289,8 @@ class Inputs:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernel_keeps_the_error_budget(backend: str, case: str, dtype: torch.dtype) -> None:
     need(backend, dtype)
+    if backend == "triton" and dtype != torch.float32 and "above_one_tile" in case:
+        pytest.skip("slow under the interpreter, and the kernels see float32 only")
     with poisoned_memory():
         loss, grads = Inputs(case, dtype, dtype).run(backend)
     low, low_grads = Inputs(case, dtype, dtype).run("reference")
@@ -306,7 +308,7 @@ def test_kernel_keeps_the_error_budget(backend: str, case: str, dtype: torch.dty
 def test_many_rows_keep_the_budget(backend: str, share: float) -> None:
     """More rows than the CPU kernel's scores hold at a time, and many tiles of every kind."""
     need(backend)
-    rows = 1500 if backend == "cpp" else 300
+    rows = 1500 if backend == "cpp" else 150
     labels = torch.randint(7, (rows,), generator=generator(1))
     labels[torch.rand(rows, generator=generator(2)) < share] = 0
     results = []
@@ -424,7 +426,7 @@ def test_kernels_have_an_exact_tail(backend: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("case", ["masked", "above_one_tile"])
+@pytest.mark.parametrize("case", ["masked", "slice_above_one_tile"])
 def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, case: str) -> None:
     need(backend)
     before = torch.get_num_threads()
