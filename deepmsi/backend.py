@@ -52,6 +52,7 @@ class Kernel:
 # One line per operation and backend. A sibling kernel registers here.
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")),
+    ("vsc_compress", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
     ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
