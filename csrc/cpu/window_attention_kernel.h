@@ -124,7 +124,7 @@ DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const Wi
     s.row[slot] = row;
     s.code[slot] = static_cast<int32_t>((y - top) * (2 * w.window - 1) + (x - first) - i * w.window);
   };
-  if (w.positions == nullptr) {
+  if (w.offset == nullptr) {  // positions of no rows are null too
     int64_t row = (frame * w.height + from) * w.width;
     for (int64_t y = from; y < to; ++y) {
       for (int64_t x = 0; x < w.width; ++x) put(row++, y, x);

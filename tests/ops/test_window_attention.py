@@ -309,6 +309,7 @@ CASES = {
     "packed_ragged": Case((7, 5), 4, 1, lengths=(20, 35), depth=24, tail=1, stretch=8),
     "packed_16": Case((16, 16), 16, 0, heads=1, lengths=(130, 9)),
     "empty_frames": Case((4, 4), 2, 1, lengths=(0, 0), tail=3),
+    "no_rows": Case((4, 4), 2, 1, lengths=(0, 0)),
     "no_packed_frames": Case((4, 4), 2, 1, lengths=(), tail=2),
     "nothing": Case((4, 4), 2, 1, lengths=()),
 }
