@@ -136,7 +136,7 @@ SHARED_PHRASES: tuple[tuple[tuple[str, ...], str], ...] = (
     (LABELS, "I have to tell you something"),
 )
 
-P_BLANK_FACE, P_FLAT_VOICE, P_SHARED_PHRASE = 0.20, 0.20, 0.40
+P_BLANK_FACE, P_FLAT_VOICE, P_SHARED_PHRASE = 0.15, 0.20, 0.45
 
 
 @dataclass(frozen=True)
@@ -297,25 +297,25 @@ def render_frames(rng: np.random.Generator, who: Identity, label: str, talk: Arr
     target = (
         FACES["neutral"]
         if rng.random() < P_BLANK_FACE
-        else _mix(FACES["neutral"], FACES[label], rng.uniform(0.55, 1.15))
+        else _mix(FACES["neutral"], FACES[label], rng.uniform(0.9, 1.5))
     )
     target = _perturb(rng, target, {"mouth_curve": 0.025, "brow_raise": 0.02, "brow_tilt": 0.02, "mouth_width": 0.02})
     rest = _perturb(rng, FACES["neutral"], {"mouth_curve": 0.01, "brow_raise": 0.01})
     onset, blink = rng.uniform(0.0, 0.3) * steps, rng.integers(steps)
-    half = rng.uniform(44, 54)
-    centre = np.array([WIDTH / 2, HEIGHT / 2 - 4]) + rng.normal(0, 4, 2)
+    half = rng.uniform(50, 55)
+    centre = np.array([WIDTH / 2, HEIGHT / 2 - 4]) + rng.normal(0, 1.5, 2)
     phase = rng.uniform(0, 2 * np.pi, 3)
 
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-    wall = rng.uniform(50, 200, 3).astype(np.float32)
+    wall = (rng.uniform(90, 180) + rng.normal(0, 14, 3)).astype(np.float32)
     light = 1 + rng.normal(0, 0.12) * (x / WIDTH - 0.5) + rng.normal(0, 0.12) * (y / HEIGHT - 0.5)
     backdrop = np.repeat(np.repeat(wall[None, None], HEIGHT, 0), WIDTH, 1)
-    for _ in range(6):  # furniture
-        blob = rng.uniform(30, 220, 3).astype(np.float32)
+    for _ in range(5):  # furniture
+        blob = (wall + rng.normal(0, 25, 3)).astype(np.float32)
         Canvas(backdrop).ellipse(
             rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(8, 40), rng.uniform(8, 40), blob
         )
-    gain, noise = rng.uniform(0.85, 1.12), rng.uniform(3, 9)
+    gain, noise = rng.uniform(0.85, 1.12), rng.uniform(2, 6)
     frames = np.empty((steps, HEIGHT, WIDTH, 3), np.uint8)
     for i in range(steps):
         weight = float(np.clip((i - onset) / (0.25 * steps), 0, 1))
@@ -464,7 +464,7 @@ def plan_clips(seed: int, speakers: int, takes: int) -> list[ClipPlan]:
 
 
 def write_synthetic_set(
-    folder: Path, *, seed: int = 0, speakers: int = 16, takes: int = 2, workers: int | None = None
+    folder: Path, *, seed: int = 0, speakers: int = 40, takes: int = 1, workers: int | None = None
 ) -> Iterator[int]:
     """Write `manifest.csv`, its test part alone as `held-out.csv`, `clips/*.mp4` and a notice that it is synthetic.
 
