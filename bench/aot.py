@@ -1,0 +1,268 @@
+"""Compile every Triton kernel as its operator launches it, for GPUs that need not be here, and read what it takes.
+
+The operators themselves run on tensors of the CPU with the launches taken down instead of made; each launch is then
+compiled for every target. It fails where a kernel needs more shared memory than the GPU has, where a forward kernel
+spills, where any other spill is not in `aot_budget.json` or exceeds it, and where TensorFloat-32 stands in the PTX of
+a float32 call. `python bench/aot.py` writes `results/aot.json` and `results/aot.md`; `--quick` is for every push.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from deepmsi import backend, ops
+
+HERE = Path(__file__).parent
+# Shared memory that one block may take, in bytes.
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as its operator made it."""
+
+    op: str
+    case: str
+    dtype: str
+    direction: str
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes on one target: registers of a thread, bytes of spills a thread, shared bytes of a block."""
+
+    op: str
+    kernel: str
+    direction: str
+    case: str
+    dtype: str
+    target: str
+    warps: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    tf32: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.op}.{self.kernel} {self.case} {self.dtype} {self.target}"
+
+
+class _Target:
+    """Stands in for a GPU's driver as far as compiling asks it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _vsc(dtype: torch.dtype, packed: bool, rows: int, channels: int) -> Tensor:
+    x = torch.zeros(2 * rows, channels, dtype=dtype, requires_grad=True)
+    guide = torch.zeros(2, channels, requires_grad=True)
+    if packed:
+        cu = torch.tensor([0, rows, 2 * rows], dtype=torch.int32)
+        out = ops.vsc_compress(x, cu, guide, capacity=rows // 2, backend="triton")
+    else:
+        out = ops.vsc_compress(x.view(2, rows, channels), None, guide, keep=rows // 2, backend="triton")
+    return out.tokens.float().sum() + out.gate.float().sum()
+
+
+def _window(dtype: torch.dtype, packed: bool, side: int, window: int, depth: int) -> Tensor:
+    heads = 3
+    shape = (2 * side * side,) if packed else (2, side * side)
+    qkv = torch.zeros(*shape, 3 * heads * depth, dtype=dtype, requires_grad=True)
+    table = torch.zeros((2 * window - 1) ** 2, heads, requires_grad=True)
+    scale = torch.zeros(heads, requires_grad=True)
+    where: dict[str, Tensor] = {}
+    if packed:
+        where["positions"] = torch.arange(side * side, dtype=torch.int32).repeat(2)
+        where["cu_seqlens"] = torch.tensor([0, side * side, 2 * side * side], dtype=torch.int32)
+    out = ops.window_attention(
+        qkv, heads, (side, side), window, window // 2, bias_table=table, logit_scale=scale, backend="triton", **where
+    )
+    return out.float().sum()
+
+
+def _contrastive(dtype: torch.dtype, size: int, dim: int) -> Tensor:
+    a = torch.zeros(size, dim, dtype=dtype, requires_grad=True)
+    b = torch.zeros(size, dim, dtype=dtype, requires_grad=True)
+    return ops.cross_modal_contrastive(a, b, torch.zeros(size, dtype=torch.int64), backend="triton")
+
+
+# op, case, the call, and whether every push compiles it
+CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
+    ("vsc_compress", "dense 256 x 384", lambda d: _vsc(d, False, 256, 384), True),
+    ("vsc_compress", "packed 256 x 384", lambda d: _vsc(d, True, 256, 384), False),
+    ("vsc_compress", "packed 4096 x 1024", lambda d: _vsc(d, True, 4096, 1024), False),
+    ("window_attention", "dense 16, window 8, head 32", lambda d: _window(d, False, 16, 8, 32), True),
+    ("window_attention", "packed 16, window 8, head 32", lambda d: _window(d, True, 16, 8, 32), False),
+    ("window_attention", "dense 16, window 16, head 64", lambda d: _window(d, False, 16, 16, 64), False),
+    ("cross_modal_contrastive", "16 x 256", lambda d: _contrastive(d, 16, 256), True),
+    ("cross_modal_contrastive", "4096 x 256", lambda d: _contrastive(d, 4096, 256), True),
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextlib.contextmanager
+def _taking_down(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
+    """Put every launch into the list instead of making it, and let the operators take tensors of the CPU."""
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    real, interpreted = JITFunction.run, backend._INTERPRET
+    JITFunction.run, backend._INTERPRET = run, True
+    try:
+        yield
+    finally:
+        JITFunction.run, backend._INTERPRET = real, interpreted
+
+
+def launches(only: str | None, quick: bool) -> list[Launch]:
+    """Return every launch of every case, forward and backward."""
+    made = []
+    for op, case, call, always in CASES:
+        if (only and op != only) or (quick and not always) or (op, "triton") not in backend.KERNELS:
+            continue
+        for name, dtype in DTYPES.items():
+            if quick and name == "float16":
+                continue
+            taken: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+            with _taking_down(taken):
+                loss = call(dtype)
+                forward = len(taken)
+                loss.backward()
+            for n, (kernel, args, kwargs) in enumerate(taken):
+                direction = "forward" if n < forward else "backward"
+                made.append(Launch(op, case, name, direction, kernel, args, kwargs))
+    return made
+
+
+def resources(launch: Launch, capability: int, seen: set[int]) -> Resources | None:
+    """Compile a launch and read ptxas's report; None where an equal launch was compiled before."""
+    driver.set_active(_Target(capability))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        kernel = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+    if id(kernel) in seen:
+        return None
+    seen.add(id(kernel))
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said.getvalue())
+        if found is None:
+            raise SystemExit(f"ptxas did not report {pattern!r} for {launch.kernel.__name__}:\n{said.getvalue()}")
+        return int(found.group(1))
+
+    return Resources(
+        launch.op,
+        launch.kernel.__name__,
+        launch.direction,
+        launch.case,
+        launch.dtype,
+        f"sm_{capability}",
+        int(kernel.metadata.num_warps),
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill stores"),
+        number(r"(\d+) bytes spill loads"),
+        int(kernel.metadata.shared),
+        ".tf32" in kernel.asm["ptx"],
+    )
+
+
+def faults(found: Resources, budget: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what is wrong with a kernel, a sentence each."""
+    wrong = []
+    limit = SHARED[int(found.target.removeprefix("sm_"))]
+    if found.shared > limit:
+        wrong.append(f"{found.key}: takes {found.shared} bytes of shared memory of {limit}")
+    spill = found.spill_stores + found.spill_loads
+    if spill and found.direction == "forward":
+        wrong.append(f"{found.key}: a forward kernel spills {spill} bytes")
+    elif spill > budget.get(found.key, {"bytes": 0})["bytes"]:
+        wrong.append(f"{found.key}: spills {spill} bytes, which aot_budget.json does not allow")
+    if found.tf32 and found.dtype == "float32":
+        wrong.append(f"{found.key}: multiplies float32 in TensorFloat-32")
+    return wrong
+
+
+def table(rows: list[Resources]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        f"Compiled ahead of time with Triton {triton.__version__}, not run: registers and spilled bytes of a thread,",
+        "shared bytes of a block.",
+        "",
+        "| op | kernel | direction | case | dtype | target | warps | registers | spills | shared |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.op} | {r.kernel} | {r.direction} | {r.case} | {r.dtype} | {r.target} | {r.warps} | {r.registers} "
+            f"| {r.spill_stores + r.spill_loads} | {r.shared} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what they take.")
+    parser.add_argument("--op", choices=backend.OPS, help="one operation only")
+    parser.add_argument("--targets", default="80,90,100", help="compute capabilities, by commas")
+    parser.add_argument(
+        "--quick", action="store_true", help="main cases for sm_90, float32 and bfloat16; writes nothing"
+    )
+    options = parser.parse_args()
+    targets = [90] if options.quick else [int(t) for t in options.targets.split(",")]
+    if unknown := [t for t in targets if t not in SHARED]:
+        parser.error(f"--targets knows {sorted(SHARED)}, not {unknown}")
+
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    budget = json.loads((HERE / "aot_budget.json").read_text())
+    rows: list[Resources] = []
+    seen: set[int] = set()
+    for launch in launches(options.op, options.quick):
+        for target in targets:
+            row = resources(launch, target, seen)
+            if row is not None:
+                rows.append(row)
+    wrong = [sentence for row in rows for sentence in faults(row, budget)]
+    if not options.quick and options.op is None:
+        (HERE / "results" / "aot.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+        (HERE / "results" / "aot.md").write_text(table(rows))
+    else:
+        print(table(rows))
+    print(f"{len(rows)} kernels compiled, {len(wrong)} faults")
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
