@@ -55,7 +55,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
     ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
+    ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
 }
 

@@ -79,8 +79,8 @@ inline double contrastive_row(const ContrastiveRow& r, float* scores) {
   const Vec<float> zero = {}, one = zero + 1.0f, lowest = zero - __builtin_inff();
   const VecInt row = VecInt{} + r.label, none = VecInt{};
 
-  // The largest score of a negative; without one the row's terms are all 0. Negatives are counted rather than told
-  // from the largest, which stays -inf where all scores are NaN: such a row must not pass for 0.
+  // The largest score of a negative; without one the row's terms are all 0. Negatives are counted rather than
+  // told from the largest, which stays -inf where all scores are NaN: such a row must not pass for 0.
   Vec<float> high = lowest;
   VecInt count_same = {}, count_other = {};
   int64_t positives = 0, negatives = 0;

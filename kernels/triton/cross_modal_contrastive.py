@@ -21,9 +21,14 @@ import triton.language as tl
 
 NORM_FLOOR = tl.constexpr(1e-12)  # the reference's
 _ONE_LAUNCH = 128
+# Of a tile above that. A float32 product keeps its operands in registers: larger blocks spill, so that wider gradients
+# are made 128 channels at a time.
 _BLOCK_ROWS = 32
-_BLOCK_COLUMNS = 64
-_BLOCK_DIM = 32
+_BLOCK_COLUMNS = 32
+_BLOCK_DIM = 16
+_BLOCK_CHANNELS = 128
+# By the edge of the one tile: warps, and channels at a time.
+_ONE_TILE = {16: (2, 32), 32: (4, 32), 64: (8, 16), 128: (16, 16)}
 
 
 @triton.jit
@@ -345,11 +350,11 @@ def _rows_kernel(
         tl.store(loss_ptr + at, loss * share, mask=m < rows)
     if WITH_GRAD:
         if chunk == 0:
-            state_ptr += p.to(tl.int64) * 4 * rows + m
-            tl.store(state_ptr, top, mask=m < rows)
-            tl.store(state_ptr + rows, log_z, mask=m < rows)
-            tl.store(state_ptr + 2 * rows, share, mask=m < rows)
-            tl.store(state_ptr + 3 * rows, push, mask=m < rows)
+            left_ptr = state_ptr + p.to(tl.int64) * 4 * rows + m
+            tl.store(left_ptr, top, mask=m < rows)
+            tl.store(left_ptr + rows, log_z, mask=m < rows)
+            tl.store(left_ptr + 2 * rows, share, mask=m < rows)
+            tl.store(left_ptr + 3 * rows, push, mask=m < rows)
         gradient = tl.where(active[:, None], gradient * push[:, None] - attracted * share[:, None], 0.0)
         along = tl.where(active, along * push - along_positive * share, 0.0)
         x = _load(unit_a_ptr, m, own, m < rows, dim)
@@ -461,7 +466,8 @@ def cross_modal_contrastive_fwd(
         if columns <= _ONE_LAUNCH:
             loss = a.new_empty(())
             tile = max(16, triton.next_power_of_2(columns))
-            _one_launch_kernel[(triton.cdiv(dim, _BLOCK_DIM) if with_grad else 1,)](
+            warps, block_k = _ONE_TILE[tile]
+            _one_launch_kernel[(triton.cdiv(dim, block_k) if with_grad else 1,)](
                 a,
                 b,
                 *sources,
@@ -479,8 +485,8 @@ def cross_modal_contrastive_fwd(
                 WITH_GRAD=with_grad,
                 BLOCK_M=max(16, triton.next_power_of_2(rows)),
                 BLOCK_N=tile,
-                BLOCK_K=_BLOCK_DIM,
-                num_warps={16: 2, 32: 4, 64: 8, 128: 16}[tile],
+                BLOCK_K=block_k,
+                num_warps=warps,
                 num_stages=1,
             )
             return loss, grad_a, grad_b
@@ -504,14 +510,14 @@ def cross_modal_contrastive_fwd(
                 per_set,
                 MASKED=mask is not None,
                 BLOCK_M=_BLOCK_ROWS,
-                BLOCK_K=_BLOCK_DIM,
+                BLOCK_K=_BLOCK_CHANNELS,
                 num_warps=4,
             )
         if valid_b is None:
             present = torch.full((pairs,), columns, dtype=torch.int32, device=a.device)
         else:
             present = valid_b.sum(1, dtype=torch.int32)
-        block_c = min(256, max(16, triton.next_power_of_2(dim))) if with_grad else 16
+        block_c = min(_BLOCK_CHANNELS, max(16, triton.next_power_of_2(dim))) if with_grad else 16
         chunks = triton.cdiv(dim, block_c) if with_grad else 1
         parts = a.new_empty((pairs, rows))
         state = a.new_empty((pairs if with_grad else 0, 4, rows))
