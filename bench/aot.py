@@ -97,7 +97,7 @@ def _vsc(dtype: torch.dtype, packed: bool, rows: int, channels: int) -> Tensor:
 
 def _window(dtype: torch.dtype, packed: bool, side: int, window: int, depth: int) -> Tensor:
     heads = 3
-    shape = (2 * side * side,) if packed else (2, side * side)
+    shape = (2 * side * side,) if packed else (2, side, side)
     qkv = torch.zeros(*shape, 3 * heads * depth, dtype=dtype, requires_grad=True)
     table = torch.zeros((2 * window - 1) ** 2, heads, requires_grad=True)
     scale = torch.zeros(heads, requires_grad=True)
