@@ -53,7 +53,7 @@ class Kernel:
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")),
     ("vsc_compress", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu",)),
+    ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
