@@ -69,7 +69,7 @@ def bench_pair(compare: Any, smallest: bool, gemm_rate: float, name: str, device
         {"pytorch": sides["reference"]},
         device=device,
         floor=pair.operations / gemm_rate if device == "cpu" else None,
-        rounds=101 if rows == 16 else 5,
+        rounds=101 if rows == 16 else 3,
         op="cross_modal_contrastive",
         case=f"{rows} rows x {CHANNELS}, two pairs, {kind} labels" + (f", {name}" if device == "cuda" else ""),
         direction="forward_backward",
