@@ -295,9 +295,7 @@ def render_frames(rng: np.random.Generator, who: Identity, label: str, talk: Arr
     """
     steps = len(talk)
     target = (
-        FACES["neutral"]
-        if rng.random() < P_BLANK_FACE
-        else _mix(FACES["neutral"], FACES[label], rng.uniform(0.9, 1.5))
+        FACES["neutral"] if rng.random() < P_BLANK_FACE else _mix(FACES["neutral"], FACES[label], rng.uniform(0.9, 1.5))
     )
     target = _perturb(rng, target, {"mouth_curve": 0.025, "brow_raise": 0.02, "brow_tilt": 0.02, "mouth_width": 0.02})
     rest = _perturb(rng, FACES["neutral"], {"mouth_curve": 0.01, "brow_raise": 0.01})
