@@ -147,7 +147,8 @@ class TestEndings:
         self.ending(monkeypatch, KeyboardInterrupt())
         outcome = deepmsi("report", "run")
         assert outcome.code == 130
-        assert "Traceback" not in outcome.err
+        assert outcome.err.strip().startswith("deepmsi: interrupted")
+        assert len(outcome.err.strip().splitlines()) == 1
 
     def test_interrupted_training_says_how_to_go_on(self, monkeypatch, deepmsi) -> None:
         def interrupted(*args: object, **kwargs: object) -> dict[str, object]:
