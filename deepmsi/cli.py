@@ -132,8 +132,8 @@ def demo(
         Path, typer.Option("--out", metavar="DIR", help="Where clips, run and report go.", show_default=True)
     ] = Path("deepmsi-demo"),
     seed: Annotated[int, typer.Option(help="Fixes clips and training.")] = 0,
-    speakers: Annotated[int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")] = 16,
-    takes: Annotated[int, typer.Option(min=1, help="Clips per speaker and label.")] = 2,
+    speakers: Annotated[int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")] = 40,
+    takes: Annotated[int, typer.Option(min=1, help="Clips per speaker and label.")] = 1,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe `demo`."),

@@ -83,7 +83,7 @@ class _Steps:
 
 
 def run_demo(
-    out: Path, *, seed: int = 0, speakers: int = 16, takes: int = 2, overrides: Sequence[str] = ()
+    out: Path, *, seed: int = 0, speakers: int = 40, takes: int = 1, overrides: Sequence[str] = ()
 ) -> DemoSummary:
     """Make clips, prepare, train, evaluate, predict, report.
 

@@ -132,7 +132,7 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("protocol", protocol),
         ("rows scored", metrics.get("n")),
         ("rows left out", data.get("left_out")),
-        ("text context", made.get("context") and f"{made['context']} previous utterances"),
+        ("text context", f"{made['context']} previous utterances" if made.get("context") else None),
         ("seed", made.get("seed", recipe.get("seed"))),
         ("data", data.get("path")),
         ("data fingerprint", data.get("fingerprint")),
@@ -140,9 +140,9 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("versions", versions),
         ("device", made.get("device")),
         ("started", made.get("started")),
-        ("took", made.get("seconds") and f"{made['seconds']:.0f} s"),
+        ("took", f"{made['seconds']:.0f} s" if isinstance(made.get("seconds"), int | float) else None),
     ]
-    return [(name, _phrase(value)) for name, value in pairs if value not in (None, "", 0, [], {})]
+    return [(name, _phrase(value)) for name, value in pairs if value is not None and value != "" and value != {}]
 
 
 def _phrase(value: Any) -> str:
