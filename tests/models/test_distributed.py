@@ -1,12 +1,14 @@
 """Two processes on the halves of a batch give the gradients of one process on the whole."""
 
 import os
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from deepmsi import DeepMSI, DeepMSIConfig
@@ -60,7 +62,9 @@ def part(rows: slice) -> dict[str, torch.Tensor]:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # Where one process fails, the other must not wait for long.
+    store, patience = f"file://{folder}/store", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     try:
         model = DistributedDataParallel(build())
         rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 5)
@@ -80,7 +84,15 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_two_processes_equal_one(tmp_path):
-    mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="spawn")
+    # This file is its own script: a child finds it by its path, however the tests themselves were imported.
+    commands = [[sys.executable, "-P", __file__, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     model = build()
     out = model(**part(slice(0, 5)))
@@ -92,3 +104,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(
             result["grads"][name], parameter.grad, atol=1e-5, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])
