@@ -64,6 +64,12 @@ class VisionConfig(Section):
     fuse_threshold: float | None = Field(None, ge=-1, le=1, description="φ, cosine from which tokens are fused")
     fuse_alpha: float | None = Field(None, ge=0, le=1, description="α, share of the kept token in a fusion")
     drop_path: float = Field(0.0, ge=0, lt=1)
+    recompute: Literal["none", "light", "block", "chunk"] = Field(
+        "none",
+        description="what backward computes again in place of keeping it: nothing; q, k, v and the MLPs' hidden "
+        "layers; whole blocks; or everything, 15 frames at a time. Gradients are exact in all four, memory falls and "
+        "time rises from one to the next",
+    )
 
     tcn_channels: tuple[int, ...] = Field((1024, 1024, 1024), min_length=1)
     tcn_kernel: int = Field(3, ge=1)

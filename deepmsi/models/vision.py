@@ -99,12 +99,12 @@ class VideoBranch(nn.Module):
         videos, frames = pixel_values.shape[:2]
         if guide is not None:
             guide = guide.repeat_interleave(frames, 0)
-        pixels = self.normalize(pixel_values.flatten(0, 1))
+        pixels = pixel_values.flatten(0, 1)
         kept: list[KeptTokens] = []
         if return_kept:
-            features, kept = self.backbone(pixels, guide, return_kept=True)
+            features, kept = self.backbone(pixels, guide, return_kept=True, prepare=self.normalize)
         else:
-            features = self.backbone(pixels, guide)
+            features = self.backbone(pixels, guide, prepare=self.normalize)
         return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
 
 
@@ -122,6 +122,7 @@ def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
             img_size=config.image_size,
             drop_path_rate=config.drop_path,
             compression=config.compression,
+            recompute=config.recompute,
             **config.options,
         )
     return VSCSwin.from_timm(
@@ -131,4 +132,5 @@ def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
         img_size=config.image_size,
         drop_path_rate=config.drop_path,
         compression=config.compression,
+        recompute=config.recompute,
     )

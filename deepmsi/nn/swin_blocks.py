@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from deepmsi.nn.recompute import again
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import window_attention
 
@@ -70,6 +71,9 @@ class WindowAttention(nn.Module):
         shift: Shift of the windows.
         reference_window: The window whose ``reference_window - 1`` scales the bias's coordinates: that of the loaded
             weights.
+
+    Attributes:
+        recompute: Whether backward computes q, k, v and the attention again in place of keeping them.
     """
 
     fixed_table: Tensor | None
@@ -79,6 +83,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.reference_window = reference_window
+        self.recompute = False
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -104,31 +109,49 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the attention's output in the layout of the tokens."""
+        table = self.bias_table()
+        if not self.recompute:
+            return self.proj(self._attended(tokens, table))
+        x, grid, place, cu_seqlens = tokens[:4]
+
+        def attended(x: Tensor, table: Tensor) -> Tensor:
+            return self._attended(Tokens(x, grid, place, cu_seqlens), table)
+
+        return self.proj(again(attended, x, table, owners=(self,), draws=False))
+
+    def _attended(self, tokens: Tokens, table: Tensor) -> Tensor:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         packed = tokens.cu_seqlens is not None
-        out = window_attention(
+        return window_attention(
             nn.functional.linear(tokens.x, self.qkv.weight, bias),
             self.heads,
             tokens.grid,
             self.window,
             self.shift,
-            bias_table=self.bias_table(),
+            bias_table=table,
             logit_scale=self.logit_scale,
             positions=tokens.place if packed else None,
             cu_seqlens=tokens.cu_seqlens,
         )
-        return self.proj(out)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear.
+
+    Attributes:
+        recompute: Whether backward computes the hidden layer again in place of keeping it.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
+        return again(self._transformed, x, owners=(self,), draws=False) if self.recompute else self._transformed(x)
+
+    def _transformed(self, x: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -141,6 +164,9 @@ class Compression(nn.Module):
         vsc: The compression.
         norm: Whether the layer norm follows.
         regrid: Whether to lay the kept tokens on a smaller square grid.
+
+    Attributes:
+        recompute: Whether backward computes the norm again in place of keeping its output.
     """
 
     def __init__(self, dim: int, guide_dim: int, vsc: VSC, norm: bool, regrid: bool) -> None:
@@ -149,6 +175,7 @@ class Compression(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else None
         self.guide = nn.Linear(guide_dim, dim) if guide_dim != dim else None
         self.regrid = regrid
+        self.recompute = False
 
     def forward(self, tokens: Tokens, guide: Tensor, name: str, kept: list[KeptTokens] | None = None) -> Tokens:
         """Compress the tokens of every frame under its guide [F, G]; append what stayed to ``kept``."""
@@ -160,8 +187,10 @@ class Compression(nn.Module):
             # Equal lengths are a dense batch, whose output has a size known beforehand.
             x, cu_seqlens = x.view(-1, per_frame, channels), None
         out = self.vsc(x, cu_seqlens, guide if self.guide is None else self.guide(guide), max_seqlen=area)
-        y = out.tokens if self.norm is None else self.norm(out.tokens)
-        y = y * out.gate.to(y.dtype).unsqueeze(1)
+        if self.recompute:
+            y = again(self._gated, out.tokens, out.gate, owners=(self,), draws=False)
+        else:
+            y = self._gated(out.tokens, out.gate)
 
         index = out.index.clamp(min=0)
         place = (index % area).to(torch.int32) if place is None else place[index]
@@ -180,6 +209,10 @@ class Compression(nn.Module):
         if self.vsc.capacity is not None and self.vsc.capacity != left:
             left = None
         return Tokens(y, grid, place, out.cu_seqlens, left)
+
+    def _gated(self, tokens: Tensor, gate: Tensor) -> Tensor:
+        y = tokens if self.norm is None else self.norm(tokens)
+        return y * gate.to(y.dtype).unsqueeze(1)
 
 
 class Block(nn.Module):
@@ -218,6 +251,14 @@ class Block(nn.Module):
         """Attention and MLP, of a block that does not compress."""
         return self.transform(self.attend(tokens))
 
+    def compressing(
+        self, name: str, kept: list[KeptTokens] | None, attends: bool, tokens: Tokens, guide: Tensor
+    ) -> Tokens:
+        """Attention (unless the tokens come from behind it), compression and MLP, of a block that compresses."""
+        assert self.compress is not None
+        tokens = self.attend(tokens) if attends else tokens
+        return self.transform(self.compress(tokens, guide, name, kept))
+
     def _dropped(self, branch: Tensor, tokens: Tokens) -> Tensor:
         """Drop the whole branch of a frame at random in training (stochastic depth)."""
         if not self.training or self.drop_path == 0.0:
@@ -245,13 +286,18 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join the tokens of each 2x2 cell: channels in timm's order, zeros for missing ones; empty cells are left out."""
+    """Join the tokens of each 2x2 cell: channels in timm's order, zeros for missing ones; empty cells are left out.
+
+    Attributes:
+        recompute: Whether backward computes the reduction again in place of keeping it.
+    """
 
     def __init__(self, dim: int, trim: bool) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
         self.trim = trim
+        self.recompute = False
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Halve the grid. Packed rows keep their layout; with ``trim`` one integer is read on the host."""
@@ -265,7 +311,12 @@ class PatchMerging(nn.Module):
                 x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
             x = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
             merged = Tokens(x, grid)
-        return merged._replace(x=self.norm(self.reduction(merged.x)))
+        if self.recompute:
+            return merged._replace(x=again(self._reduced, merged.x, owners=(self,), draws=False))
+        return merged._replace(x=self._reduced(merged.x))
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:
         x, place, cu_seqlens = tokens.x, tokens.place, tokens.cu_seqlens

@@ -1,7 +1,8 @@
 """VSC-Swin: a Swin Transformer V2 that compresses the tokens of each frame under a guide."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from deepmsi.errors import UserError
+from deepmsi.nn.recompute import CHUNK_FRAMES, Recompute, again, checked
 from deepmsi.nn.schedule import Schedule
 from deepmsi.nn.swin_blocks import (
     Block,
@@ -66,6 +68,11 @@ class VSCSwin(nn.Module):
         guide_dim: Channels G of the guide; default the first compressing stage's. A stage with another number of
             channels gets its own linear projection.
         compression: Fields of the schedule that take the place of the preset's, such as ``{"threshold": 0.5}``.
+        recompute: What backward computes again in place of keeping it: ``"none"``; ``"light"``: q, k, v with the
+            attention, the MLP's hidden layer, the embedding and the reductions; ``"block"``: whole blocks, of which
+            only the inputs are kept; ``"chunk"``: everything, 15 frames at a time, of which only the frames themselves
+            are kept. The gradients are those of ``"none"``, dropped paths included (``"chunk"`` sums over its frames in
+            another order, and draws drop path chunk by chunk). May be set at any time.
 
     Attributes:
         num_features: Channels of the output.
@@ -90,6 +97,7 @@ class VSCSwin(nn.Module):
         schedule: str | Mapping[str, Any] | Schedule | None = "paper",
         guide_dim: int | None = None,
         compression: Mapping[str, Any] | None = None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         count = len(depths)
@@ -135,7 +143,20 @@ class VSCSwin(nn.Module):
             stages.append(Stage(PatchMerging(dim // 2, trim) if i else None, blocks))
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features)
+        self.recompute = checked(recompute)
         self._initialise()
+
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes again; see the class."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, position: str) -> None:
+        self._recompute = checked(position)
+        for module in self.modules():
+            if isinstance(module, (WindowAttention, Mlp, Compression, PatchMerging)):
+                module.recompute = position == "light"
 
     def _compression(self, index: int, dim: int, side: int) -> tuple[Compression, int]:
         """Return the compression number ``index`` of the schedule, and the side of the grid behind it."""
@@ -189,13 +210,14 @@ class VSCSwin(nn.Module):
         drop_path_rate: float = 0.0,
         guide_dim: int | None = None,
         compression: Mapping[str, Any] | None = None,
+        recompute: str = "none",
     ) -> "VSCSwin":
         """Build one of timm's ``swinv2_*`` models with its starting or pretrained weights.
 
         Args:
             name: Such as ``swinv2_tiny_window8_256``.
             pretrained: Whether to load timm's weights (needs the model hub, or its cache).
-            schedule, guide_dim, compression, drop_path_rate: As in the constructor.
+            schedule, guide_dim, compression, drop_path_rate, recompute: As in the constructor.
             img_size: Side of the frames where it is not the model's own.
 
         Raises:
@@ -209,6 +231,7 @@ class VSCSwin(nn.Module):
             schedule=schedule,
             guide_dim=guide_dim,
             compression=compression,
+            recompute=recompute,
         )
         model.load_state_dict(source.state_dict())
         return model
@@ -232,46 +255,74 @@ class VSCSwin(nn.Module):
         return cls(**sizes, schedule=schedule)
 
     @overload
-    def forward(self, frames: Tensor, guide: Tensor | None = None, return_kept: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self,
+        frames: Tensor,
+        guide: Tensor | None = None,
+        return_kept: Literal[False] = False,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor: ...
 
     @overload
     def forward(
-        self, frames: Tensor, guide: Tensor | None = None, *, return_kept: Literal[True]
+        self,
+        frames: Tensor,
+        guide: Tensor | None = None,
+        *,
+        return_kept: Literal[True],
+        prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[KeptTokens]]: ...
 
     def forward(
-        self, frames: Tensor, guide: Tensor | None = None, return_kept: bool = False
+        self,
+        frames: Tensor,
+        guide: Tensor | None = None,
+        return_kept: bool = False,
+        prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, list[KeptTokens]]:
         """Map frames [F, 3, S, S] (normalised) under their guides [F, G] to features [F, num_features].
 
         Args:
             frames: All frames of a batch, at once.
             guide: Semantic feature of each frame; not needed without a schedule.
-            return_kept: Whether to return what each compressing block kept, too.
+            return_kept: Whether to return what each compressing block kept, too; nothing is then computed again.
+            prepare: Turns frames as they are given, such as uint8 pixels, into normalised ones. Recomputing whole
+                blocks or chunks then keeps the given frames only.
 
         Raises:
             ValueError: A shape is wrong, or the guide is missing.
         """
-        kept: list[KeptTokens] = []
-        feature = self.guided(self.stem(frames), guide, kept if return_kept else None)
-        return (feature, kept) if return_kept else feature
+        if return_kept:
+            kept: list[KeptTokens] = []
+            feature = self.guided(self.stem(frames, prepare), guide, kept)
+            return feature, kept
+        if self.recompute == "chunk" and torch.is_grad_enabled():
+            return self._in_chunks(frames, guide, prepare)
+        return self.guided(self.stem(frames, prepare), guide)
 
-    def stem(self, frames: Tensor) -> Tensor:
+    def stem(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Compute the half that does not depend on the guide, up to the first compression: [F, H, W, C].
 
-        It can be kept per frame and given to :meth:`guided` under changing guides.
+        It can be kept per frame and given to :meth:`guided` under changing guides. ``prepare`` as in :meth:`forward`.
         """
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
-        x = self.patch_embed(frames)
+
+        def embed(frames: Tensor) -> Tensor:
+            return self.patch_embed(frames if prepare is None else prepare(frames))
+
+        if self.recompute in ("light", "block"):
+            x = again(embed, frames, owners=(self.patch_embed,), draws=False)
+        else:
+            x = embed(frames)
         tokens = Tokens(x, (x.shape[1], x.shape[2]))
         for stage in self.stages():
-            tokens = stage.enter(tokens)
-            for block in stage.each():
+            for j, block in enumerate(stage.each()):
+                owner = stage if j == 0 else None
                 if block.compress is not None:
-                    return block.attend(tokens).x
-                tokens = block(tokens)
+                    return self._run(block, owner, block.attend, tokens).x
+                tokens = self._run(block, owner, block, tokens)
         return tokens.x
 
     def guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
@@ -291,17 +342,70 @@ class VSCSwin(nn.Module):
     def _compressed(self, tokens: Tokens, guide: Tensor, kept: list[KeptTokens] | None) -> Tokens:
         begun = False
         for i, stage in enumerate(self.stages()):
-            if begun:
-                tokens = stage.enter(tokens)
             for j, block in enumerate(stage.each()):
+                owner = stage if begun and j == 0 else None
                 if block.compress is not None:
                     # The stem ends behind the attention of the first one.
-                    tokens = block.attend(tokens) if begun else tokens
+                    compressing = partial(block.compressing, f"layers.{i}.blocks.{j}", kept, begun)
+                    tokens = self._run(block, owner, compressing, tokens, guide, kept is not None)
                     begun = True
-                    tokens = block.transform(block.compress(tokens, guide, f"layers.{i}.blocks.{j}", kept))
                 elif begun:
-                    tokens = block(tokens)
+                    tokens = self._run(block, owner, block, tokens)
         return tokens
+
+    def _run(
+        self,
+        block: Block,
+        entered: Stage | None,
+        function: Callable[..., Tokens],
+        tokens: Tokens,
+        guide: Tensor | None = None,
+        watched: bool = False,
+    ) -> Tokens:
+        """Run a part of a block, behind the merging of the stage that it enters; keep its inputs only, where asked."""
+        x, grid, place, cu_seqlens, per_frame, stage_grid = tokens
+
+        def run(x: Tensor, place: Tensor | None, cu_seqlens: Tensor | None, guide: Tensor | None) -> Tokens:
+            came = Tokens(x, grid, place, cu_seqlens, per_frame, stage_grid)
+            if entered is not None:
+                came = entered.enter(came)
+            return function(came) if guide is None else function(came, guide)
+
+        if self.recompute != "block" or watched:
+            return run(x, place, cu_seqlens, guide)
+        owners = (block,) if entered is None or entered.downsample is None else (block, entered.downsample)
+        draws = self.training and block.drop_path > 0
+        return again(run, x, place, cu_seqlens, guide, owners=owners, draws=draws)
+
+    def _in_chunks(self, frames: Tensor, guide: Tensor | None, prepare: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Compute 15 frames at a time, and all of it again in backward; a frozen stem is computed once and kept."""
+        stem = self._stem_modules()
+        frozen = not frames.requires_grad and not any(p.requires_grad for m in stem for p in m.parameters())
+        draws = self.training and any(block.drop_path > 0 for stage in self.stages() for block in stage.each())
+        count = len(frames)
+
+        def whole(frames: Tensor, guide: Tensor | None) -> Tensor:
+            return self.guided(self.stem(frames, prepare), guide)
+
+        features = []
+        for start in range(0, max(count, 1), CHUNK_FRAMES):
+            part = frames[start : start + CHUNK_FRAMES]
+            its_guide = None if guide is None else guide[start : start + CHUNK_FRAMES]
+            function, given = (self.guided, self.stem(part, prepare)) if frozen else (whole, part)
+            features.append(again(function, given, its_guide, owners=(self,), draws=draws))
+        return torch.cat(features)
+
+    def _stem_modules(self) -> list[nn.Module]:
+        """Return the modules that :meth:`stem` uses."""
+        found: list[nn.Module] = [self.patch_embed]
+        for stage in self.stages():
+            if stage.downsample is not None:
+                found.append(stage.downsample)
+            for block in stage.each():
+                if block.compress is not None:
+                    return [*found, block.attn, block.norm1]
+                found.append(block)
+        return found
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""

@@ -1,0 +1,170 @@
+"""The recompute switch: the gradients of `none` in every position, random draws included, for fewer kept bytes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepmsi.errors import UserError
+from deepmsi.models.memory import saved_bytes
+from deepmsi.nn import VSCSwin
+from deepmsi.nn.recompute import CHUNK_FRAMES
+from deepmsi.testing import randn, relative_error
+
+SMALL: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 4, 2),
+    "heads": (1, 2, 2),
+    "window": 4,
+}
+SCHEDULES: dict[str, Any] = {
+    "none": None,
+    "paper": "paper",
+    "released": {"layout": "regrid", "keep": [49, 25]},
+    "two stages": {"blocks": [[1, 0], [1, 2], [2, 0]], "keep": [40, 21, 6]},
+}
+POSITIONS = ("light", "block", "chunk")
+
+
+def build(schedule: str, drop_path: float = 0.0, **options: Any) -> VSCSwin:
+    torch.manual_seed(0)
+    model = VSCSwin(**{**SMALL, **options}, schedule=SCHEDULES[schedule], drop_path_rate=drop_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # fresh post-norms are zero and hide the blocks
+    return model.double()
+
+
+def inputs(model: VSCSwin, frames: int) -> tuple[Tensor, Tensor | None]:
+    pixels = randn(frames, 3, 32, 32, seed=1, dtype=torch.float64)
+    return pixels, None if model.guide_dim is None else randn(frames, model.guide_dim, seed=2, dtype=torch.float64)
+
+
+def gradients(model: VSCSwin, pixels: Tensor, guide: Tensor | None, size: int | None = None) -> dict[str, Tensor]:
+    """Return output and gradients; with `size` so many frames are computed at a time."""
+    model.zero_grad()
+    leaves = [x.clone().requires_grad_() for x in (pixels, guide) if x is not None]
+    torch.manual_seed(3)
+    if size is None:
+        out = model(*leaves)
+    else:
+        out = torch.cat([model(*parts) for parts in zip(*(leaf.split(size) for leaf in leaves), strict=True)])
+    (out * randn(*out.shape, seed=4, dtype=out.dtype)).sum().backward()
+    found = {"output": out.detach()} | {f"input {n}": leaf.grad for n, leaf in enumerate(leaves)}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_gradients_are_those_of_none(schedule: str, position: str) -> None:
+    model = build(schedule, drop_path=0.4).train()
+    pixels, guide = inputs(model, CHUNK_FRAMES + 2)
+    # Drop path is drawn chunk by chunk there, so the same frames have to come in the same chunks on both sides.
+    exact = gradients(model, pixels, guide, CHUNK_FRAMES if position == "chunk" else None)
+    model.recompute = position
+    found = gradients(model, pixels, guide)
+    assert found.keys() == exact.keys()
+    for name, grad in exact.items():
+        if position == "chunk":
+            assert relative_error(found[name], grad) < 1e-12, name
+        else:
+            assert torch.equal(found[name], grad), name
+
+
+def test_drop_path_is_on_in_that_test() -> None:
+    model = build("paper", drop_path=0.4)
+    pixels, guide = inputs(model, 4)
+    assert not torch.equal(model.train()(pixels, guide), model.eval()(pixels, guide))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_under_autocast(position: str) -> None:
+    model = build("paper").float()
+    pixels, guide = (x.float() for x in inputs(model, 3))
+    found = []
+    for choice in ("none", position):
+        model.recompute = choice
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model, pixels, guide))
+    for name, grad in found[0].items():
+        assert torch.equal(found[1][name], grad), name
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_gradient_is_handed_on_once(position: str) -> None:
+    """So that data parallelism, which reduces a gradient when it is handed on, reduces it whole."""
+    model = build("paper")
+    model.recompute = position
+    handed: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: handed.append(id(p)))
+    model(*inputs(model, 2 * CHUNK_FRAMES)).sum().backward()
+    assert sorted(handed) == sorted(id(p) for p in model.parameters())
+
+
+def kept(model: VSCSwin, frames: int, prepare: Any = None, dtype: torch.dtype = torch.float64) -> int:
+    size = model.img_size
+    pixels = torch.zeros(frames, 3, size, size, dtype=torch.uint8 if prepare else dtype)
+    guide = None if model.guide_dim is None else randn(frames, model.guide_dim, seed=2, dtype=dtype).requires_grad_()
+    with saved_bytes(model) as saved:
+        model(pixels, guide, prepare=prepare)
+    return saved.total
+
+
+def test_frozen_stages_are_not_kept() -> None:
+    model = build("released")
+    whole = kept(model, CHUNK_FRAMES)
+    for module in model._stem_modules():
+        module.requires_grad_(False)
+    stem = CHUNK_FRAMES * 8 * 8 * 16 * 8  # its output, [F, 8, 8, 16] in float64
+    guided = kept(model, CHUNK_FRAMES)
+    assert guided < 0.6 * whole
+    model.recompute = "chunk"
+    guide = CHUNK_FRAMES * model.guide_dim * 8
+    assert kept(model, CHUNK_FRAMES) == stem + guide
+    model.requires_grad_(False)
+    for position in ("none", *POSITIONS):
+        model.recompute = position
+        with saved_bytes(model) as saved:
+            model(*inputs(model, 3))
+        assert saved.total == 0
+
+
+def per_frame(model: nn.Module, position: str) -> float:
+    """Return the bytes kept for one frame more, in bfloat16, of uint8 frames."""
+    model.recompute = position
+
+    def prepare(frames: Tensor) -> Tensor:
+        return (frames.float() / 255).bfloat16()
+
+    return float(kept(model, 2, prepare, torch.bfloat16) - kept(model, 1, prepare, torch.bfloat16))
+
+
+def test_the_kept_bytes_fall_as_planned() -> None:
+    """What one utterance more costs on a small backbone, relative to keeping all."""
+    model = build("released", img_size=64, patch_size=4).bfloat16()
+    sizes = {position: per_frame(model, position) for position in ("none", *POSITIONS)}
+    assert sizes["light"] < 0.55 * sizes["none"]
+    assert sizes["block"] < 0.2 * sizes["none"]
+    assert sizes["chunk"] <= 3 * 64 * 64 + 2 * model.guide_dim
+
+
+def test_the_kept_bytes_of_the_paper_s_backbone() -> None:
+    """16 utterances of 15 frames in bfloat16, the weights' type too."""
+    pytest.importorskip("timm")
+    model = VSCSwin.from_timm("swinv2_tiny_window8_256", schedule="released").bfloat16()
+    gigabytes = {position: 240e-9 * per_frame(model, position) for position in ("none", *POSITIONS)}
+    assert gigabytes["light"] < 4.5
+    assert gigabytes["block"] < 1.05
+    assert gigabytes["chunk"] < 0.1
+
+
+def test_a_wrong_position_is_told() -> None:
+    with pytest.raises(UserError, match="recompute must be one of none, light, block, chunk, not 'all'"):
+        build("paper", recompute="all")
+    model = build("paper")
+    with pytest.raises(UserError, match="recompute"):
+        model.recompute = "blocks"
