@@ -273,14 +273,26 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=5."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of RUN.")] = False,
+    folds: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4; into a RUN that others share."),
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Train a recipe by its protocol, and measure what it held out."""
+    """Train a recipe by its protocol, and measure what it held out.
+
+    Folds may run one by one, in any order, at the same time or on other machines: give each call the same recipe,
+    data and seed, bring the folders RUN/folds/* together, and `deepmsi report RUN` joins them. The call without
+    --folds and with --resume runs what is left, and fits the model that is kept.
+    """
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.run import train as train_recipe
 
+    chosen = None if folds is None else [name.strip() for name in folds.split(",") if name.strip()]
+    if chosen is not None and not chosen:
+        raise UserError("--folds names no fold; give numbers separated by commas, such as --folds 3,4")
     with _reserved_stdout() as result:
-        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume)
+        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume, folds=chosen)
         if as_json:
             _dump(metrics, result)
         else:
@@ -386,16 +398,92 @@ def predict(
 
 
 @app.command()
-def report(run: RunArg, as_json: JsonOpt = False) -> None:
-    """Write RUN/report.html, one self-contained page, and report.md beside it."""
+def ablate(
+    run: RunArg,
+    data: DataOpt,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the lines go; RUN/ablation, which reports read.")
+    ] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train a model for each line, as the paper's Table 3, by RUN's protocol.")
+    ] = False,
+    keep: Annotated[
+        str, typer.Option(metavar="SHARES", help="With --retrain: shares of tokens to keep, such as 0.25,0.5.")
+    ] = "",
+    frames: Annotated[
+        str, typer.Option(metavar="COUNTS", help="With --retrain: frames per clip, such as 4,8; needs a manifest.")
+    ] = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure what each modality and each part of the model is worth, in one table.
+
+    Every subset of the modalities; with --retrain also the model without the compression of visual tokens and
+    without the contrastive term, and other shares of tokens and numbers of frames. Run it again after an
+    interruption: lines that are done are kept.
+    """
+    from deepmsi.train.ablate import ablate as ablate_run
+    from deepmsi.train.ablate import ablation_table, variants_of
+
+    shares, counts = _numbers("--keep", keep, float), _numbers("--frames", frames, int)
+    if (shares or counts) and not retrain:
+        raise UserError("--keep and --frames change the model, so each needs a training: add --retrain")
+    with _reserved_stdout() as result:
+        variants = variants_of(run, shares, counts) if retrain else None
+        lines = ablate_run(run, data, out, "retrain" if retrain else "evaluate", variants)
+        if as_json:
+            _dump(lines, result)
+        else:
+            result.write(ablation_table(lines) + "\n")
+
+
+def _numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
+    """The numbers of an option that lists them by commas."""
+    try:
+        return [kind(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from None
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `deepmsi train` wrote.")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Write RUN/report.html, one self-contained page, and report.md beside it; of several runs a comparison too.
+
+    Folds of RUN that ran apart are joined first. The comparison of all runs goes into the folder of the first, as
+    comparison.html and comparison.md.
+    """
     from deepmsi.report import report as write_report
+    from deepmsi.report import report_comparison
 
     with _reserved_stdout() as result:
-        page = write_report(run)
+        pages = [write_report(run) for run in runs]
+        if len(runs) > 1:
+            pages.append(report_comparison(runs))
         if as_json:
-            _dump({"html": page, "markdown": page.with_suffix(".md")}, result)
+            files = [{"html": page, "markdown": page.with_suffix(".md")} for page in pages]
+            _dump(files if len(files) > 1 else files[0], result)
         else:
-            result.write(f"{page}\n")
+            result.writelines(f"{page}\n" for page in pages)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run, or a folder that holds predictions.csv.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, measured on the same rows.")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Compare two runs row by row: differences of the scores with intervals, and McNemar's test."""
+    from deepmsi.report.text import render_comparison
+    from deepmsi.train.metrics import compare_predictions
+
+    with _reserved_stdout() as result:
+        comparison = compare_predictions(first, second)
+        if as_json:
+            _dump(comparison, result)
+        else:
+            result.write(render_comparison(str(first), str(second), comparison))
 
 
 @app.command()

@@ -46,7 +46,8 @@ class RunFacts:
         history: the events of history.jsonl, and those of the folds with their name as `fold`.
         metrics: metrics.json, or None.
         predictions: the labelled rows of predictions.csv.
-        ablation: modalities in use ("T+A") and the metrics measured with them, the fullest last.
+        ablation: what the model had ("T+A", "without VSC") and the metrics measured with it, the fullest last.
+        retrained: whether a model was trained for each line of the ablation.
         data: the prepared data of the run, where it is still there.
         missing: one sentence per part that is not there.
     """
@@ -58,6 +59,7 @@ class RunFacts:
     metrics: dict[str, Any] | None = None
     predictions: list[ScoredRow] = field(default_factory=list)
     ablation: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    retrained: bool = False
     data: "PreparedData | None" = None
     missing: list[str] = field(default_factory=list)
 
@@ -97,7 +99,7 @@ def collect(run: Path) -> RunFacts:
     facts.predictions = _read_predictions(run / "predictions.csv", facts.missing)
     if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
         raise UserError(f"{run} holds no run: neither run.json nor metrics.json nor a history is in it")
-    facts.ablation = _read_ablation(run)
+    facts.ablation, facts.retrained = _read_ablation(run)
     facts.data = _open_data(facts)
     return facts
 
@@ -189,15 +191,27 @@ def _probability(cell: Any) -> float | None:
     return value if 0 <= value <= 1 else None
 
 
-def _read_ablation(run: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Find the evaluations in RUN/ablation, each of which says with which modalities it was taken."""
+def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
+    """Read the table of `deepmsi ablate`, else find evaluations in RUN/ablation, each with its modalities."""
+    table = _read_json(run / "ablation" / "ablation.json", []) or {}
+    lines = [line for line in table.get("lines") or () if isinstance(line, dict) and "name" in line]
+    if lines:
+        named = [(_letters(str(line["name"]).split("+")) or str(line["name"]), line) for line in lines]
+        return named, table.get("mode") == "retrain"
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(run.glob("ablation/*/metrics.json")):
         metrics = _read_json(path, [])
         used = (metrics or {}).get("modalities")
         if metrics is not None and isinstance(used, list) and used:
-            found["+".join(letter for name, letter in MODALITY_LETTERS.items() if name in used)] = metrics
-    return sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+            found[_letters(used)] = metrics
+    return sorted(found.items(), key=lambda item: (len(item[0]), item[0])), False
+
+
+def _letters(modalities: Sequence[str]) -> str:
+    """`T+A` of text and audio; empty where a name is no modality."""
+    if not set(modalities) <= set(MODALITY_LETTERS):
+        return ""
+    return "+".join(letter for name, letter in MODALITY_LETTERS.items() if name in modalities)
 
 
 def _open_data(facts: RunFacts) -> "PreparedData | None":

@@ -8,6 +8,7 @@ from typing import Any
 from deepmsi.report import figures
 from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, canonical_label, published_for
+from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, chance_of, interval_of
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
@@ -25,7 +26,7 @@ CURVES = (
 def report(run: str | os.PathLike[str]) -> Path:
     """Write `report.html`, one self-contained page, and `report.md` into a run directory.
 
-    A part that the run lacks is left out and named at the end of the page.
+    Folds that ran apart are joined first. A part that the run lacks is left out and named at the end of the page.
 
     Args:
         run: the folder that `deepmsi train` wrote.
@@ -37,51 +38,13 @@ def report(run: str | os.PathLike[str]) -> Path:
         UserError: `run` is no run directory.
     """
     folder = Path(run)
-    facts = collect(folder)
-    context = build_context(facts)
-    page = folder / "report.html"
-    # The Markdown first: where the page is, its twin is.
-    _write(folder / "report.md", _render("report.md.j2", context))
-    _write(page, _render("report.html.j2", context))
-    return page
+    if (folder / "folds").is_dir():
+        from deepmsi.train.join import SPLITS, join_folds
 
-
-def _render(template: str, context: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("deepmsi.report"),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(score=_score, md=_markdown, heat=_heat)
-    return environment.get_template(template).render(context)
-
-
-def _score(value: Any, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _heat(share: float) -> str:
-    """Background of a confusion cell: white at 0, blue at 1; the text turns white on dark cells."""
-    weight = min(max(share, 0.0), 1.0)
-    red, green, blue = (round(255 - weight * (255 - end)) for end in (38, 92, 158))
-    return f"background:rgb({red},{green},{blue});color:{'#fff' if weight > 0.55 else '#2b2f36'}"
-
-
-def _markdown(value: Any) -> str:
-    """Make any text inert inside a Markdown table: no markup, no cell or line breaks, no link."""
-    text = " ".join(str(value).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#!|~" else c for c in text)
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+        if (folder / SPLITS).is_file():
+            join_folds(folder)
+    context = build_context(collect(folder))
+    return write_both(folder / "report.html", "report", context)
 
 
 def build_context(facts: RunFacts) -> dict[str, Any]:
@@ -91,8 +54,8 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
     name = str(recipe.get("name") or facts.made.get("recipe") or facts.path.name)
     if not facts.ablation:
         missing.append(
-            "the modality ablation has not been run; `deepmsi evaluate RUN --data HELD_OUT --drop video "
-            "--out RUN/ablation/T+A` and its like add it"
+            "the ablation has not been run; `deepmsi ablate RUN --data HELD_OUT` adds it, with --retrain in the "
+            "manner of the paper's Table 3"
         )
     return {
         "title": name,
@@ -107,9 +70,10 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "confusion": _confusion(facts.metrics),
         "per_class": _per_class(facts.metrics),
         "ablation": [
-            {"modalities": modalities, **{key: metrics.get(key) for key in NAMES}, "n": metrics.get("n")}
-            for modalities, metrics in facts.ablation
+            {"name": name, **{key: metrics.get(key) for key in NAMES}, "n": metrics.get("n")}
+            for name, metrics in facts.ablation
         ],
+        "retrained": facts.retrained,
         "tokens": tokens,
         "errors": _errors(facts),
         "n_errors": sum(not row.right for row in facts.predictions),

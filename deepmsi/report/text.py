@@ -61,6 +61,24 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
+    """Lay out what `compare_predictions` found, B against A."""
+    lines = [f"A: {a}", f"B: {b}", f"{comparison['n']} rows that both predicted", ""]
+    lines.append(f"{'':<12}     A      B   B - A  (95% interval, paired bootstrap)")
+    for key, name in NAMES.items():
+        row = comparison[key]
+        low, high = row["interval"]
+        lines.append(
+            f"{name:<12} {row['a']:.3f}  {row['b']:.3f}  {row['difference']:+.3f}  ({low:+.3f} to {high:+.3f})"
+        )
+    lines += [
+        "",
+        f"right in A alone {comparison['only_a']}, in B alone {comparison['only_b']}; "
+        f"McNemar's exact test p = {comparison['mcnemar_p']:.3g}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def render_predictions(predictions: Sequence[Prediction]) -> str:
     """One line a clip: the label, and the three likeliest with their probabilities."""
     lines = []

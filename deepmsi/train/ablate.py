@@ -16,14 +16,64 @@ from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note
 from deepmsi.train.evaluate import RECIPE, evaluate, read_run, write_json
 from deepmsi.train.metrics import SUMMARY
-from deepmsi.train.recipe import load_recipe
+from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.run import train
 
 TABLE = "ablation.json"
+COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
+FUSION = ("fuse_threshold", "fuse_alpha")
 PARTS = {
-    "without VSC": {"vision.schedule": "null"},
+    # Without a schedule nothing may say how it compresses.
+    "without VSC": {f"vision.{key}": "null" for key in ("schedule", *COMPRESSION, *FUSION)},
     "without the contrastive term": {"loss.contrastive": "0"},
 }
+
+
+def variants_of(run: Path, keep: Sequence[float] = (), frames: Sequence[int] = ()) -> dict[str, dict[str, str]]:
+    """Settings of the lines that need a model of their own: `PARTS`, shares of tokens kept, numbers of frames.
+
+    Args:
+        run: a run directory of `train`.
+        keep: shares, above 0 and at most 1, of its stage's grid that every compressing block keeps; a square number
+            of tokens where the schedule lays the kept ones on a grid anew.
+        frames: frames per clip; the data must then be a manifest, which each line prepares for itself.
+
+    Raises:
+        UserError: a share or a number out of range, or the run has no video branch or no compression.
+    """
+    recipe = load_recipe(run / RECIPE)
+    parts = dict(PARTS)
+    if "video" not in recipe.modalities or recipe.vision.schedule is None:
+        del parts["without VSC"]
+    if len(recipe.modalities) == 1 or "video" not in recipe.modalities or not recipe.loss.contrastive:
+        del parts["without the contrastive term"]  # its pairs are of the video
+    for share in keep:
+        if not 0 < share <= 1:
+            raise UserError(f"A share of tokens to keep lies above 0 and is at most 1, not {share:g}.")
+    for count in frames:
+        if count < 1:
+            raise UserError(f"A clip has 1 frame or more, not {count}.")
+    if (keep or frames) and "video" not in recipe.modalities:
+        raise UserError(f"{run} has no video branch, so that there are no tokens and frames to vary.")
+    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, recipe, share)} for share in keep}
+    lines |= {f"{count} frames": {"vision.frames": str(count), "prepare.frames": str(count)} for count in frames}
+    return parts | lines
+
+
+def _tokens(run: Path, recipe: Recipe, share: float) -> str:
+    """Tokens that a share of its stage's grid is, for each compressing block, as a setting."""
+    from deepmsi.models.predict import load_run
+
+    video = load_run(run).video
+    schedule = None if video is None else video.backbone.schedule
+    if video is None or schedule is None or schedule.blocks is None:
+        raise UserError(f"{run} compresses no tokens, so that there is no share to vary.")
+    kept = []
+    for stage, _ in schedule.blocks:
+        side = -(-(video.backbone.img_size // video.backbone.patch_size) // 2**stage)
+        whole = max(1, round(share * side * side))
+        kept.append(max(1, round(whole**0.5)) ** 2 if schedule.layout == "regrid" else whole)
+    return str(kept)
 
 
 def subsets(modalities: Sequence[str]) -> dict[str, list[str]]:
@@ -48,7 +98,7 @@ def ablate(
         out: takes `ablation.json` and a folder per line; None means RUN/ablation, where reports look.
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
-            `{"keep 100": {"vision.keep": "100"}}`; None takes `PARTS` where the recipe has a video branch.
+            `{"keep 100": {"vision.keep": "100"}}`; None takes those of `variants_of`.
 
     Returns:
         One dictionary per line: `name`, `mode`, `n`, the scores of `SUMMARY` and their `intervals`, and with
@@ -73,10 +123,10 @@ def ablate(
             scores = _retrain(run, data, out / name, {"drop": f"[{', '.join(drop)}]"})
         lines.append(_line(name, mode, scores))
     if mode == "retrain":
-        extra = variants if variants is not None else PARTS if "video" in recipe.modalities else {}
-        for name, settings in extra.items():
+        for name, settings in (variants_of(run) if variants is None else variants).items():
             note(f"Ablation: {name}.")
-            lines.append(_line(name, mode, _retrain(run, data, out / name.replace(" ", "-"), settings)))
+            folder = out / name.replace("%", "-percent").replace(" ", "-")
+            lines.append(_line(name, mode, _retrain(run, data, folder, settings)))
     write_json(out / TABLE, {"mode": mode, "lines": lines})
     return lines
 

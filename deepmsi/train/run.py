@@ -12,7 +12,6 @@ RUN/
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -36,7 +35,6 @@ from deepmsi.models.config import MODALITIES, DeepMSIConfig
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
 from deepmsi.train.evaluate import (
-    METRICS,
     PREDICTIONS,
     RECIPE,
     RUN,
@@ -47,8 +45,9 @@ from deepmsi.train.evaluate import (
     write_predictions,
 )
 from deepmsi.train.inference import predict_logits, process_rank
+from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
 from deepmsi.train.losses import class_weights
-from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wilson_interval
+from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.protocols import Fold, inner_folds, make_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
     from deepmsi.train.trainer import FitResult
 
-SPLITS, FOLD, LOGITS = "splits.json", "fold.json", "logits.npy"
 # What may differ between a run and its continuation: it changes no number.
 FREE = (
     {"name", "description"},
@@ -138,23 +136,32 @@ class _Run:
         begun = time.time()
         for fold in self.chosen:
             self._run_fold(fold)
-        done = [fold for fold in self.folds if (self._folder(fold) / FOLD).is_file()]
-        result = self._join(done)
-        if len(done) == len(self.folds):
+        result = join_folds(self.out, write=self.main)
+        self._say_what_is_never_predicted(result)
+        if result["complete"]:
             if not self.single and self.recipe.protocol.final_fit:
                 self._final_fit()
         else:
-            missing = [fold.name for fold in self.folds if fold not in done]
-            note(f"Folds still to run: {', '.join(missing)}; scores and the final fit wait for them.")
+            done = [fold["name"] for fold in result["folds"]]
+            missing = [fold.name for fold in self.folds if fold.name not in done]
+            note(f"Folds still to run: {', '.join(missing)}; the figures cover the others, the final fit waits.")
         if self.main:
-            write_json(self.out / METRICS, result)
             self.facts["seconds"] = round(self.facts.get("seconds", 0.0) + time.time() - begun, 1)
             self.facts["finished"] = _now() if result["complete"] else None
             write_json(self.out / RUN, self.facts)
         return result
 
     def _folder(self, fold: Fold) -> Path:
-        return self.out if self.single else self.out / "folds" / fold.name
+        return fold_folder(self.out, fold.name, self.single)
+
+    @staticmethod
+    def _say_what_is_never_predicted(result: dict[str, Any]) -> None:
+        for name in result.get("never_predicted", ()):
+            if result["per_class"][name]["support"]:
+                note(
+                    f"The class {name!r} is never predicted: try loss.class_weights=balanced, "
+                    "train.sampler=balanced or train.logit_adjustment=1."
+                )
 
     def _run_fold(self, fold: Fold) -> None:
         folder = self._folder(fold)
@@ -180,13 +187,11 @@ class _Run:
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
             write_predictions(folder / PREDICTIONS, rows, names)
-            with (folder / f".{LOGITS}.part").open("wb") as stream:
-                np.save(stream, logits, allow_pickle=False)
-            os.replace(folder / f".{LOGITS}.part", folder / LOGITS)
             facts = {
                 "name": fold.name,
                 "train": len(fold.train),
                 "test": len(fold.test),
+                "fingerprint": self.data.fingerprint,
                 "epochs": result.epochs,
                 "kept_epoch": result.kept_epoch,
                 "epochs_from": epochs_from,
@@ -309,44 +314,6 @@ class _Run:
         indices = self.selection.indices[part]
         return UtteranceDataset(self.data, indices, self._classes(part), config, augment=augment, seed=seed or 0)
 
-    def _join(self, done: Sequence[Fold]) -> dict[str, Any]:
-        """The scores of the folds that are done, joined."""
-        names, protocol = self.selection.names, self.recipe.protocol
-        facts = {fold.name: _read_json(self._folder(fold) / FOLD) for fold in done}
-        repeats: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-        per_repeat = len(self.folds) // (protocol.repeats if protocol.name.endswith("kfold") else 1)
-        for start in range(0, len(self.folds), per_repeat):
-            part = [fold for fold in self.folds[start : start + per_repeat] if fold.name in facts]
-            if part:
-                positions = np.concatenate([fold.test for fold in part])
-                repeats.append((positions, np.concatenate([np.load(self._folder(f) / LOGITS) for f in part])))
-        result: dict[str, Any] = {"n": 0} if not repeats else join_repeats(repeats, self.selection.classes, names)
-        result.update(
-            protocol=protocol.title,
-            leaks=protocol.leaks,
-            complete=len(done) == len(self.folds),
-            context=self.recipe.text.context,
-            folds=[{key: facts[fold.name][key] for key in _FOLD_FACTS} for fold in done],
-        )
-        if len(done) > 1:
-            result["over_folds"] = summarize_folds([facts[fold.name]["metrics"] for fold in done])
-        if repeats and self.main and not self.single:
-            rows = [
-                row
-                for positions, logits in repeats
-                for row in prediction_rows(
-                    [self.rows[i].id for i in positions], self._classes(positions), logits, names
-                )
-            ]
-            write_predictions(self.out / PREDICTIONS, rows, names)
-        for name in result.get("never_predicted", ()):
-            if result["per_class"][name]["support"]:
-                note(
-                    f"The class {name!r} is never predicted: try loss.class_weights=balanced, "
-                    "train.sampler=balanced or train.logit_adjustment=1."
-                )
-        return result
-
     def _ids(self, fold: Fold) -> dict[str, list[str]]:
         parts = {"train": fold.train, "test": fold.test}
         if fold.dev is not None:
@@ -387,9 +354,6 @@ class _Run:
         }
 
 
-_FOLD_FACTS = ("name", "train", "test", "epochs", "kept_epoch", "epochs_from", "seconds", "metrics")
-
-
 def best_epoch(curves: Sequence[Sequence[dict[str, float]]], sizes: Sequence[int], metric: str) -> int:
     """The epoch that is best on average over inner parts, weighted by their rows; a tie goes to the lower loss.
 
@@ -408,29 +372,6 @@ def best_epoch(curves: Sequence[Sequence[dict[str, float]]], sizes: Sequence[int
     score = -loss if metric == "loss" else mean(metric)
     order = np.lexsort((loss, -np.round(score, 9)))
     return int(curves[0][int(order[0])]["epoch"])
-
-
-def join_repeats(
-    repeats: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], classes: NDArray[np.int64], names: list[str]
-) -> dict[str, Any]:
-    """Scores of the joined folds; over repeats the mean of each score, and the sum of the confusion matrices.
-
-    Intervals are those of one repeat's rows (their ends averaged): repeating the folds adds no utterances.
-    """
-    each = [compute_metrics(classes[rows], logits.argmax(1), names) for rows, logits in repeats]
-    if len(each) == 1:
-        return each[0]
-    truth = np.concatenate([classes[rows] for rows, _ in repeats])
-    pooled = compute_metrics(truth, np.concatenate([logits.argmax(1) for _, logits in repeats]), names, resamples=0)
-    pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
-    pooled["n"] = each[0]["n"]
-    pooled["repeats"] = len(each)
-    pooled["intervals"] = {
-        name: np.mean([one["intervals"][name] for one in each], axis=0).tolist() for name in each[0]["intervals"]
-    }
-    hits = round(pooled["accuracy"] * pooled["n"])
-    pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
-    return pooled
 
 
 def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
@@ -546,14 +487,6 @@ def _save_model(model: DeepMSI, folder: Path) -> None:
     if process_rank()[0] == 0:
         model.save_pretrained(folder)
     _barrier()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it to run that fold again.") from None
-    return value
 
 
 def _start_processes(recipe: Recipe) -> None:

@@ -1,0 +1,139 @@
+"""Joins the folds of a run: scores and predictions of all that are done, from what each fold left in its folder.
+
+Nothing but the run directory is read, so folds may run in any process or on any machine, as long as their folders
+come together under RUN/folds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepmsi.errors import UserError
+from deepmsi.train.evaluate import METRICS, PREDICTIONS, RECIPE, read_run, write_json, write_predictions
+from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wilson_interval
+from deepmsi.train.recipe import load_recipe
+
+SPLITS, FOLD = "splits.json", "fold.json"
+_FACTS = ("name", "train", "test", "epochs", "kept_epoch", "epochs_from", "seconds", "metrics")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One fold that is done: its record and its rows of `predictions.csv`."""
+
+    facts: dict[str, Any]
+    rows: list[list[str]]
+
+    @property
+    def truth(self) -> list[str]:
+        return [row[1] for row in self.rows]
+
+    @property
+    def predicted(self) -> list[str]:
+        return [row[2] for row in self.rows]
+
+
+def fold_folder(run: Path, name: str, single: bool) -> Path:
+    """Where a fold's files lie; the one fit of the protocol `split-column` is the run itself."""
+    return run if single else run / "folds" / name
+
+
+def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
+    """Score the folds that are done, together.
+
+    Args:
+        run: a run directory of `train`.
+        write: whether to write `metrics.json` and, of several folds, `predictions.csv`.
+
+    Returns:
+        What `metrics.json` holds: the scores of the joined folds (over repeats their mean), every fold's own,
+        and `complete`.
+
+    Raises:
+        UserError: no such run, or a fold that is damaged or was run on other rows or data than the others.
+    """
+    facts, recipe = read_run(run), load_recipe(run / RECIPE)
+    protocol, names = recipe.protocol, list(facts["labels"])
+    single = protocol.name == "split-column"
+    splits = _read_json(run / SPLITS)
+    done = {
+        name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"]["fingerprint"])
+        for name, parts in splits.items()
+        if (fold_folder(run, name, single) / FOLD).is_file()
+    }
+    each, order = [], list(splits)
+    per_repeat = len(order) // (protocol.repeats if protocol.name in ("stratified-kfold", "group-kfold") else 1)
+    for start in range(0, len(order), per_repeat):
+        if part := [done[name] for name in order[start : start + per_repeat] if name in done]:
+            each.append(part)
+    result: dict[str, Any] = _join_repeats(each, names) if each else {"n": 0}
+    result.update(
+        protocol=protocol.title,
+        leaks=protocol.leaks,
+        complete=len(done) == len(splits),
+        context=recipe.text.context,
+        folds=[{key: fold.facts[key] for key in _FACTS} for fold in done.values()],
+    )
+    if len(done) > 1:
+        result["over_folds"] = summarize_folds([fold.facts["metrics"] for fold in done.values()])
+    if write:
+        write_json(run / METRICS, result)
+        if done and not single:
+            rows = [row for part in each for fold in part for row in fold.rows]
+            write_predictions(run / PREDICTIONS, rows, names)
+    return result
+
+
+def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) -> dict[str, Any]:
+    """Scores of the joined folds; over repeats the mean of each score, and the sum of the confusion matrices.
+
+    Intervals are those of one repeat's rows (their ends averaged): repeating the folds adds no utterances.
+    """
+    truth = [[label for fold in part for label in fold.truth] for part in repeats]
+    predicted = [[label for fold in part for label in fold.predicted] for part in repeats]
+    each = [compute_metrics(t, p, names) for t, p in zip(truth, predicted, strict=True)]
+    if len(each) == 1:
+        return each[0]
+    pooled = compute_metrics(list(chain(*truth)), list(chain(*predicted)), names, resamples=0)
+    pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
+    pooled["n"] = each[0]["n"]
+    pooled["repeats"] = len(each)
+    pooled["intervals"] = {
+        name: np.mean([one["intervals"][name] for one in each], axis=0).tolist() for name in each[0]["intervals"]
+    }
+    hits = round(pooled["accuracy"] * pooled["n"])
+    pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
+    return pooled
+
+
+def _read_fold(folder: Path, ids: Sequence[str], fingerprint: str) -> _Scored:
+    facts = _read_json(folder / FOLD)
+    again = f"delete {folder} to run that fold again"
+    try:
+        with (folder / PREDICTIONS).open(newline="", encoding="utf-8") as stream:
+            _, *rows = list(csv.reader(stream))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{folder / PREDICTIONS} cannot be read ({error}): {again}.") from None
+    if facts.get("fingerprint", fingerprint) != fingerprint:
+        raise UserError(f"{folder} was run on other data than the run that it lies in: {again}.")
+    if [row[0] for row in rows if row] != list(ids):
+        raise UserError(f"{folder} holds other rows than {SPLITS} gives it: {again}.")
+    return _Scored(facts, rows)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete its folder to run that part again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: delete its folder to run that part again.")
+    return value
