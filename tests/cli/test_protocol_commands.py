@@ -94,7 +94,7 @@ def test_several_runs_stand_side_by_side(deepmsi, mistake, corpus, whole, tmp_pa
 
 
 def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory, tmp_path) -> None:
-    data = prepared_corpus(tmp_path_factory.mktemp("split"), rows=24, splits=("train", "train", "test"))
+    data = prepared_corpus(tmp_path_factory.mktemp("split"), rows=24, splits=("train", "train", "train", "test"))
     run = tmp_path / "run"
     train(make_recipe(train={"epochs": 1}), data, run)
     outcome = deepmsi("ablate", run, "--data", data)
@@ -109,7 +109,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
 
 def test_ablate_trains_each_line(deepmsi, mistake, tmp_path_factory, tmp_path) -> None:
     folder = tmp_path_factory.mktemp("video")
-    data = prepared_corpus(folder, rows=18, video=True, splits=("train", "train", "test"))
+    data = prepared_corpus(folder, rows=18, video=True, splits=("train", "train", "train", "test"))
     vision = {"backbone": "small", "image_size": 64, "frames": 2, "tcn_channels": [8], "threshold": 0.5}
     recipe = make_recipe(preset="small", vision=vision, train={"epochs": 1})
     run = tmp_path / "run"
