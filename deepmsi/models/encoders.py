@@ -98,13 +98,29 @@ class TokenizerProcessor:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.keep_end = keep_end
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask`, both `[U, L]` int64."""
+        """Return `input_ids` and `attention_mask`, both `[U, L]` int64.
+
+        The mask is 0 where padded and 1 for a token; the tokens of the utterance itself are 2 where context stands
+        before it, so that the mean over them is the utterance's and not the dialogue's.
+        """
+        texts = list(texts)
         encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+            return_offsets_mapping=self.keep_end and self.tokenizer.is_fast,
         )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        mask = encoded["attention_mask"]
+        if "offset_mapping" in encoded:
+            begin = torch.tensor([[text.rfind("\n") + 1] for text in texts])
+            first, last = encoded["offset_mapping"].unbind(-1)
+            mask = mask + ((mask > 0) & (begin > 0) & (first >= begin) & (last > first)).long()
+        return {"input_ids": encoded["input_ids"], "attention_mask": mask}
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
@@ -176,15 +192,20 @@ class PretrainedTextEncoder(PretrainedEncoder):
             self.switch_off_unused(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Encode `input_ids [U, L]` int64 with `attention_mask [U, L]` (nonzero = token) to `[U, dim]`."""
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        """Encode `input_ids [U, L]` int64 with `attention_mask [U, L]` to `[U, dim]`.
+
+        Nonzero is a token; where a row has tokens of 2 or more, the mean is over those (`TokenizerProcessor`).
+        """
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        valid = (given > 0).long()
+        own = given > 1
         # A row without a token would be a softmax over nothing: it reads its first one, and is not pooled.
         first = torch.arange(valid.shape[1], device=valid.device) == 0
         read = torch.where(first & (valid.sum(1, keepdim=True) == 0), 1, valid)
         hidden = self.model(input_ids=input_ids, attention_mask=read).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
-        return _masked_mean(hidden, valid.bool())
+        return _masked_mean(hidden, torch.where(own.any(1, keepdim=True), own, valid.bool()))
 
 
 class PretrainedAudioEncoder(PretrainedEncoder):

@@ -83,19 +83,20 @@ def _run(model: "DeepMSI", examples: Sequence[Any]) -> list[list[tuple[str, NDAr
     from deepmsi.train.dataset import Collator
 
     assert model.video is not None
-    backbone = model.video.backbone
+    video = model.video
     device = next(model.parameters()).device
     batch = Collator(model.config, model.text_processor, model.audio_processor, with_labels=False)(examples)
     inputs: list[tuple[Any, ...]] = []
-    # The guide is made inside the model: note what the backbone is called with, then ask it once more.
-    handle = backbone.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    # The guide is made inside the model: note what the video branch is called with, then ask it once more.
+    handle = video.register_forward_pre_hook(lambda module, args: inputs.append(args))
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             model(**{name: tensor.to(device) for name, tensor in batch.items()})
             handle.remove()
-            _, blocks = backbone(*inputs[0], return_kept=True)
+            pixel_values, guide = inputs[0][:2]
+            _, blocks = video(pixel_values, guide, return_kept=True)
     finally:
         handle.remove()
         model.train(training)

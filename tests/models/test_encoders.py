@@ -83,6 +83,22 @@ def test_long_text_keeps_its_end_with_context(bert_folder, context):
     assert ("happy" in words) == (context > 0)
 
 
+def test_context_is_read_and_not_pooled(bert_folder):
+    """The mean is over the last line's tokens alone, which the lines before it change all the same."""
+    config = TextConfig(encoder=str(bert_folder), context=2)
+    encoder, processor = build_text_encoder(config)
+    encoder.eval()
+    inputs = processor(["you : so sad .\ni : am happy", "i : am happy"])
+    assert inputs["attention_mask"].tolist() == [[1] * 6 + [2] * 4 + [1], [1] * 6 + [0] * 5]
+    hidden = encoder.model(
+        input_ids=inputs["input_ids"], attention_mask=(inputs["attention_mask"] > 0).long()
+    ).last_hidden_state
+    together = encoder(**inputs)
+    torch.testing.assert_close(together[0], hidden[0, 6:10].mean(0))
+    torch.testing.assert_close(together[1], hidden[1, :6].mean(0))
+    assert not torch.allclose(together[0], encoder(**processor(["so\ni : am happy"]))[0], atol=1e-4)
+
+
 def test_a_row_without_tokens_is_finite(bert_folder):
     encoder, _ = build_text_encoder(TextConfig(encoder=str(bert_folder)))
     ids = torch.zeros(2, 4, dtype=torch.long)
