@@ -170,8 +170,83 @@ class DeepMSI(
         device = self.classifier.output.weight.device
         present = {name: self._present(name, given, modality_mask, rows, device) for name in self.modalities}
 
-        features: dict[str, Tensor] = {}
+        features = self._semantic_features(
+            text_features, audio_features, input_ids, attention_mask, input_values, audio_attention_mask, present
+        )
         kept: list[KeptTokens] = []
+        if "video" in self.modalities:
+            guide = self.guide(list(features.values())) if self.guide and pixel_values is not None else None
+            features["video"], kept = self._video(pixel_values, guide, present["video"], rows, return_kept)
+        logits, projected = self.classify(features)
+        if self.training and torch.is_grad_enabled():
+            logits = logits + self._idle(given, text_features, audio_features, present)
+        shown = kept if return_kept else None
+        if labels is None:
+            return DeepMSIOutput(None, logits, kept=shown, **projected)
+        cross_entropy = self._cross_entropy(logits, labels)
+        contrastive = self._contrastive(projected, present, labels)
+        loss = self.config.loss.cross_entropy * cross_entropy + self.config.loss.contrastive * contrastive
+        return DeepMSIOutput(loss, logits, cross_entropy, contrastive, kept=shown, **projected)
+
+    def semantics(
+        self,
+        rows: int,
+        text_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_attention_mask: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+    ) -> tuple[int, dict[str, Tensor], Tensor | None]:
+        """Compute what guides the frames, from text and sound alone: the first part of `forward`.
+
+        Args:
+            rows: U where neither is passed.
+            text_features, audio_features, input_ids, attention_mask, input_values, audio_attention_mask,
+                modality_mask: as in `forward`; the mask's column of the video is not read.
+
+        Returns:
+            U, the text and audio features `[U, D]` by name, and the guide `[U, G]` (None where nothing compresses).
+
+        Raises:
+            UserError: as `forward`.
+        """
+        given = {
+            "text": input_ids if text_features is None else text_features,
+            "audio": input_values if audio_features is None else audio_features,
+        }
+        self._check_inputs(given, text_features, input_ids, audio_features, input_values)
+        if modality_mask is not None or any(tensor is not None for tensor in given.values()):
+            rows = self._rows(given, modality_mask, None)
+        device = self.classifier.output.weight.device
+        names = [name for name in self.modalities if name != "video"]
+        present = {name: self._present(name, given, modality_mask, rows, device) for name in names}
+        features = self._semantic_features(
+            text_features, audio_features, input_ids, attention_mask, input_values, audio_attention_mask, present
+        )
+        guide = None
+        if self.video is not None and self.video.guide_dim is not None:
+            guide = self.guide(list(features.values())) if self.guide else self._no_guide(rows)
+        return rows, features, guide
+
+    def classify(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Join the features `[U, D]` of all configured modalities: the logits `[U, K]`, and the projections."""
+        projected = {name: self.projections[name](features[name]) for name in self.modalities}
+        return self.classifier(list(projected.values())), projected
+
+    def _semantic_features(
+        self,
+        text_features: Tensor | None,
+        audio_features: Tensor | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        input_values: Tensor | None,
+        audio_attention_mask: Tensor | None,
+        present: dict[str, Tensor | None],
+    ) -> dict[str, Tensor]:
+        """Text and audio features `[U, D]`, those of the configured modalities."""
+        features: dict[str, Tensor] = {}
         if "text" in self.modalities:
             features["text"] = self._semantic(
                 "text", text_features, present["text"], input_ids=input_ids, attention_mask=attention_mask
@@ -184,21 +259,13 @@ class DeepMSI(
                 input_values=input_values,
                 audio_attention_mask=audio_attention_mask,
             )
-        if "video" in self.modalities:
-            guide = self.guide(list(features.values())) if self.guide and pixel_values is not None else None
-            features["video"], kept = self._video(pixel_values, guide, present["video"], rows, return_kept)
+        return features
 
-        projected = {name: self.projections[name](features[name]) for name in self.modalities}
-        logits = self.classifier(list(projected.values()))
-        if self.training and torch.is_grad_enabled():
-            logits = logits + self._idle(given, text_features, audio_features, present)
-        shown = kept if return_kept else None
-        if labels is None:
-            return DeepMSIOutput(None, logits, kept=shown, **projected)
-        cross_entropy = self._cross_entropy(logits, labels)
-        contrastive = self._contrastive(projected, present, labels)
-        loss = self.config.loss.cross_entropy * cross_entropy + self.config.loss.contrastive * contrastive
-        return DeepMSIOutput(loss, logits, cross_entropy, contrastive, kept=shown, **projected)
+    def _no_guide(self, videos: int) -> Tensor:
+        """The guide where there is neither text nor sound: the direction of m = λ g + (1 - λ) v is then that of v."""
+        assert self.video is not None
+        assert self.video.guide_dim is not None
+        return self.missing["video"].new_zeros(videos, self.video.guide_dim)
 
     def _check_inputs(
         self,
@@ -307,8 +374,7 @@ class DeepMSI(
             # The rows with a video, in order, without asking the device how many there are.
             guide = guide[torch.argsort(present.logical_not(), stable=True)[:videos]]
         if guide is None and self.video.guide_dim is not None:
-            # Without text and audio the direction of m = λ g + (1 - λ) v is that of v.
-            guide = missing.new_zeros(videos, self.video.guide_dim)
+            guide = self._no_guide(videos)
         features, kept = self.video(pixel_values, guide, return_kept)
         features = features.to(missing.dtype)
         if present is None:

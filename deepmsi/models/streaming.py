@@ -1,0 +1,143 @@
+"""Live use: the frames of many streams, one at a time, with every frame's features computed once (SPEC 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepmsi.errors import UserError
+from deepmsi.models.deepmsi import DeepMSI
+
+
+class StreamOutput(NamedTuple):
+    """What is known of every stream after its latest frame.
+
+    Attributes:
+        logits: `[B, K]`.
+        video: video feature `[B, D]`, the TCN's last time step.
+    """
+
+    logits: Tensor
+    video: Tensor
+
+
+class EmotionStream:
+    """Classify B streams after each of their frames.
+
+    After every frame the logits equal those of the model on all frames of the stream since its first, under the text
+    and sound that hold now. (Up to 15 frames that is the clip of training; later the network sees the last 29.) Each
+    frame costs one pass of the backbone and one step of the TCN. What does not depend on text and sound is kept for the
+    frames in sight, so that other words need the second half of the backbone only.
+
+    Args:
+        model: the model, which is put in eval mode.
+        streams: B.
+
+    Raises:
+        UserError: the model reads no video.
+    """
+
+    def __init__(self, model: DeepMSI, streams: int) -> None:
+        if model.video is None:
+            raise UserError("this model is configured without video: there are no frames to stream.")
+        if streams < 1:
+            raise UserError(f"streams is {streams}: give at least 1.")
+        self.model, self.branch, self.streams = model.eval(), model.video, streams
+        self.state = self.branch.tcn.init_state(streams)
+        self.sight = self.branch.tcn.receptive_field
+        self.seen = torch.zeros(streams, dtype=torch.long, device=self.state[0].device)
+        """Frames of each stream so far."""
+        self._stems: list[Tensor] = []
+        self._video: Tensor | None = None
+        self.hear()
+
+    @torch.inference_mode()
+    def hear(
+        self,
+        text_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_attention_mask: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+    ) -> StreamOutput | None:
+        """Take what is said in every stream from here on, by the arguments of `DeepMSI.forward`; None: not known.
+
+        Returns:
+            What is known now: the frames in sight are read again under the new guide. None before the first frame.
+
+        Raises:
+            UserError: an input does not fit the model, or is not for all streams.
+        """
+        rows, features, guide = self.model.semantics(
+            self.streams,
+            text_features=text_features,
+            audio_features=audio_features,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            input_values=input_values,
+            audio_attention_mask=audio_attention_mask,
+            modality_mask=modality_mask,
+        )
+        if rows != self.streams:
+            raise UserError(f"text and sound of {rows} utterances were given for {self.streams} streams.")
+        self._features, self._guide = features, guide
+        if not self._stems:
+            return None
+        if self.branch.guide_dim is not None:
+            self._read_again()
+        return self._output()
+
+    @torch.inference_mode()
+    def step(self, frames: Tensor) -> StreamOutput:
+        """Feed the next frame of every stream.
+
+        Args:
+            frames: `[B, 3, S, S]`, uint8 or normalised float.
+
+        Raises:
+            UserError: the frames have another shape than the model reads.
+        """
+        size = self.branch.image_size
+        if frames.shape != (self.streams, 3, size, size):
+            raise UserError(f"frames is {list(frames.shape)}: these streams take [{self.streams}, 3, {size}, {size}].")
+        stem = self.branch.backbone.stem(frames, self.branch.normalize)
+        # Without a compression nothing depends on the guide, and one frame's worth is enough to say that there was one.
+        kept = self.sight if self.branch.guide_dim is not None else 1
+        self._stems = [*self._stems[max(0, len(self._stems) + 1 - kept) :], stem]
+        self._advance(stem)
+        self.seen = self.seen + 1
+        return self._output()
+
+    @torch.inference_mode()
+    def restart(self, streams: Sequence[int] | Tensor | None = None) -> None:
+        """Begin some streams anew (default: all): their next frame is their first."""
+        fresh = torch.zeros_like(self.seen, dtype=torch.bool)
+        fresh[slice(None) if streams is None else torch.as_tensor(streams, device=fresh.device)] = True
+        self.seen = self.seen.masked_fill(fresh, 0)
+        self._forget(fresh)
+
+    def _advance(self, stem: Tensor) -> None:
+        features = self.branch.backbone.guided(stem, self._guide)
+        self._video, self.state = self.branch.tcn.step(features, self.state)
+
+    def _read_again(self) -> None:
+        """Compute the state anew from the stems in sight, which are all that it depends on."""
+        self.state = tuple(torch.zeros_like(part) for part in self.state)
+        for back, stem in zip(range(len(self._stems), 0, -1), self._stems, strict=True):
+            self._advance(stem)
+            # A stream that began later has seen nothing yet.
+            self._forget(self.seen < back)
+
+    def _forget(self, streams: Tensor) -> None:
+        """Set the state of the marked streams to that before their first frame."""
+        self.state = tuple(part.masked_fill(streams[:, None, None], 0) for part in self.state)
+
+    def _output(self) -> StreamOutput:
+        assert self._video is not None
+        logits, _ = self.model.classify({"video": self._video, **self._features})
+        return StreamOutput(logits, self._video)
