@@ -309,10 +309,11 @@ class DeepMSI(
             raise UserError(f"nothing was passed: this model reads {', '.join(self.modalities)}.")
         if labels is not None:
             sizes["labels"] = labels.shape[0]
-        if len(set(sizes.values())) > 1:
+        rows = next(iter(sizes.values()))
+        if any(size != rows for size in sizes.values()):
             told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
             raise UserError(f"the inputs disagree about the number of utterances: {told}.")
-        return next(iter(sizes.values()))
+        return rows
 
     def _present(
         self,

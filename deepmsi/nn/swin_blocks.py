@@ -333,7 +333,7 @@ class PatchMerging(nn.Module):
         counts = filled.view(frames, cells).sum(1)
         offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
         count = int(offsets[-1]) if self.trim else min(rows, frames * cells)
-        rank = nn.functional.pad(filled.cumsum(0) - 1, (0, 1), value=count)
+        rank = nn.functional.pad(filled.cumsum(0) - 1, (0, 1))
         # Within a cell timm puts the column's parity before the row's.
         slot = torch.where(frame < frames, rank[cell] * 4 + (column % 2) * 2 + row % 2, 4 * count)
         joined = x.new_zeros(4 * count + 1, channels).index_copy(0, slot, x)[: 4 * count].view(count, 4 * channels)
