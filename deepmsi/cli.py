@@ -62,6 +62,13 @@ class TimelineFormat(StrEnum):
     json = "json"
 
 
+class ExportBackend(StrEnum):
+    """Whose operators an exported program is made of."""
+
+    reference = "reference"
+    auto = "auto"
+
+
 @contextlib.contextmanager
 def _reserved_stdout() -> Iterator[IO[str]]:
     """Send everything written to standard output, by any library or child process, to standard error.
@@ -442,6 +449,29 @@ def _numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]
         return [kind(word) for word in text.split(",") if word.strip()]
     except ValueError:
         raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from None
+
+
+@app.command()
+def export(
+    run: RunArg,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.pt2", help="The program to write.")],
+    backend: Annotated[
+        ExportBackend, typer.Option(help="reference needs torch alone; auto calls deepmsi's kernels.")
+    ] = ExportBackend.reference,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write the model as one torch.export program: frames and utterance vectors in, logits out, any batch size."""
+    with _reserved_stdout() as result:
+        from deepmsi.models.export import argument_of, export_model
+        from deepmsi.models.predict import load_run
+
+        model = load_run(run)
+        difference = export_model(model, out, backend=backend.value)
+        inputs = [argument_of(name) for name in model.modalities]
+        if as_json:
+            _dump({"out": out, "inputs": inputs, "labels": model.config.names, "difference": difference}, result)
+        else:
+            result.write(f"{out}: {', '.join(inputs)} -> logits, equal to the model to {difference:.1e}\n")
 
 
 @app.command()

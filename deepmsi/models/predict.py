@@ -71,7 +71,7 @@ class _Item:
 
 
 def load_run(run: str | Path) -> DeepMSI:
-    """Load the model of a run directory, or of a checkpoint folder.
+    """Load the model of a run directory, or of a checkpoint folder, with its constant tables computed once.
 
     Raises:
         UserError: there is neither in it.
@@ -82,7 +82,10 @@ def load_run(run: str | Path) -> DeepMSI:
         raise UserError(f"there is no run directory {folder}.")
     if not (folder / "model.safetensors").exists() and not inner.is_dir():
         raise UserError(f"{folder} holds no model: give a directory that deepmsi train has finished.")
-    return DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve())
+    model = DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve())
+    if model.video is not None:
+        model.video.backbone.fix_bias_tables()
+    return model
 
 
 def predict(

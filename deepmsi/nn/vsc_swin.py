@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, overload
 
@@ -144,6 +145,7 @@ class VSCSwin(nn.Module):
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features)
         self.recompute = checked(recompute)
+        self.register_load_state_dict_pre_hook(_forget_tables)
         self._initialise()
 
     @property
@@ -407,6 +409,37 @@ class VSCSwin(nn.Module):
                 found.append(block)
         return found
 
+    def reserve(self, capacity: Sequence[int] | None = None) -> "VSCSwin":
+        """Reserve rows for each compressing block, so that all shapes are known beforehand.
+
+        Args:
+            capacity: Rows of a frame behind each compressing block, at most so many tokens stay; None reserves every
+                place of the grid, which changes no number.
+
+        Raises:
+            UserError: There is another number of compressing blocks, or a capacity is below what its block must keep.
+        """
+        blocks = [
+            (block.compress.vsc, (self.img_size // self.patch_size // 2**i) ** 2)
+            for i, stage in enumerate(self.stages())
+            for block in stage.each()
+            if block.compress is not None
+        ]
+        rows = [area for _, area in blocks] if capacity is None else list(capacity)
+        if self.schedule is None or len(rows) != len(blocks):
+            raise UserError(f"VSCSwin: {len(rows)} capacities were given for {len(blocks)} compressing blocks")
+        for (vsc, _), reserved in zip(blocks, rows, strict=True):
+            least = vsc.keep or vsc.min_keep
+            if reserved < least:
+                raise UserError(f"VSCSwin: a capacity of {reserved} is below the {least} tokens that must stay")
+        for (vsc, area), reserved in zip(blocks, rows, strict=True):
+            vsc.capacity = min(reserved, area)
+        self.schedule = replace(self.schedule, capacity=tuple(rows))
+        for stage in self.stages():
+            if stage.downsample is not None:
+                stage.downsample.trim = False
+        return self
+
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
         return cast(list[Stage], list(self.layers))
@@ -414,7 +447,7 @@ class VSCSwin(nn.Module):
     def fix_bias_tables(self) -> "VSCSwin":
         """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.
 
-        Call it again after the weights have changed.
+        Loading weights does so, too. Call it again after the weights have changed otherwise.
         """
         self.eval()
         with torch.no_grad():
@@ -426,9 +459,7 @@ class VSCSwin(nn.Module):
 
     def train(self, mode: bool = True) -> "VSCSwin":
         if mode:
-            for module in self.modules():
-                if isinstance(module, WindowAttention):
-                    module.fixed_table = None
+            _forget_tables(self)
         super().train(mode)
         return self
 
@@ -450,6 +481,13 @@ class VSCSwin(nn.Module):
                 f"unexpected {result.unexpected_keys or 'none'}"
             )
         return _IncompatibleKeys(result.missing_keys, [*result.unexpected_keys, *derived])
+
+
+def _forget_tables(module: nn.Module, *_: Any) -> None:
+    """Drop the position-bias tables that :meth:`VSCSwin.fix_bias_tables` computed."""
+    for part in module.modules():
+        if isinstance(part, WindowAttention):
+            part.fixed_table = None
 
 
 def regrid_window(side: int) -> int:

@@ -140,3 +140,13 @@ def test_report(deepmsi, trained) -> None:
     for section in ("curves", "confusion", "classes", "tokens", "speakers"):
         assert f'id="{section}"' in text, section
     assert (trained / "report.md").is_file()
+
+
+def test_export(deepmsi, trained, tmp_path) -> None:
+    outcome = deepmsi("export", trained, "--out", tmp_path / "model.pt2", "--backend", "auto", "--json")
+    assert outcome.code == 0, outcome
+    told = json.loads(outcome.out)
+    assert (tmp_path / "model.pt2").stat().st_size > 100_000
+    assert told["difference"] < 1e-4
+    assert set(told["labels"]) == LABELS
+    assert "pixel_values" in told["inputs"]

@@ -11,7 +11,7 @@ import pytest
 from deepmsi import cli
 from deepmsi.errors import UserError
 
-COMMANDS = ("demo", "check", "prepare", "train", "evaluate", "predict", "report", "explain")
+COMMANDS = ("demo", "check", "prepare", "train", "evaluate", "predict", "export", "report", "explain")
 
 
 def test_help_names_every_command(deepmsi) -> None:
