@@ -57,7 +57,7 @@ def _load(x_ptr, row, channel, valid, channels):
 def _order_key(score):
     """Return unsigned integers in the order of the numbers; -0 and +0 are equal, NaN too has its place."""
     bits = (score + 0.0).to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit

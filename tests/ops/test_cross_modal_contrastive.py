@@ -317,7 +317,7 @@ def test_many_rows_keep_the_budget(backend: str, share: float) -> None:
         loss = cross_modal_contrastive(a, b, labels, temperature=0.07, backend=name)
         results.append((loss, *torch.autograd.grad(loss, (a, b))))
     for name, actual, low, exact in zip(("loss", "a", "b"), *results, strict=True):
-        assert_within_budget(actual, low, exact, name, 8.0)
+        assert_within_budget(actual, low, exact, name, 16.0)  # sums over many rows, in one order or in blocks
 
 
 @settings(max_examples=25, deadline=None)
