@@ -1,7 +1,6 @@
-"""What tests and benchmarks share: reproducible inputs, poisoned memory, and the budget an error must keep.
+"""What tests and benchmarks share: places to run, reproducible inputs, poisoned memory, and the budget of an error.
 
-The budget: a kernel's error against the float64 reference is at most twice the error that the reference
-    itself makes
+The budget: a kernel's error against the float64 reference is at most twice the error that the reference itself makes
 at the kernel's precision, plus one rounding of the storage type.
 """
 
@@ -11,6 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepmsi import backend as backends
+
+# Where the suite runs every operation: the devices of this machine, and each compiled backend on each of them.
+DEVICES: tuple[str, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+PLACES: tuple[tuple[str, str], ...] = tuple((b, d) for d in DEVICES for b in backends.BACKENDS if b != "reference")
+REFERENCES: tuple[tuple[str, str], ...] = tuple(("reference", d) for d in DEVICES)
+
+
+def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> None:
+    """Skip the test that runs, with the sentence of ``explain()``, where a backend cannot run an operation here."""
+    reason = backends.why_not(op, backend, device, dtype)
+    if reason is not None:
+        import pytest
+
+        pytest.skip(reason)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -15,7 +15,7 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
     "reference": set(),
-    "testing": set(),
+    "testing": {"backend"},
     "backend": {"_version"},
     "ops": {"backend", "reference", "errors"},
     "nn": {"ops", "backend", "errors"},

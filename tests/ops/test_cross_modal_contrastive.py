@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepmsi import backend as backends
+from deepmsi import testing
 from deepmsi.ops import cross_modal_contrastive
-from deepmsi.testing import assert_within_budget, generator, poisoned_memory, randn, tokens
+from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, generator, poisoned_memory, randn, tokens
 
 LABELS = [0, 1, 0, 2, 1, 0, 0, 3]
 
@@ -45,8 +46,8 @@ def naive(
     return total / len(rows)
 
 
-def features(count: int = 3, rows: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [randn(rows, 5, seed=seed, dtype=dtype) for seed in range(count)]
+def features(count: int = 3, rows: int = 8, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
+    return [randn(rows, 5, seed=seed, dtype=dtype, device=device) for seed in range(count)]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.07, 3.0])
@@ -222,7 +223,6 @@ def test_mistakes_are_told(change: dict[str, object], words: str) -> None:
 # The kernels against the float64 reference. A case: rows, channels, pairs of b, options of the call, and the kind of
 # labels. Blocks and vectors have edges at multiples of 8, 16, 32, 64 and 128.
 OP = "cross_modal_contrastive"
-KERNELS = ("cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "small": (8, 5, 1, {}),
@@ -246,32 +246,31 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 }
 
 
-def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    reason = backends.why_not(OP, backend, "cpu", dtype)
-    if reason is not None:
-        pytest.skip(reason)
+def need(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    testing.need(OP, backend, device, dtype)
 
 
 class Inputs:
     """Inputs of a case, rounded to a type once and then held in another."""
 
-    def __init__(self, case: str, rounded: torch.dtype, held: torch.dtype) -> None:
+    def __init__(self, case: str, device: str, rounded: torch.dtype, held: torch.dtype) -> None:
         rows, dim, pairs, options = CASES[case]
         self.options = dict(options)
         joined = self.options.pop("joined", rows)
         classes = self.options.pop("classes", 4)
         offset = self.options.get("row_offset", 0)
-        self.a = tokens(rows, dim, seed=1, dtype=rounded).to(held)
-        self.b = [tokens(joined, dim, seed=10 + p, dtype=rounded).to(held) for p in range(pairs)]
+        self.a = tokens(rows, dim, seed=1, dtype=rounded, device=device).to(held)
+        self.b = [tokens(joined, dim, seed=10 + p, dtype=rounded, device=device).to(held) for p in range(pairs)]
         # Far apart and below zero: labels are names, not numbers.
         labels_b = torch.randint(classes, (joined,), generator=generator(3)) * 2**40 - 5
         labels_b[-1] = 7
+        labels_b = labels_b.to(device)
         self.labels = labels_b[offset : offset + rows]
         if joined != rows:
             self.options["labels_b"] = labels_b
         if self.options.pop("masks", False):
-            valid_a = torch.rand(joined, generator=generator(4)) > 0.2
-            masks = [torch.rand(joined, generator=generator(5 + p)) > 0.3 for p in range(pairs)]
+            valid_a = (torch.rand(joined, generator=generator(4)) > 0.2).to(device)
+            masks = [(torch.rand(joined, generator=generator(5 + p)) > 0.3).to(device) for p in range(pairs)]
             self.options.update(valid_a=valid_a, valid_b=masks)
             self.a[~valid_a[offset : offset + rows]] = torch.nan
             for b, mask in zip(self.b, masks, strict=True):
@@ -286,15 +285,15 @@ class Inputs:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernel_keeps_the_error_budget(backend: str, case: str, dtype: torch.dtype) -> None:
-    need(backend, dtype)
-    if backend == "triton" and dtype != torch.float32 and "above_one_tile" in case:
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_kernel_keeps_the_error_budget(backend: str, device: str, case: str, dtype: torch.dtype) -> None:
+    need(backend, device, dtype)
+    if (backend, device) == ("triton", "cpu") and dtype != torch.float32 and "above_one_tile" in case:
         pytest.skip("slow under the interpreter, and the kernels see float32 only")
     with poisoned_memory():
-        loss, grads = Inputs(case, dtype, dtype).run(backend)
-    low, low_grads = Inputs(case, dtype, dtype).run("reference")
-    exact, exact_grads = Inputs(case, dtype, torch.float64).run("reference")
+        loss, grads = Inputs(case, device, dtype, dtype).run(backend)
+    low, low_grads = Inputs(case, device, dtype, dtype).run("reference")
+    exact, exact_grads = Inputs(case, device, dtype, torch.float64).run("reference")
     assert loss.dtype == torch.float32
     assert exact.item() > 0
     assert_within_budget(loss, low, exact, "loss", 4.0)
@@ -303,17 +302,18 @@ def test_kernel_keeps_the_error_budget(backend: str, case: str, dtype: torch.dty
         assert_within_budget(actual, rounded, wanted, f"gradient of {name}", 8.0)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("share", [0.0, 0.47], ids=["balanced", "47% one class"])
-def test_many_rows_keep_the_budget(backend: str, share: float) -> None:
+def test_many_rows_keep_the_budget(backend: str, device: str, share: float) -> None:
     """More rows than the CPU kernel's scores hold at a time, and many tiles of every kind."""
-    need(backend)
-    rows = 1500 if backend == "cpp" else 150
+    need(backend, device)
+    rows = 150 if (backend, device) == ("triton", "cpu") else 1500
     labels = torch.randint(7, (rows,), generator=generator(1))
     labels[torch.rand(rows, generator=generator(2)) < share] = 0
+    labels = labels.to(device)
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        a, b = (tokens(rows, 8, seed=s, dtype=torch.float32).to(dtype).requires_grad_() for s in (3, 4))
+        a, b = (tokens(rows, 8, seed=s, device=device).to(dtype).requires_grad_() for s in (3, 4))
         loss = cross_modal_contrastive(a, b, labels, temperature=0.07, backend=name)
         results.append((loss, *torch.autograd.grad(loss, (a, b))))
     for name, actual, low, exact in zip(("loss", "a", "b"), *results, strict=True):
@@ -349,25 +349,25 @@ def test_properties(
     labels_b = torch.randint(classes, (joined,), generator=generator(seed))
     masks = [torch.rand(joined, generator=generator(seed + s)) < present for s in (1, 2)]
     results = {}
-    for backend in ("reference", *KERNELS):
-        if backends.why_not(OP, backend, "cpu", torch.float32) is not None:
+    for backend, device in (*REFERENCES, *PLACES):
+        if backends.why_not(OP, backend, device, torch.float32) is not None:
             continue
-        leaves = [x.clone().requires_grad_() for x in (a, *b)]
+        leaves = [x.to(device).clone().requires_grad_() for x in (a, *b)]
         loss = cross_modal_contrastive(
             leaves[0],
             leaves[1:],
-            labels_b[more : more + rows],
-            labels_b=labels_b,
+            labels_b[more : more + rows].to(device),
+            labels_b=labels_b.to(device),
             row_offset=more,
-            valid_b=masks,
+            valid_b=[mask.to(device) for mask in masks],
             temperature=temperature,
             include_matched=include_matched,
             normalize=normalize,
             backend=backend,
         )
-        results[backend] = (loss.detach(), *torch.autograd.grad(loss, leaves))
+        results[backend, device] = [x.detach().cpu() for x in (loss, *torch.autograd.grad(loss, leaves))]
     for found in results.values():
-        for x, y in zip(found, results["reference"], strict=True):
+        for x, y in zip(found, results["reference", "cpu"], strict=True):
             tolerance = 1e-4 * max(1.0, y.abs().max().item())
             torch.testing.assert_close(x, y, rtol=1e-4, atol=tolerance)
     assert all(bool(torch.isfinite(x).all()) for found in results.values() for x in found)
@@ -377,64 +377,65 @@ def test_properties(
     "labels", [[4], [1, 1, 1], [0, 1, 2], [], [2] * 140], ids=["one row", "one class", "no positive", "no row", "many"]
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["", "all absent"])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_give_exactly_zero_with_zero_gradients(backend: str, labels: list[int], masked: bool) -> None:
-    need(backend)
-    leaves = [randn(len(labels), 5, seed=s).requires_grad_() for s in (1, 2, 3)]
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_kernels_give_exactly_zero_with_zero_gradients(
+    backend: str, device: str, labels: list[int], masked: bool
+) -> None:
+    need(backend, device)
+    leaves = [randn(len(labels), 5, seed=s, device=device).requires_grad_() for s in (1, 2, 3)]
     if masked:
         labels = list(range(len(labels) // 2)) * 2 + [0] * (len(labels) % 2)
-    absent = torch.zeros(len(labels), dtype=torch.bool) if masked else None
+    absent = torch.zeros(len(labels), dtype=torch.bool, device=device) if masked else None
+    names = torch.tensor(labels, dtype=torch.int64, device=device)
     with poisoned_memory():
-        loss = cross_modal_contrastive(
-            leaves[0], leaves[1:], torch.tensor(labels, dtype=torch.int64), valid_a=absent, backend=backend
-        )
+        loss = cross_modal_contrastive(leaves[0], leaves[1:], names, valid_a=absent, backend=backend)
         grads = torch.autograd.grad(loss, leaves)
     assert loss.item() == 0.0
     assert all(not g.any() for g in grads)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("rows", [8, 140])
-def test_a_nan_that_takes_part_shows(backend: str, rows: int) -> None:
-    need(backend)
+def test_a_nan_that_takes_part_shows(backend: str, device: str, rows: int) -> None:
+    need(backend, device)
     for side in (0, 1):
-        x = [randn(rows, 5, seed=s) for s in (1, 2)]
+        x = [randn(rows, 5, seed=s, device=device) for s in (1, 2)]
         x[side][3] = torch.nan
-        labels = torch.tensor([i % 3 for i in range(rows)])
+        labels = torch.arange(rows, device=device) % 3
         assert math.isnan(cross_modal_contrastive(*x, labels, backend=backend).item())
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 @pytest.mark.parametrize("rows", [8, 140])
-def test_zero_rows_stay_finite(backend: str, rows: int) -> None:
-    need(backend)
-    a, b = torch.zeros(rows, 5, requires_grad=True), randn(rows, 5, seed=1)
+def test_zero_rows_stay_finite(backend: str, device: str, rows: int) -> None:
+    need(backend, device)
+    a, b = torch.zeros(rows, 5, device=device, requires_grad=True), randn(rows, 5, seed=1, device=device)
     b[2] = 0
     b.requires_grad_()
-    loss = cross_modal_contrastive(a, b, torch.tensor([i % 3 for i in range(rows)]), backend=backend)
+    loss = cross_modal_contrastive(a, b, torch.arange(rows, device=device) % 3, backend=backend)
     assert all(bool(torch.isfinite(x).all()) for x in (loss, *torch.autograd.grad(loss, (a, b))))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("rows", [6, 140])
-def test_kernels_have_an_exact_tail(backend: str, rows: int) -> None:
-    need(backend)
-    a = torch.tensor([[1.0, 0.0]] * (rows // 2) + [[-1.0, 0.0]] * (rows // 2))
+def test_kernels_have_an_exact_tail(backend: str, device: str, rows: int) -> None:
+    need(backend, device)
+    a = torch.tensor([[1.0, 0.0]] * (rows // 2) + [[-1.0, 0.0]] * (rows // 2), device=device)
     got = cross_modal_contrastive(a, a, (a[:, 0] > 0).int(), temperature=0.05, backend=backend)
     exact = math.log1p(math.exp(math.log(rows // 2) - 40)) * (rows // 2 - 1) / (rows - 1)
     assert math.isclose(got.item(), exact, rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("case", ["masked", "slice_above_one_tile"])
-def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, case: str) -> None:
-    need(backend)
+def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: str, case: str) -> None:
+    need(backend, device)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
-            loss, grads = Inputs(case, torch.float32, torch.float32).run(backend)
+            loss, grads = Inputs(case, device, torch.float32, torch.float32).run(backend)
             results.append((loss, *grads))
     finally:
         torch.set_num_threads(before)
@@ -442,11 +443,11 @@ def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, case: st
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_strided_inputs_and_narrow_labels_give_the_same(backend: str) -> None:
-    need(backend)
-    a, b, c = features(dtype=torch.float32)
-    labels = torch.tensor(LABELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_strided_inputs_and_narrow_labels_give_the_same(backend: str, device: str) -> None:
+    need(backend, device)
+    a, b, c = features(dtype=torch.float32, device=device)
+    labels = torch.tensor(LABELS, device=device)
     plain = cross_modal_contrastive(a, (b, c), labels, backend=backend)
     strided = [x.t().contiguous().t().requires_grad_() for x in (a, b, c)]
     spread = torch.stack([labels, labels], 1).int()[:, 0]
@@ -458,11 +459,11 @@ def test_strided_inputs_and_narrow_labels_give_the_same(backend: str) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_without_gradients_none_are_made(backend: str) -> None:
-    need(backend)
-    a, b, c = features(dtype=torch.float32)
-    labels, stacked = torch.tensor(LABELS), torch.stack([b, c])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_without_gradients_none_are_made(backend: str, device: str) -> None:
+    need(backend, device)
+    a, b, c = features(dtype=torch.float32, device=device)
+    labels, stacked = torch.tensor(LABELS, device=device), torch.stack([b, c])
     forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd")
     made = {w: forward(a, stacked, labels, labels, 0, None, None, 0.5, False, False, w) for w in (False, True)}
     assert torch.equal(made[False][0], made[True][0])
@@ -476,32 +477,32 @@ def test_without_gradients_none_are_made(backend: str) -> None:
     torch.testing.assert_close(alone, exact)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernel_autocast_computes_in_float32(backend: str) -> None:
-    need(backend)
-    a, b, _ = features(dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_kernel_autocast_computes_in_float32(backend: str, device: str) -> None:
+    need(backend, device)
+    a, b, _ = features(dtype=torch.float32, device=device)
     a.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = cross_modal_contrastive(a, b.bfloat16(), torch.tensor(LABELS), backend=backend)
-    direct = cross_modal_contrastive(a, b.bfloat16().float(), torch.tensor(LABELS), backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        loss = cross_modal_contrastive(a, b.bfloat16(), torch.tensor(LABELS, device=device), backend=backend)
+    direct = cross_modal_contrastive(a, b.bfloat16().float(), torch.tensor(LABELS, device=device), backend=backend)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, direct)
     assert torch.equal(*(torch.autograd.grad(x, a)[0] for x in (loss, direct)))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("form", ["plain", "masked", "slice", "no_rows", "no_gradient", "permuted"])
-def test_opcheck(backend: str, form: str) -> None:
-    need(backend)
+def test_opcheck(backend: str, device: str, form: str) -> None:
+    need(backend, device)
     joined = 0 if form == "no_rows" else 7
     rows = 4 if form == "slice" else joined
-    a, b = randn(rows, 6, seed=1), randn(2, joined, 6, seed=2)
+    a, b = randn(rows, 6, seed=1, device=device), randn(2, joined, 6, seed=2, device=device)
     if form == "permuted":
         a, b = a.t().contiguous().t(), b.transpose(0, 2).contiguous().transpose(0, 2)
-    labels = torch.tensor([i % 3 for i in range(joined)], dtype=torch.int64)
+    labels = torch.arange(joined, device=device) % 3
     valid = valid_b = None
     if form == "masked":
-        valid_b = torch.arange(2 * joined).view(2, joined) % 5 != 0
+        valid_b = torch.arange(2 * joined, device=device).view(2, joined) % 5 != 0
         valid = valid_b[:, :rows]
     with_grad = form != "no_gradient"
     a.requires_grad_(with_grad)
@@ -513,13 +514,13 @@ def test_opcheck(backend: str, form: str) -> None:
     with torch.no_grad():
         _, grad_a, grad_b = forward(*args)
     backward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_bwd").default
-    torch.library.opcheck(backward, (torch.tensor(2.0), grad_a, grad_b))
+    torch.library.opcheck(backward, (torch.tensor(2.0, device=device), grad_a, grad_b))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_kernels_compile_whole_and_for_changing_sizes(backend: str) -> None:
-    need(backend)
+def test_kernels_compile_whole_and_for_changing_sizes(backend: str, device: str) -> None:
+    need(backend, device)
     torch._dynamo.reset()
 
     def step(a: Tensor, b: Tensor, c: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
@@ -527,11 +528,11 @@ def test_kernels_compile_whole_and_for_changing_sizes(backend: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, dim in ((9, 6), (12, 10)):
-        labels = torch.tensor([i % 3 for i in range(rows)])
-        valid = torch.arange(rows) % 4 != 1
+        labels = torch.arange(rows, device=device) % 3
+        valid = torch.arange(rows, device=device) % 4 != 1
         results = []
         for function in (compiled, step):
-            leaves = [randn(rows, dim, seed=s).requires_grad_() for s in (1, 2, 3)]
+            leaves = [randn(rows, dim, seed=s, device=device).requires_grad_() for s in (1, 2, 3)]
             loss = function(*leaves, labels, valid)
             results.append((loss, *torch.autograd.grad(loss, leaves)))
         for x, y in zip(*results, strict=True):
@@ -557,7 +558,7 @@ for x, y in zip(*results, strict=True):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
-    need("cpp")
+    need("cpp", "cpu")
     from deepmsi import _host
 
     order = ["baseline", "avx2", "avx512"]

@@ -14,10 +14,10 @@ from torch import Tensor
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import vsc_compress
+from deepmsi.testing import PLACES, REFERENCES
 
 OP = "vsc_compress"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KERNELS = ("cpp", "triton")
 
 # name: (lengths of the frames, channels, options). A kernel's block edges are multiples of 3, 4, 6, 8, 16 and 64.
 CASES: dict[str, tuple[list[int], int, dict[str, Any]]] = {
@@ -111,13 +111,13 @@ def naive(
 class Inputs:
     """Inputs of a case, rounded to a type once and then held in another, with fixed incoming gradients."""
 
-    def __init__(self, lengths: list[int], channels: int, rounded: torch.dtype, held: torch.dtype) -> None:
+    def __init__(self, lengths: list[int], channels: int, rounded: torch.dtype, held: torch.dtype, device: str) -> None:
         rows, wide = sum(lengths), torch.float64 if held == torch.float64 else torch.float32
-        self.x = testing.tokens(rows, channels, seed=3, dtype=rounded).to(held).requires_grad_()
-        guide = testing.randn(len(lengths), channels, seed=4, dtype=torch.float32)
+        self.x = testing.tokens(rows, channels, seed=3, dtype=rounded, device=device).to(held).requires_grad_()
+        guide = testing.randn(len(lengths), channels, seed=4, dtype=torch.float32, device=device)
         self.guide = guide.to(wide).requires_grad_()
-        self.weight = torch.tensor(0.375, dtype=wide, requires_grad=True)
-        self.cu = testing.offsets(lengths)
+        self.weight = torch.tensor(0.375, dtype=wide, device=device, requires_grad=True)
+        self.cu = testing.offsets(lengths, device)
         self.rounded = rounded
 
     def gradients(self, tokens: Tensor, gate: Tensor, valid: int) -> tuple[Tensor, ...]:
@@ -130,10 +130,10 @@ class Inputs:
 
 
 def run(
-    case: str, backend: str, rounded: torch.dtype, held: torch.dtype, dense: bool = False
+    case: str, backend: str, device: str, rounded: torch.dtype, held: torch.dtype, dense: bool = False
 ) -> tuple[Any, tuple[Tensor, ...], Inputs]:
     lengths, channels, options = CASES[case]
-    inputs = Inputs(lengths, channels, rounded, held)
+    inputs = Inputs(lengths, channels, rounded, held, device)
     if dense:
         x: Tensor = inputs.x.view(len(lengths), lengths[0] if lengths else 0, channels)
         out = vsc_compress(x, None, inputs.guide, inputs.weight, backend=backend, **options)
@@ -142,10 +142,8 @@ def run(
     return out, inputs.gradients(out.tokens, out.gate, int(out.cu_seqlens[-1])), inputs
 
 
-def need(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    reason = backends.why_not(OP, backend, "cpu", dtype)
-    if reason is not None:
-        pytest.skip(reason)
+def need(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    testing.need(OP, backend, device, dtype)
 
 
 # Frames of unequal length are packed only.
@@ -172,7 +170,7 @@ def assert_same_rows(out: Any, exact: Any, score: Tensor, eps: float) -> bool:
 @pytest.mark.parametrize(("case", "dense"), LAYOUTS)
 def test_reference_equals_naive_loop(case: str, dense: bool) -> None:
     lengths, _, options = CASES[case]
-    out, grads, inputs = run(case, "reference", torch.float64, torch.float64, dense)
+    out, grads, inputs = run(case, "reference", "cpu", torch.float64, torch.float64, dense)
     expected = naive(inputs.x, lengths, inputs.guide, inputs.weight, **options)
     valid = int(expected["cu_seqlens"][-1])
     for name in ("cu_seqlens", "assignment"):
@@ -193,17 +191,28 @@ def test_reference_equals_naive_loop(case: str, dense: bool) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize(("case", "dense"), LAYOUTS)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernel_keeps_the_error_budget(backend: str, dense: bool, case: str, dtype: torch.dtype) -> None:
-    need(backend, dtype)
+# The interpreter takes seconds where a kernel takes microseconds: of the types that it runs like float32, a few.
+INTERPRETED = ("one_token", "odd", "threshold", "skewed_capacity", "no_frames")
+BUDGETED = [
+    pytest.param(*place, *layout.values, dtype, id="-".join([*place, layout.id, str(dtype)[6:]]))
+    for place in PLACES
+    for layout in LAYOUTS
+    for dtype in DTYPES
+    if place != ("triton", "cpu") or dtype == torch.float32 or layout.values[0] in INTERPRETED
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "case", "dense", "dtype"), BUDGETED)
+def test_kernel_keeps_the_error_budget(backend: str, device: str, case: str, dense: bool, dtype: torch.dtype) -> None:
+    need(backend, device, dtype)
     lengths, _, options = CASES[case]
     with testing.poisoned_memory():
-        out, grads, _ = run(case, backend, dtype, dtype, dense)
-    low, low_grads, _ = run(case, "reference", dtype, dtype, dense)
-    exact, exact_grads, held = run(case, "reference", dtype, torch.float64, dense)
-    score = naive(held.x.detach(), lengths, held.guide.detach(), held.weight.detach(), **options)["score"]
+        out, grads, _ = run(case, backend, device, dtype, dtype, dense)
+    low, low_grads, _ = run(case, "reference", device, dtype, dtype, dense)
+    exact, exact_grads, held = run(case, "reference", device, dtype, torch.float64, dense)
+    score = naive(held.x.detach().cpu(), lengths, held.guide.detach().cpu(), held.weight.detach().cpu(), **options)[
+        "score"
+    ]
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for name, actual, wanted in zip(out._fields, out, low, strict=True):
         assert actual.dtype == wanted.dtype, name
@@ -221,15 +230,15 @@ def test_kernel_keeps_the_error_budget(backend: str, dense: bool, case: str, dty
     testing.assert_within_budget(grads[2], low_grads[2], exact_grads[2], "gradient of λ", 4 * slack, scale)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_gate_gradient_is_the_scores_gradient(backend: str) -> None:
-    need(backend)
-    dtype = torch.float64 if backends.why_not(OP, backend, "cpu", torch.float64) is None else torch.float32
-    x = testing.tokens(40, 12, seed=5, dtype=dtype).view(2, 20, 12).requires_grad_()
-    guide = testing.randn(2, 12, seed=6, dtype=dtype).requires_grad_()
-    weight = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_gate_gradient_is_the_scores_gradient(backend: str, device: str) -> None:
+    need(backend, device)
+    dtype = torch.float64 if backends.why_not(OP, backend, device, torch.float64) is None else torch.float32
+    x = testing.tokens(40, 12, seed=5, dtype=dtype, device=device).view(2, 20, 12).requires_grad_()
+    guide = testing.randn(2, 12, seed=6, dtype=dtype, device=device).requires_grad_()
+    weight = torch.tensor(0.3, dtype=dtype, device=device, requires_grad=True)
     out = vsc_compress(x, None, guide, weight, keep=7, backend=backend)
-    incoming = testing.randn(14, seed=7, dtype=dtype)
+    incoming = testing.randn(14, seed=7, dtype=dtype, device=device)
     actual = torch.autograd.grad(out.gate, (x, guide, weight), incoming)
     m = weight * guide + (1 - weight) * x.mean(1)
     score = torch.nn.functional.cosine_similarity(m[:, None], x, dim=-1).view(-1)
@@ -238,11 +247,11 @@ def test_gate_gradient_is_the_scores_gradient(backend: str) -> None:
         torch.testing.assert_close(a, w, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_guide_learns_through_the_gate_alone(backend: str) -> None:
-    need(backend)
-    x = testing.tokens(40, 12, seed=5).view(2, 20, 12).requires_grad_()
-    guide = testing.randn(2, 12, seed=6).requires_grad_()
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_guide_learns_through_the_gate_alone(backend: str, device: str) -> None:
+    need(backend, device)
+    x = testing.tokens(40, 12, seed=5, device=device).view(2, 20, 12).requires_grad_()
+    guide = testing.randn(2, 12, seed=6, device=device).requires_grad_()
     out = vsc_compress(x, None, guide, keep=7, backend=backend)
     (silent,) = torch.autograd.grad(out.tokens.sum(), guide, retain_graph=True, allow_unused=True)
     assert silent is None or not silent.any()
@@ -250,12 +259,12 @@ def test_guide_learns_through_the_gate_alone(backend: str) -> None:
     assert heard.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("backend", "device"), [p for p in [*REFERENCES, *PLACES] if p[0] != "triton"])
 @pytest.mark.parametrize("options", [{"keep": 4}, {"fuse_threshold": -1.0}, {"capacity": 5}], ids=str)
-def test_gradcheck_away_from_ties(backend: str, options: dict[str, Any]) -> None:
-    need(backend, torch.float64)
-    x = testing.tokens(18, 5, seed=11, dtype=torch.float64).view(2, 9, 5).requires_grad_()
-    guide = testing.randn(2, 5, seed=12, dtype=torch.float64)
+def test_gradcheck_away_from_ties(backend: str, device: str, options: dict[str, Any]) -> None:
+    need(backend, device, torch.float64)
+    x = testing.tokens(18, 5, seed=11, dtype=torch.float64, device=device).view(2, 9, 5).requires_grad_()
+    guide = testing.randn(2, 5, seed=12, dtype=torch.float64, device=device)
 
     def tokens(x: Tensor) -> Tensor:
         return vsc_compress(x, None, guide, backend=backend, **options).tokens
@@ -263,48 +272,48 @@ def test_gradcheck_away_from_ties(backend: str, options: dict[str, Any]) -> None
     assert torch.autograd.gradcheck(tokens, (x,))
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_ties_go_to_the_lower_row(backend: str) -> None:
-    need(backend)
-    row = testing.randn(1, 8, seed=1)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_ties_go_to_the_lower_row(backend: str, device: str) -> None:
+    need(backend, device)
+    row = testing.randn(1, 8, seed=1, device=device)
     x = torch.cat([row, row, -row, row, row])  # four equal tokens and one that lies opposite
-    out = vsc_compress(x, testing.offsets([5]), row, keep=2, backend=backend)
+    out = vsc_compress(x, testing.offsets([5], device), row, keep=2, backend=backend)
     assert out.index.tolist() == [0, 1]
     assert out.assignment.tolist() == [0, 1, -1, 0, 0]
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_zero_tokens_stay_finite(backend: str) -> None:
-    need(backend)
-    x = torch.zeros(2, 6, 8, requires_grad=True)
-    guide = torch.zeros(2, 8, requires_grad=True)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_zero_tokens_stay_finite(backend: str, device: str) -> None:
+    need(backend, device)
+    x = torch.zeros(2, 6, 8, device=device, requires_grad=True)
+    guide = torch.zeros(2, 8, device=device, requires_grad=True)
     out = vsc_compress(x, None, guide, keep=3, fuse_threshold=-1.0, backend=backend)
     grads = torch.autograd.grad(out.tokens.sum() + out.gate.sum(), (x, guide))
     assert out.index.tolist() == [0, 1, 2, 6, 7, 8]
     assert all(bool(torch.isfinite(g).all()) for g in grads)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_rows_past_the_last_offset_are_ignored(backend: str) -> None:
-    need(backend)
-    x = testing.tokens(30, 8, seed=2)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_rows_past_the_last_offset_are_ignored(backend: str, device: str) -> None:
+    need(backend, device)
+    x = testing.tokens(30, 8, seed=2, device=device)
     x[20:] = torch.nan
     x.requires_grad_()
-    guide = testing.randn(2, 8, seed=3)
-    out = vsc_compress(x, testing.offsets([12, 8]), guide, capacity=6, backend=backend)
+    guide, cu = testing.randn(2, 8, seed=3, device=device), testing.offsets([12, 8], device)
+    out = vsc_compress(x, cu, guide, capacity=6, backend=backend)
     (grad,) = torch.autograd.grad(out.tokens.sum() + out.gate.sum(), x)
-    alone = vsc_compress(x.detach()[:20], testing.offsets([12, 8]), guide, capacity=6, backend=backend)
+    alone = vsc_compress(x.detach()[:20], cu, guide, capacity=6, backend=backend)
     assert torch.equal(out.tokens, alone.tokens)
     assert bool((out.assignment[20:] == -1).all())
     assert not grad[20:].any()
     assert bool(torch.isfinite(grad).all())
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_strided_input_gives_the_same(backend: str) -> None:
-    need(backend)
-    base = testing.tokens(48, 16, seed=2).view(2, 24, 16)
-    guide = testing.randn(2, 16, seed=3)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_strided_input_gives_the_same(backend: str, device: str) -> None:
+    need(backend, device)
+    base = testing.tokens(48, 16, seed=2, device=device).view(2, 24, 16)
+    guide = testing.randn(2, 16, seed=3, device=device)
     strided = base.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     plain = base.clone().requires_grad_()
     outs = [vsc_compress(x, None, guide.t().contiguous().t(), keep=9, backend=backend) for x in (strided, plain)]
@@ -319,16 +328,16 @@ def test_strided_input_gives_the_same(backend: str) -> None:
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 @pytest.mark.parametrize("case", ["keep", "skewed"])
-def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, case: str) -> None:
-    need(backend)
+def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: str, case: str) -> None:
+    need(backend, device)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            out, grads, _ = run(case, backend, torch.float32, torch.float32)
+            out, grads, _ = run(case, backend, device, torch.float32, torch.float32)
             results.append([t.detach().clone() for t in (*out, *grads)])
     finally:
         torch.set_num_threads(before)
@@ -353,12 +362,12 @@ def test_properties(
     fuse_threshold: float,
     seed: int,
 ) -> None:
-    x = testing.tokens(sum(lengths), channels, seed=seed)
-    guide = testing.randn(len(lengths), channels, seed=seed + 3)
-    cu = testing.offsets(lengths)
-    for backend in ("reference", *KERNELS):
-        if backends.why_not(OP, backend, "cpu", torch.float32) is not None:
+    for backend, device in (*REFERENCES, *PLACES):
+        if backends.why_not(OP, backend, device, torch.float32) is not None:
             continue
+        x = testing.tokens(sum(lengths), channels, seed=seed, device=device)
+        guide = testing.randn(len(lengths), channels, seed=seed + 3, device=device)
+        cu = testing.offsets(lengths, device)
         out = vsc_compress(x, cu, guide, keep=keep, capacity=capacity, fuse_threshold=fuse_threshold, backend=backend)
         valid = int(out.cu_seqlens[-1])
         counts = out.cu_seqlens.diff().tolist()
@@ -371,37 +380,42 @@ def test_properties(
             relevance = out.relevance[cu[b] : cu[b + 1]]
             if lengths[b]:
                 assert abs(relevance.mean().item() - 1) < 1e-4
-                dropped = torch.ones(lengths[b], dtype=torch.bool)
+                dropped = torch.ones(lengths[b], dtype=torch.bool, device=device)
                 dropped[rows - cu[b]] = False
                 if dropped.any():
                     assert relevance[dropped].max() <= relevance[~dropped].min() * (1 + 1e-5)
-        assert torch.equal(out.assignment[out.index[:valid]], torch.arange(valid, dtype=torch.int32))
+        assert torch.equal(out.assignment[out.index[:valid]], torch.arange(valid, dtype=torch.int32, device=device))
         received = torch.bincount(out.assignment[out.assignment >= 0].long(), minlength=valid)
         alone = received == 1
         assert torch.equal(out.tokens[:valid][alone], x[out.index[:valid]][alone])
         assert bool((out.gate[:valid] == 1).all())
 
 
-def operators() -> list[str]:
-    return [f"vsc_compress_{b}_fwd" for b in KERNELS]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize(
-    "form", ["dense_keep", "packed_threshold", "packed_capacity", "no_frames", "permuted", "no_gate"]
+    ("form", "dtype"),
+    [
+        *(("dense_keep", dtype) for dtype in DTYPES),
+        *(
+            (form, torch.float32)
+            for form in ("packed_threshold", "packed_capacity", "no_frames", "permuted", "no_gate")
+        ),
+        ("permuted", torch.bfloat16),
+    ],
+    ids=str,
 )
-def test_opcheck(backend: str, dtype: torch.dtype, form: str) -> None:
-    need(backend, dtype)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, form: str) -> None:
+    need(backend, device, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frames = 0 if form == "no_frames" else 2
-    x = testing.tokens(frames * 9, 8, seed=1, dtype=dtype)
-    cu = testing.offsets([9] * frames)
+    x = testing.tokens(frames * 9, 8, seed=1, dtype=dtype, device=device)
+    cu = testing.offsets([9] * frames, device)
     if form in ("dense_keep", "permuted"):
         x, cu = x.view(frames, 9, 8), None
     if form == "permuted":
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    guide, weight = testing.randn(frames, 8, seed=2, dtype=wide), torch.tensor(0.5, dtype=wide)
+    guide = testing.randn(frames, 8, seed=2, dtype=wide, device=device)
+    weight = torch.tensor(0.5, dtype=wide, device=device)
     keep = 4 if cu is None else None
     capacity = 5 if form == "packed_capacity" else None
     args = (
@@ -430,10 +444,10 @@ def test_opcheck(backend: str, dtype: torch.dtype, form: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 @pytest.mark.parametrize("mode", ["keep", "capacity", "threshold"])
-def test_compiles_whole_at_two_sizes(backend: str, mode: str) -> None:
-    need(backend)
+def test_compiles_whole_at_two_sizes(backend: str, device: str, mode: str) -> None:
+    need(backend, device)
     if backend == "reference" and mode != "keep":
         pytest.skip("the reference reads the longest frame on the host")
     options: dict[str, Any] = {"keep": {"keep": 5}, "capacity": {"capacity": 6}, "threshold": {}}[mode]
@@ -446,13 +460,13 @@ def test_compiles_whole_at_two_sizes(backend: str, mode: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True, capture_dynamic_output_shape_ops=True):
         for frames, rows in ((2, 11), (3, 14)):
-            x = testing.tokens(frames * rows, 8, seed=rows)
-            cu = testing.offsets([rows] * frames)
+            x = testing.tokens(frames * rows, 8, seed=rows, device=device)
+            cu = testing.offsets([rows] * frames, device)
             if mode == "keep":
                 x, cu = x.view(frames, rows, 8), None
             x.requires_grad_()
-            guide = testing.randn(frames, 8, seed=1).requires_grad_()
-            weight = torch.tensor(0.4, requires_grad=True)
+            guide = testing.randn(frames, 8, seed=1, device=device).requires_grad_()
+            weight = torch.tensor(0.4, device=device, requires_grad=True)
             results = []
             for function in (compiled, loss):
                 value, index = function(x, cu, guide, weight)
@@ -461,13 +475,13 @@ def test_compiles_whole_at_two_sizes(backend: str, mode: str) -> None:
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_autocast_casts_tokens_and_leaves_guide_and_weight(backend: str) -> None:
-    need(backend, torch.bfloat16)
-    x = testing.tokens(24, 8, seed=1).view(2, 12, 8).requires_grad_()
-    guide = testing.randn(2, 8, seed=2).requires_grad_()
-    weight = torch.tensor(0.25, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_autocast_casts_tokens_and_leaves_guide_and_weight(backend: str, device: str) -> None:
+    need(backend, device, torch.bfloat16)
+    x = testing.tokens(24, 8, seed=1, device=device).view(2, 12, 8).requires_grad_()
+    guide = testing.randn(2, 8, seed=2, device=device).requires_grad_()
+    weight = torch.tensor(0.25, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = vsc_compress(x, None, guide, weight, keep=5, backend=backend)
     assert out.tokens.dtype == out.gate.dtype == torch.bfloat16
     assert out.relevance.dtype == torch.float32
@@ -503,7 +517,7 @@ def test_bad_arguments_get_a_sentence(change: dict[str, Any], sentence: str) -> 
 
 
 def test_offsets_outside_the_rows_are_refused_by_the_kernel() -> None:
-    need("cpp")
+    need("cpp", "cpu")
     for cu in ([0, 4, 9], [1, 4, 6], [0, 5, 4]):
         with pytest.raises(RuntimeError, match="cu_seqlens must"):
             vsc_compress(torch.zeros(6, 4), torch.tensor(cu, dtype=torch.int32), torch.zeros(2, 4), backend="cpp")
@@ -527,7 +541,7 @@ for a, b in zip(*results, strict=True):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
-    need("cpp")
+    need("cpp", "cpu")
     from deepmsi import _host
 
     order = ["baseline", "avx2", "avx512"]

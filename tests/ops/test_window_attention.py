@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepmsi import backend as backends
+from deepmsi import testing
 from deepmsi.ops import window_attention
-from deepmsi.testing import assert_within_budget, generator, offsets, poisoned_memory, randn
+from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, generator, offsets, poisoned_memory, randn
 
+OP = "window_attention"
 HEADS, DEPTH = 2, 3
 
 
@@ -47,8 +49,8 @@ def naive(
     return torch.stack(out)
 
 
-def table_of(window: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return randn((2 * window - 1) ** 2, HEADS, seed=7, dtype=dtype)
+def table_of(window: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    return randn((2 * window - 1) ** 2, HEADS, seed=7, dtype=dtype, device=device)
 
 
 def scale_of(cosine: bool, dtype: torch.dtype = torch.float64) -> Tensor | None:
@@ -166,13 +168,13 @@ def test_low_precision_keeps_the_budget(dtype: torch.dtype) -> None:
     assert_within_budget(got, low, exact)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
-def test_autocast_takes_qkv_alone(backend: str) -> None:
-    need(backend, torch.bfloat16)
-    qkv = randn(1, 4, 4, 3 * HEADS * DEPTH, seed=8).requires_grad_()
-    table = table_of(2, torch.float32).requires_grad_()
-    scale = torch.ones(HEADS, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_autocast_takes_qkv_alone(backend: str, device: str) -> None:
+    need(backend, device, torch.bfloat16)
+    qkv = randn(1, 4, 4, 3 * HEADS * DEPTH, seed=8, device=device).requires_grad_()
+    table = table_of(2, torch.float32, device).requires_grad_()
+    scale = torch.ones(HEADS, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
         out = window_attention(qkv, HEADS, (4, 4), 2, 1, bias_table=table, logit_scale=scale, backend=backend)
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
@@ -182,14 +184,11 @@ def test_autocast_takes_qkv_alone(backend: str) -> None:
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize(
-    ("backend", "packed"),
-    [("reference", True), ("cpp", False), ("cpp", True), ("triton", False), ("triton", True)],
-    ids=lambda value: value if isinstance(value, str) else "packed" if value else "dense",
-)
-def test_compiles_whole_and_for_changing_sizes(backend: str, packed: bool) -> None:
-    need(backend)
-    table, scale = table_of(2, torch.float32), torch.ones(HEADS)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_compiles_whole_and_for_changing_sizes(backend: str, device: str, packed: bool) -> None:
+    need(backend, device)
+    table, scale = table_of(2, torch.float32, device), torch.ones(HEADS, device=device)
 
     def run(qkv: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         return window_attention(
@@ -209,12 +208,12 @@ def test_compiles_whole_and_for_changing_sizes(backend: str, packed: bool) -> No
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for count in (3, 5):
         if packed:
-            places = torch.arange(count, dtype=torch.int32)
-            arguments = (places.repeat(2), offsets([count, count]))
-            qkv = randn(2 * count, 3 * HEADS * DEPTH, seed=count)
+            places = torch.arange(count, dtype=torch.int32, device=device)
+            arguments = (places.repeat(2), offsets([count, count], device))
+            qkv = randn(2 * count, 3 * HEADS * DEPTH, seed=count, device=device)
         else:
             arguments = (None, None)
-            qkv = randn(count, 4, 4, 3 * HEADS * DEPTH, seed=count)
+            qkv = randn(count, 4, 4, 3 * HEADS * DEPTH, seed=count, device=device)
         one, other = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
         out, exact = compiled(one, *arguments), run(other, *arguments)
         torch.testing.assert_close(out, exact)
@@ -251,8 +250,6 @@ def test_mistakes_are_told(change: dict[str, object], words: str) -> None:
 
 # Every backend against the float64 reference.
 
-KERNELS = ("cpp", "triton")
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -315,14 +312,12 @@ CASES = {
 }
 
 
-def need(backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **facts: int) -> None:
-    reason = backends.why_not("window_attention", backend, device, dtype, **facts)
-    if reason is not None:
-        pytest.skip(reason)
+def need(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    testing.need(OP, backend, device, dtype)
 
 
 def run(
-    case: Case, cosine: bool, backend: str, rounded: torch.dtype, held: torch.dtype, device: str = "cpu"
+    case: Case, cosine: bool, backend: str, device: str, rounded: torch.dtype, held: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the output and the gradients of inputs that are rounded to one type and held in another."""
     wide = torch.float64 if held == torch.float64 else torch.float32
@@ -359,11 +354,11 @@ def run(
     return {"out": out.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
-def assert_kernel_keeps_the_budget(case: Case, cosine: bool, backend: str, dtype: torch.dtype, device: str) -> None:
+def assert_kernel_keeps_the_budget(case: Case, cosine: bool, backend: str, device: str, dtype: torch.dtype) -> None:
     with poisoned_memory():
-        got = run(case, cosine, backend, dtype, dtype, device)
-    low = run(case, cosine, "reference", dtype, dtype, device)
-    exact = run(case, cosine, "reference", dtype, torch.float64, device)
+        got = run(case, cosine, backend, device, dtype, dtype)
+    low = run(case, cosine, "reference", device, dtype, dtype)
+    exact = run(case, cosine, "reference", device, dtype, torch.float64)
     for name, wanted in exact.items():
         assert got[name].dtype == low[name].dtype
         scale = None
@@ -380,36 +375,21 @@ def assert_kernel_keeps_the_budget(case: Case, cosine: bool, backend: str, dtype
 
 
 # The interpreter takes seconds where a kernel takes microseconds: of the types that it runs like float32, a few.
-INTERPRETED = [
-    (name, cosine, dtype)
+INTERPRETED = ("ragged_narrow", "skewed", "one_token", "window_9")
+BUDGETED = [
+    pytest.param(*place, name, cosine, dtype, id="-".join([*place, name, "v2" if cosine else "v1", str(dtype)[6:]]))
+    for place in PLACES
     for name in CASES
     for cosine in (True, False)
     for dtype in DTYPES
-    if (cosine and dtype == torch.float32) or name in ("ragged_narrow", "skewed", "one_token", "window_9")
+    if place != ("triton", "cpu") or (cosine and dtype == torch.float32) or name in INTERPRETED
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_cpp_keeps_the_error_budget(device: str, name: str, cosine: bool, dtype: torch.dtype) -> None:
-    need("cpp", dtype, device)
-    assert_kernel_keeps_the_budget(CASES[name], cosine, "cpp", dtype, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("name", CASES)
-def test_triton_keeps_the_error_budget_on_a_gpu(name: str, cosine: bool, dtype: torch.dtype) -> None:
-    need("triton", dtype, "cuda")
-    assert_kernel_keeps_the_budget(CASES[name], cosine, "triton", dtype, "cuda")
-
-
-@pytest.mark.parametrize(("name", "cosine", "dtype"), INTERPRETED, ids=str)
-def test_triton_keeps_the_error_budget_interpreted(name: str, cosine: bool, dtype: torch.dtype) -> None:
-    need("triton", dtype)
-    assert_kernel_keeps_the_budget(CASES[name], cosine, "triton", dtype, "cpu")
+@pytest.mark.parametrize(("backend", "device", "name", "cosine", "dtype"), BUDGETED)
+def test_kernel_keeps_the_error_budget(backend: str, device: str, name: str, cosine: bool, dtype: torch.dtype) -> None:
+    need(backend, device, dtype)
+    assert_kernel_keeps_the_budget(CASES[name], cosine, backend, device, dtype)
 
 
 @settings(max_examples=10, deadline=None)
@@ -436,22 +416,21 @@ def test_any_sizes_keep_the_error_budget(
     if share is not None:
         layout = {"lengths": tuple(int(s * places) for s in share), "tail": tail}
     case = Case(grid, window, shift % window, heads=1, depth=depth, **layout)
-    for backend in KERNELS:
-        if backends.why_not("window_attention", backend, "cpu", torch.float32) is None:
-            assert_kernel_keeps_the_budget(case, cosine, backend, torch.float32, "cpu")
+    for backend, device in PLACES:
+        if backends.why_not(OP, backend, device, torch.float32) is None:
+            assert_kernel_keeps_the_budget(case, cosine, backend, device, torch.float32)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("name", ["window_8", "skewed", "window_9"])
 def test_two_runs_and_any_thread_count_give_the_same_bits(name: str, backend: str, device: str) -> None:
-    need(backend, device=device)
+    need(backend, device)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            results.append(run(CASES[name], True, backend, torch.float32, torch.float32, device))
+            results.append(run(CASES[name], True, backend, device, torch.float32, torch.float32))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -459,39 +438,41 @@ def test_two_runs_and_any_thread_count_give_the_same_bits(name: str, backend: st
             assert torch.equal(value, results[0][key]), key
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_scale_above_the_clamp_gets_no_gradient(backend: str) -> None:
-    need(backend)
-    grads = run(CASES["window_4"], True, backend, torch.float32, torch.float32)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_scale_above_the_clamp_gets_no_gradient(backend: str, device: str) -> None:
+    need(backend, device)
+    grads = run(CASES["window_4"], True, backend, device, torch.float32, torch.float32)
     assert grads["logit_scale"][2] == 0
     assert (grads["logit_scale"][:2] != 0).all()
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_rows_of_zeros_stay_finite(backend: str, cosine: bool) -> None:
-    need(backend)
-    qkv = randn(1, 4, 4, 3 * HEADS * 8, seed=1)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_rows_of_zeros_stay_finite(backend: str, device: str, cosine: bool) -> None:
+    need(backend, device)
+    qkv = randn(1, 4, 4, 3 * HEADS * 8, seed=1, device=device)
     qkv[0, :2] = 0
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         one = qkv.to(dtype).requires_grad_()
-        scale = torch.zeros(HEADS, dtype=dtype) if cosine else None
-        out = window_attention(one, HEADS, (4, 4), 4, 0, bias_table=table_of(4, dtype), logit_scale=scale, backend=name)
+        scale = torch.zeros(HEADS, dtype=dtype, device=device) if cosine else None
+        table = table_of(4, dtype, device)
+        out = window_attention(one, HEADS, (4, 4), 4, 0, bias_table=table, logit_scale=scale, backend=name)
         (grad,) = torch.autograd.grad(out.square().sum(), one)
         assert torch.isfinite(grad).all()
         results.append((out.double(), grad.double()[0, 2:]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_rows_past_the_last_offset_are_not_read(backend: str) -> None:
-    need(backend)
-    layout = {"positions": torch.tensor([0, 3, 5, 9, 10, -7, 99], dtype=torch.int32), "cu_seqlens": offsets([3, 2])}
-    qkv = randn(7, 3 * HEADS * DEPTH, seed=3)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_rows_past_the_last_offset_are_not_read(backend: str, device: str) -> None:
+    need(backend, device)
+    positions = torch.tensor([0, 3, 5, 9, 10, -7, 99], dtype=torch.int32, device=device)
+    layout = {"positions": positions, "cu_seqlens": offsets([3, 2], device)}
+    qkv = randn(7, 3 * HEADS * DEPTH, seed=3, device=device)
     qkv[5:] = torch.nan
     qkv.requires_grad_()
-    table = table_of(2, torch.float32).requires_grad_()
+    table = table_of(2, torch.float32, device).requires_grad_()
     out = window_attention(qkv, HEADS, (3, 4), 2, 1, bias_table=table, backend=backend, **layout)
     grads = torch.autograd.grad(out.square().sum(), (qkv, table))
     assert not out[5:].any()
@@ -513,7 +494,7 @@ def test_rows_past_the_last_offset_are_not_read(backend: str) -> None:
     ids=str,
 )
 def test_bad_positions_are_refused_on_the_cpu(positions: list[int], cu: list[int], words: str) -> None:
-    need("cpp")
+    need("cpp", "cpu")
     with pytest.raises(RuntimeError, match=words):
         window_attention(
             randn(4, 3 * HEADS * DEPTH, seed=1),
@@ -541,25 +522,27 @@ def test_bad_positions_are_refused_on_the_cpu(positions: list[int], cu: list[int
     ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", KERNELS)
-def test_opcheck(backend: str, form: str, dtype: torch.dtype) -> None:
-    need(backend, dtype)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_opcheck(backend: str, device: str, form: str, dtype: torch.dtype) -> None:
+    need(backend, device, dtype)
     rows = 0 if form == "empty" else 8
     width = 3 * HEADS * DEPTH
-    qkv = randn(rows, width, seed=1, dtype=dtype)
+    qkv = randn(rows, width, seed=1, dtype=dtype, device=device)
     if form == "strided":
-        qkv = randn(width, rows, seed=1, dtype=dtype).t()
-    table, scale = table_of(2, torch.float32), None if form == "dense_v1" else torch.tensor([1.5, 10.0])
+        qkv = randn(width, rows, seed=1, dtype=dtype, device=device).t()
+    table = table_of(2, torch.float32, device)
+    scale = None if form == "dense_v1" else torch.tensor([1.5, 10.0], device=device)
     positions = cu_seqlens = None
     if form == "packed":
-        positions, cu_seqlens = torch.tensor([0, 1, 3, 5, 2, 4, 7, 0], dtype=torch.int32), offsets([4, 3])
+        positions = torch.tensor([0, 1, 3, 5, 2, 4, 7, 0], dtype=torch.int32, device=device)
+        cu_seqlens = offsets([4, 3], device)
     sizes = (HEADS, 2, 4, 2, 1)
     forward = getattr(torch.ops.deepmsi, f"window_attention_{backend}_fwd").default
     backward = getattr(torch.ops.deepmsi, f"window_attention_{backend}_bwd").default
     leaves = [x if x is None else x.detach().requires_grad_() for x in (qkv, table, scale)]
     torch.library.opcheck(forward, (*leaves, DEPTH**-0.5, positions, cu_seqlens, *sizes))
     out, lse = forward(qkv, table, scale, DEPTH**-0.5, positions, cu_seqlens, *sizes)
-    grad = randn(*out.shape, seed=2, dtype=dtype)
+    grad = randn(*out.shape, seed=2, dtype=dtype, device=device)
     if form == "strided":
         grad = grad.t().contiguous().t()
     torch.library.opcheck(backward, (grad, qkv, out, lse, table, scale, DEPTH**-0.5, positions, cu_seqlens, *sizes))
