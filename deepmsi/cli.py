@@ -54,6 +54,13 @@ class Resize(StrEnum):
     pad = "pad"
 
 
+class Modality(StrEnum):
+    """Whose encoder is fine-tuned."""
+
+    text = "text"
+    audio = "audio"
+
+
 class TimelineFormat(StrEnum):
     """How a timeline is written."""
 
@@ -163,15 +170,34 @@ def demo(
 
 
 @app.command()
-def check(manifest: ManifestArg, as_json: JsonOpt = False) -> None:
+def check(
+    source: Annotated[
+        str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
+    ],
+    raw: Annotated[Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.")] = None,
+    label_set: Annotated[
+        str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Look through a manifest: what is missing, corrupt, too short or long, duplicated; counts per label.
 
-    Exits with 1 where it found problems that keep rows from being used.
+    Of a release (`deepmsi check iemocap RAW`) the labels and files are held against the published counts. Exits with
+    1 where it found problems that keep rows from being used, or counts that differ.
     """
     from deepmsi.data.check import check as check_manifest
+    from deepmsi.data.check import check_release
+    from deepmsi.data.release import RELEASES
 
+    if raw is None and source in RELEASES and not Path(source).exists():
+        raise UserError(f"check {source} needs the folder of the release: deepmsi check {source} RAW")
+    if raw is not None and source not in RELEASES:
+        raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
+    if label_set is not None and (raw is None or source != "iemocap"):
+        raise UserError("--label-set goes with: deepmsi check iemocap RAW")
+    settings = {} if label_set is None else {"label_set": label_set}
     with _reserved_stdout() as result:
-        report = check_manifest(manifest)
+        report = check_manifest(Path(source)) if raw is None else check_release(source, raw, **settings)
         if as_json:
             _dump(report.to_dict(), result)
         else:
@@ -295,15 +321,55 @@ def train(
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.run import train as train_recipe
 
-    chosen = None if folds is None else [name.strip() for name in folds.split(",") if name.strip()]
-    if chosen is not None and not chosen:
-        raise UserError("--folds names no fold; give numbers separated by commas, such as --folds 3,4")
     with _reserved_stdout() as result:
-        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume, folds=chosen)
+        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume, folds=_names(folds))
         if as_json:
             _dump(metrics, result)
         else:
             result.write(_render_metrics(metrics) + f"run: {out}\n")
+
+
+@app.command()
+def finetune(
+    modality: Annotated[Modality, typer.Argument(help="Whose encoder is trained.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that the features are for.")],
+    data: DataOpt,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for encoders and scores.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. text.encoder=FOLDER.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
+    folds: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Fine-tune the text or the audio encoder alone, on the training part of each fold only.
+
+    Each fold's encoder is DIR/folds/NAME/encoder (DIR/encoder of a manifest's own split), a folder of transformers.
+    `deepmsi prepare MANIFEST --out PREPARED --text-encoder THAT` extracts features with it, and `deepmsi train RECIPE
+    --data PREPARED --set text.encoder=features --folds NAME` uses them; features whose encoder saw the rows that a
+    fold reports are refused.
+    """
+    from deepmsi.train.finetune import finetune as finetune_encoder
+    from deepmsi.train.recipe import load_recipe
+
+    with _reserved_stdout() as result:
+        loaded = load_recipe(recipe, settings or [])
+        metrics = finetune_encoder(modality.value, loaded, data, out, resume=resume, folds=_names(folds))
+        if as_json:
+            _dump(metrics, result)
+        else:
+            made = sorted(str(path.parent) for path in out.glob("**/encoder/deepmsi.json"))
+            result.write(_render_metrics(metrics) + "".join(f"encoder: {path}\n" for path in made))
+
+
+def _names(folds: str | None) -> list[str] | None:
+    """The folds of --folds; None for all."""
+    if folds is None:
+        return None
+    names = [name.strip() for name in folds.split(",") if name.strip()]
+    if not names:
+        raise UserError("--folds names no fold; give numbers separated by commas, such as --folds 3,4")
+    return names
 
 
 @app.command()

@@ -14,7 +14,7 @@ from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import Manifest, Problem, Row, count_labels, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
-from deepmsi.data.release import count_differences
+from deepmsi.data.release import count_differences, read_release
 from deepmsi.data.released import FILES
 from deepmsi.errors import UserError
 
@@ -101,6 +101,36 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
             "video": sum(row.video is not None or row.frames is not None for row in manifest.rows),
             "sound": sum(_has_sound(row, looked) for row in manifest.rows),
             "text": sum(row.text is not None or row.text_features is not None for row in manifest.rows),
+        },
+    )
+
+
+def check_release(name: str, raw: str | os.PathLike[str], **settings: Any) -> CheckReport:
+    """Hold a raw release's labels and files against the published counts, without decoding anything.
+
+    Args:
+        name: one of ``deepmsi.data.release.RELEASES``.
+        raw: the folder of the release, at any nesting; parts of it may be missing, and are told.
+        settings: keyword arguments of its reader, such as ``label_set``.
+
+    Returns:
+        The report: counts that differ are problems, the reader's notes are warnings.
+
+    Raises:
+        UserError: the folder holds no such release.
+    """
+    release = read_release(name, Path(raw), **{"partial": True, **settings})
+    where = str(raw)
+    return CheckReport(
+        path=Path(raw),
+        rows=len(release.rows),
+        problems=tuple(Problem("error", where, sentence) for sentence in release.differences),
+        warnings=tuple(Problem("warning", where, sentence) for sentence in release.notes),
+        counts=count_labels(release.rows),
+        modalities={
+            "video": sum(row.video is not None for row in release.rows),
+            "sound": sum(row.audio is not None or (name == "meld" and row.video is not None) for row in release.rows),
+            "text": sum(row.text is not None for row in release.rows),
         },
     )
 

@@ -66,13 +66,16 @@ def text_stage(rows: Sequence[Row], folder: Path, options: PrepareOptions, progr
     if options.text_encoder is None:
         remove_beyond(folder, "text", 0)
         return Stage()
-    texts = {i: row.text for i, row in enumerate(rows) if row.text is not None}
+    from deepmsi.models.encoders import build_feature_encoder, context_strings
+    from deepmsi.models.finetuned import read_notes
+
+    encoder = options.text_encoder
+    notes = read_notes(encoder)
+    strings = context_strings(rows, notes.reads.get("context", 0) if notes else 0)
+    texts = {i: text for i, text in enumerate(strings) if text is not None}
 
     def build() -> tuple[Any, Any]:
-        from deepmsi.models.config import TextConfig
-        from deepmsi.models.encoders import build_text_encoder
-
-        return build_text_encoder(TextConfig(encoder=options.text_encoder or "", finetune=False))
+        return build_feature_encoder("text", encoder)
 
     inputs = {i: digest(text) for i, text in texts.items()}
     return _stage("text", options.text_encoder, inputs, texts.__getitem__, build, rows, folder, progress)
@@ -94,11 +97,9 @@ def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: Prepar
         return stored[position : position + length].astype(np.float32) / np.float32(32768)
 
     def build() -> tuple[Any, Any]:
-        from deepmsi.models.config import AudioConfig
-        from deepmsi.models.encoders import build_audio_encoder
+        from deepmsi.models.encoders import build_feature_encoder
 
-        config = AudioConfig(encoder=options.audio_encoder or "", sample_rate=options.sample_rate, finetune=False)
-        return build_audio_encoder(config)
+        return build_feature_encoder("audio", options.audio_encoder or "", options.sample_rate)
 
     return _stage("audio", options.audio_encoder, inputs, waveform, build, rows, folder, progress)
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,15 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
             f"{manifest.path}: none of the {len(manifest.rows)} rows could be prepared; the first reason: "
             f"{listed[0]['reason']} (all are in {folder / FAILURES})"
         )
+    from deepmsi.models.finetuned import read_notes
+
+    named = {"text": options.text_encoder, "audio": options.audio_encoder}
+    notes = {modality: found for modality, name in named.items() if name and (found := read_notes(name))}
     content = {
         "format": FORMAT,
         "version": VERSION,
         "options": options.model_dump(),
+        **({"encoders": {modality: asdict(found) for modality, found in notes.items()}} if notes else {}),
         "feature_dims": dims,
         "rows": rows,
         "shards": shards,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deepmsi.data.files import digest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.errors import UserError
 
@@ -83,7 +84,10 @@ class PreparedData:
         options: the PrepareOptions that made it.
         failures: ``{"id", "modality", "reason"}`` of each thing that could not be prepared.
         feature_dims: ``{"text": D, "audio": D}`` of the stored features; a modality without is not a key.
+        encoders: of the modalities whose features come from an encoder that `deepmsi finetune` made: its notes
+            (`deepmsi.models.finetuned.EncoderNotes`), among them the ids of the rows that it saw.
         fingerprint: hexadecimal digest of rows, options and array contents.
+        content: the same without the features and their encoders, equal for folders that differ in those alone.
     """
 
     def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
@@ -96,7 +100,9 @@ class PreparedData:
             PreparedRow(**{**row, "slots": {kind: tuple(slot) for kind, slot in row["slots"].items()}})
             for row in index["rows"]
         ]
+        self.encoders: dict[str, dict[str, Any]] = dict(index.get("encoders") or {})
         self._shards: Mapping[str, Mapping[str, Any]] = index["shards"]
+        self.content = _content(index)
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
 
     @classmethod
@@ -202,6 +208,17 @@ class PreparedData:
                 end = slot[1] + (1 if kind == "frames" else slot[2])
                 if min(slot) < 0 or end > length:
                     raise ValueError(f"row {row.id!r} lies outside its shard")
+
+
+def _content(index: Mapping[str, Any]) -> str:
+    options = {name: value for name, value in index["options"].items() if not name.endswith("_encoder")}
+    rows = [
+        {name: value for name, value in row.items() if name not in ("video", "audio")}
+        | {"slots": {kind: slot for kind, slot in row["slots"].items() if not kind.endswith("_features")}}
+        for row in index["rows"]
+    ]
+    shards = {name: entry for name, entry in index["shards"].items() if not name.endswith("_features.npy")}
+    return digest([options, rows, shards])
 
 
 def shard_name(shard: int, kind: str) -> str:

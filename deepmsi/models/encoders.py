@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, AudioConfig, TextConfig
+from deepmsi.models.finetuned import read_notes
 from deepmsi.models.offline import (
     HashingTextEncoder,
     HashingTokenizer,
@@ -350,6 +351,8 @@ def build_feature_encoder(
 ) -> tuple[nn.Module, Callable[[Any], dict[str, Tensor]]]:
     """Build the frozen encoder that utterance vectors were prepared with, in eval mode.
 
+    One that was fine-tuned here reads (pooling, length, context) as it was trained to.
+
     Args:
         modality: "text" or "audio".
         name: a hub name or a local folder.
@@ -361,23 +364,30 @@ def build_feature_encoder(
     Raises:
         UserError: the encoder cannot be had.
     """
+    notes = read_notes(name)
+    if notes is not None and notes.modality != modality:
+        raise UserError(f"{name} is an encoder of {notes.modality}, not of {modality}.")
+    reads = notes.reads if notes is not None else {}
     if modality == "text":
-        text, tokenizer = build_text_encoder(TextConfig(encoder=name, finetune=False))
+        text, tokenizer = build_text_encoder(TextConfig(encoder=name, finetune=False, **reads))
         return text.eval(), tokenizer
-    audio, padding = build_audio_encoder(AudioConfig(encoder=name, sample_rate=sample_rate, finetune=False))
+    config = AudioConfig(encoder=name, sample_rate=sample_rate, finetune=False, **reads)
+    audio, padding = build_audio_encoder(config)
     return audio.eval(), padding
 
 
-def save_encoder(module: nn.Module, processor: Any, folder: Path) -> None:
-    """Write what `build_*_encoder(..., saved=folder)` rebuilds a trained encoder from, but for its weights.
+def save_encoder(module: nn.Module, processor: Any, folder: Path, weights: bool = False) -> None:
+    """Write what `build_*_encoder(..., saved=folder)` rebuilds a trained encoder from; its weights on request.
+
+    With the weights the folder is one of transformers, to be named as any other.
 
     Offline encoders need nothing but the configuration, frozen ones stay where their name points: nothing is
     written for either.
     """
     if not isinstance(module, PretrainedEncoder) or not module.finetune:
         return
-    folder.mkdir(parents=True)
-    module.model.config.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (module.model if weights else module.model.config).save_pretrained(folder)
     if isinstance(processor, TokenizerProcessor):
         processor.save(folder)
     else:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 INK, GRID, ACCENT = "#2b2f36", "#e4e6ea", ("#2f6db5", "#d0663a", "#4c9a6a", "#8a63b0", "#b59a2f", "#5d7783")
+CLASSES = (*ACCENT, "#c2508a", "#3aa5b3", "#7d5a3c", "#9aa53a")
 DISPLAY_SIZE = 192  # pixels; small frames are enlarged to it by whole factors
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
@@ -53,6 +54,45 @@ def tokens_over_frame(frame: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDAr
     out[np.flatnonzero(np.diff(rows)) + 1] *= 0.93
     out[:, np.flatnonzero(np.diff(columns)) + 1] *= 0.93
     return out.clip(0, 255).astype(np.uint8)
+
+
+def scatter_uri(points: NDArray[np.float64], classes: Sequence[str], right: NDArray[np.bool_]) -> str:
+    """Plot points [n, 2] coloured by class as an SVG data URI; wrongly predicted ones are hollow.
+
+    Args:
+        points: [n, 2].
+        classes: the true class of each.
+        right: [n], whether it was predicted.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes: Any = figure.add_subplot()
+    names = np.asarray(classes)
+    for number, name in enumerate(dict.fromkeys(classes)):
+        colour = CLASSES[number % len(CLASSES)]
+        for mine, face in (((names == name) & right, colour), ((names == name) & ~right, "none")):
+            axes.scatter(
+                points[mine, 0],
+                points[mine, 1],
+                s=22,
+                linewidths=1.0,
+                edgecolors=colour,
+                facecolors=face,
+                alpha=0.85,
+                marker="o" if number < len(CLASSES) else "s",
+            )
+        axes.scatter([], [], s=26, color=colour, label=name.replace("$", r"\$"))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _uri("image/svg+xml", buffer.getvalue())
 
 
 def curve_uri(lines: Series) -> str:

@@ -50,6 +50,8 @@ def report(run: str | os.PathLike[str]) -> Path:
 def build_context(facts: RunFacts) -> dict[str, Any]:
     """Compute everything that the templates show."""
     tokens, missing = _tokens(facts)
+    embeddings, reason = _embeddings(facts)
+    missing += [reason] if reason else []
     recipe = facts.recipe
     name = str(recipe.get("name") or facts.made.get("recipe") or facts.path.name)
     if not facts.ablation:
@@ -59,6 +61,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         )
     return {
         "title": name,
+        "protocol": str((facts.metrics or {}).get("protocol") or facts.made.get("protocol") or "a protocol not told"),
         "description": recipe.get("description") or "",
         "made": _made(facts),
         "scores": _scores(facts.metrics),
@@ -75,10 +78,11 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         ],
         "retrained": facts.retrained,
         "tokens": tokens,
+        "embeddings": embeddings,
         "errors": _errors(facts),
         "n_errors": sum(not row.right for row in facts.predictions),
         "speakers": [{"name": speaker, "n": n, "accuracy": accuracy} for speaker, n, accuracy in speakers_table(facts)],
-        "paper": _paper(facts.metrics),
+        "paper": _paper(facts),
         "missing": [*facts.missing, *missing],
         "names": NAMES,
     }
@@ -103,10 +107,21 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("command", made.get("command")),
         ("versions", versions),
         ("device", made.get("device")),
+        ("speed", _speed(made.get("speed"))),
         ("started", made.get("started")),
         ("took", f"{made['seconds']:.0f} s" if isinstance(made.get("seconds"), int | float) else None),
     ]
     return [(name, _phrase(value)) for name, value in pairs if value is not None and value != "" and value != {}]
+
+
+def _speed(speed: Any) -> str | None:
+    """What training did per second, and what it took of the memory."""
+    if not isinstance(speed, Mapping) or "utterances_per_second" not in speed:
+        return None
+    words = f"{speed['utterances_per_second']:g} utterances a second in training (its evaluations included)"
+    words += f", peak memory {speed['peak_memory_mib']:.0f} MiB"
+    gpu = speed.get("peak_gpu_memory_mib")
+    return f"{words}, on the GPU {gpu:.0f} MiB" if gpu else words
 
 
 def _phrase(value: Any) -> str:
@@ -187,6 +202,18 @@ def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:
     return strips, []
 
 
+def _embeddings(facts: RunFacts) -> tuple[dict[str, Any] | None, str | None]:
+    from deepmsi.report.embeddings import embedding_map
+
+    if facts.data is None:
+        return None, None  # the page names the missing data once
+    found, reason = embedding_map(facts)
+    if found is None:
+        return None, reason
+    uri = figures.scatter_uri(found.points, found.labels, found.right)
+    return {"uri": uri, "n": len(found.labels), "of": found.of, "trained": found.trained}, None
+
+
 def _errors(facts: RunFacts) -> list[dict[str, Any]]:
     rows = {row.id: i for i, row in enumerate(facts.data.rows)} if facts.data is not None else {}
     return [_error(facts, scored, rows.get(scored.id)) for scored in worst_errors(facts.predictions)]
@@ -210,8 +237,9 @@ def _error(facts: RunFacts, scored: ScoredRow, i: int | None) -> dict[str, Any]:
     }
 
 
-def _paper(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _paper(facts: RunFacts) -> dict[str, Any] | None:
     """The paper's tables beside this run's figures, where the label set is MELD's or IEMOCAP's."""
+    metrics = facts.metrics
     published = published_for(metrics["labels"]) if metrics and "labels" in metrics else None
     if metrics is None or published is None:
         return None
@@ -227,7 +255,20 @@ def _paper(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "columns": published.table.columns,
         "rows": published.table.rows,
         "own": own,
-        "ablation": published.ablation,
+        "ablation": _table_3(facts, published.ablation),
         "note": published.table.note,
         "protocol": PROTOCOL,
     }
+
+
+def _table_3(facts: RunFacts, published: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """The rows of Table 3, and those that the paper leaves out, with this run's ablation beside them."""
+    printed = {name: (accuracy, f1) for name, accuracy, f1 in published}
+    own = {name: (100 * line["accuracy"], 100 * line["weighted_f1"]) for name, line in facts.ablation}
+    names = list(dict.fromkeys([*("T", "A", "V", "T+A", "T+V", "A+V", "T+A+V"), *printed]))
+    none = (None, None)
+    return [
+        {"name": name, "published": printed.get(name, none), "own": own.get(name, none)}
+        for name in names
+        if name in printed or name in own
+    ]

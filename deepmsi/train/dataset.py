@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,18 @@ def check_data(data: PreparedData, config: ModelSections) -> None:
                 f"reads {section.dim}: they come from another encoder; set {name}.dim, or prepare them "
                 "again."
             )
+        source, found = section.features_from, getattr(data.options, f"{name}_encoder")
+        if section.encoder == "features" and source and found and _place(source) != _place(found):
+            raise UserError(
+                f"{data.path} holds {name} features of {found} and the model reads those of {source}: prepare the "
+                f"data with that encoder, or set {name}.features_from."
+            )
+
+
+def _place(encoder: str) -> str:
+    """A folder by its real path, a hub name as it is."""
+    path = Path(encoder).expanduser()
+    return str(path.resolve()) if path.is_dir() else encoder
 
 
 @dataclass

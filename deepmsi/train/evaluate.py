@@ -60,10 +60,13 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         prepared = open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
+    for name in result["modalities"]:
+        if name in prepared.encoders and getattr(model.config, name).encoder == "features":
+            trained |= set(prepared.encoders[name]["seen"])
     seen = sum(row[0] in trained for row in predictions)
     result["rows_seen_in_training"] = seen
     if seen:
-        note(f"{seen} of {len(predictions)} rows have the id of a row that this run trained on.")
+        note(f"{seen} of {len(predictions)} rows have the id of a row that this run or its encoders trained on.")
     if out is not None:
         write_predictions(Path(out) / PREDICTIONS, predictions, model.config.names)
         write_json(Path(out) / METRICS, result)

@@ -65,7 +65,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     single = protocol.name == "split-column"
     splits = _read_json(run / SPLITS)
     done = {
-        name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"]["fingerprint"])
+        name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"].get("content"))
         for name, parts in splits.items()
         if (fold_folder(run, name, single) / FOLD).is_file()
     }
@@ -114,7 +114,7 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
     return pooled
 
 
-def _read_fold(folder: Path, ids: Sequence[str], fingerprint: str) -> _Scored:
+def _read_fold(folder: Path, ids: Sequence[str], content: str | None) -> _Scored:
     facts = _read_json(folder / FOLD)
     again = f"delete {folder} to run that fold again"
     try:
@@ -122,7 +122,7 @@ def _read_fold(folder: Path, ids: Sequence[str], fingerprint: str) -> _Scored:
             _, *rows = list(csv.reader(stream))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / PREDICTIONS} cannot be read ({error}): {again}.") from None
-    if facts.get("fingerprint", fingerprint) != fingerprint:
+    if facts.get("content", content) != content:
         raise UserError(f"{folder} was run on other data than the run that it lies in: {again}.")
     if [row[0] for row in rows if row] != list(ids):
         raise UserError(f"{folder} holds other rows than {SPLITS} gives it: {again}.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shlex
 import shutil
 import sys
@@ -48,7 +49,7 @@ from deepmsi.train.inference import predict_logits, process_rank
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
 from deepmsi.train.losses import class_weights
 from deepmsi.train.metrics import compute_metrics
-from deepmsi.train.protocols import Fold, inner_folds, make_folds
+from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
 from deepmsi.train.seeding import derive_seed, seed_torch
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
     from deepmsi.train.trainer import FitResult
 
+DEV = "the dev part"
 # What may differ between a run and its continuation: it changes no number.
 FREE = (
     {"name", "description"},
@@ -65,7 +67,14 @@ FREE = (
 
 
 def train(
-    recipe: Recipe, data: Path, out: Path, resume: bool = False, folds: Sequence[str | int] | None = None
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    folds: Sequence[str | int] | None = None,
+    *,
+    plan: Recipe | None = None,
+    on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
 ) -> dict[str, Any]:
     """Train as a recipe says, and measure by its protocol.
 
@@ -81,6 +90,9 @@ def train(
             newest checkpoint that validates.
         folds: names or numbers (from 1) of the folds to run; the others may run elsewhere or later into the same
             directory. Scores and the final fit follow when all are there.
+        plan: the recipe whose folds are taken, where this one reads fewer modalities and thus fewer rows.
+        on_fold: called in the first process with the model of each fold and of the final fit, its folder, its name
+            and the ids of the rows that trained it or chose its epoch.
 
     Returns:
         What `metrics.json` holds.
@@ -91,7 +103,7 @@ def train(
     data, out = Path(data), Path(out)
     _start_processes(recipe)
     try:
-        return _Run(recipe, data, out, resume, folds).go()
+        return _Run(recipe, data, out, resume, folds, plan, on_fold).go()
     finally:
         _barrier()
 
@@ -105,8 +117,18 @@ class _Part:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, data: Path, out: Path, resume: bool, folds: Sequence[str | int] | None) -> None:
-        self.out, self.resume = out, resume
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Path,
+        out: Path,
+        resume: bool,
+        folds: Sequence[str | int] | None,
+        plan: Recipe | None = None,
+        on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
+    ) -> None:
+        self.out, self.resume, self.on_fold = out, resume, on_fold
+        self.trained: list[tuple[float, float]] = []
         self.main = process_rank()[0] == 0
         started = _check_directory(out, resume or folds is not None)
         self.data = _on_main_first(
@@ -116,10 +138,12 @@ class _Run:
         check_data(self.data, recipe)
         self.selection = select_rows(self.data.rows, recipe, recipe.labels, recipe.exclude_labels)
         self.rows = [self.data.rows[i] for i in self.selection.indices]
-        self.folds = make_folds(recipe.protocol, self.rows, recipe.seed)
+        self.folds = self._make_folds(recipe if plan is None else plan)
         self.chosen = _choose_folds(self.folds, folds)
         self.single = recipe.protocol.name == "split-column"
         _check_selection(recipe, self.folds)
+        left = [fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()]
+        _check_encoders(recipe, self.data, {fold.name: self._ids(fold)["test"] for fold in left})
         if started is not None:
             _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
         self.facts = started or self._describe(data)
@@ -140,19 +164,45 @@ class _Run:
         self._say_what_is_never_predicted(result)
         if result["complete"]:
             if not self.single and self.recipe.protocol.final_fit:
-                self._final_fit()
+                if {notes["fold"] for notes in self.data.encoders.values()} & {fold.name for fold in self.folds}:
+                    note("The final fit waits for features of the encoder that was fine-tuned on all rows.")
+                else:
+                    self._final_fit()
         else:
             done = [fold["name"] for fold in result["folds"]]
             missing = [fold.name for fold in self.folds if fold.name not in done]
             note(f"Folds still to run: {', '.join(missing)}; the figures cover the others, the final fit waits.")
         if self.main:
             self.facts["seconds"] = round(self.facts.get("seconds", 0.0) + time.time() - begun, 1)
+            self.facts["speed"] = self._speed() or self.facts.get("speed")
             self.facts["finished"] = _now() if result["complete"] else None
             write_json(self.out / RUN, self.facts)
         return result
 
+    def _make_folds(self, plan: Recipe) -> list[Fold]:
+        if plan is self.recipe:
+            return make_folds(plan.protocol, self.rows, plan.seed)
+        whole = select_rows(self.data.rows, plan, plan.labels, plan.exclude_labels)
+        folds = make_folds(plan.protocol, [self.data.rows[i] for i in whole.indices], plan.seed)
+        return restrict_folds(folds, whole.indices, self.selection.indices)
+
     def _folder(self, fold: Fold) -> Path:
         return fold_folder(self.out, fold.name, self.single)
+
+    def _speed(self) -> dict[str, float] | None:
+        """Utterances trained on per second, and the peaks of this process's memory."""
+        utterances, seconds = (sum(column) for column in zip((0.0, 0.0), *self.trained, strict=True))
+        if not utterances:
+            return None
+        # Linux counts ru_maxrss in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        speed = {
+            "utterances_per_second": round(utterances / seconds, 2),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20),
+        }
+        if torch.cuda.is_available():
+            speed["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        return speed
 
     @staticmethod
     def _say_what_is_never_predicted(result: dict[str, Any]) -> None:
@@ -184,6 +234,10 @@ class _Run:
         if self.single:
             _save_model(model, self.out / "model")
         if self.main:
+            if self.on_fold is not None:
+                parts = self._ids(fold)
+                chosen_on = parts.get("dev", []) if epochs_from == DEV else []
+                self.on_fold(model, folder, fold.name, [*parts["train"], *chosen_on])
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
             write_predictions(folder / PREDICTIONS, rows, names)
@@ -191,7 +245,7 @@ class _Run:
                 "name": fold.name,
                 "train": len(fold.train),
                 "test": len(fold.test),
-                "fingerprint": self.data.fingerprint,
+                "content": self.data.content,
                 "epochs": result.epochs,
                 "kept_epoch": result.kept_epoch,
                 "epochs_from": epochs_from,
@@ -211,6 +265,8 @@ class _Run:
         seed = derive_seed(self.recipe.seed, "final")
         model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
         _save_model(model, self.out / "model")
+        if self.main and self.on_fold is not None:
+            self.on_fold(model, self.out, "all rows", [row.id for row in self.rows])
         self.facts["final_fit"] = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
 
     def _fit(
@@ -230,7 +286,7 @@ class _Run:
         if selection in ("last", "dev"):
             part = _Part(train, dev)
             model, result = self._fit_part(name, folder, part, seed, keep_best=selection == "dev" and dev is not None)
-            return model, result, "the recipe" if selection == "last" else "the dev part"
+            return model, result, "the recipe" if selection == "last" else DEV
         repeats = settings.inner_repeats if selection == "inner-folds" else 1
         parts = inner_folds(self.rows, train, protocol, settings.inner_folds, repeats, self.recipe.seed)
         if selection == "inner-validation":
@@ -294,6 +350,7 @@ class _Run:
             checkpoints=checkpoints,
         )
         result = run_fit(model, fit)
+        self.trained.append((result.utterances, result.seconds))
         if self.main:
             (folder / "best.safetensors").unlink(missing_ok=True)
         return model, result
@@ -344,6 +401,7 @@ class _Run:
             "data": {
                 "path": str(data),
                 "fingerprint": self.data.fingerprint,
+                "content": self.data.content,
                 "rows": len(self.data.rows),
                 "used": len(self.rows),
                 "left_out": self.selection.left_out,
@@ -409,6 +467,8 @@ def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
                 plain[name]["dim"] = data.feature_dims[name]
             if section.features_from is None:
                 plain[name]["features_from"] = getattr(data.options, f"{name}_encoder")
+            if name == "text" and name in data.encoders:
+                plain[name]["context"] = data.encoders[name]["reads"].get("context", 0)
     if any("frames" in row.slots for row in data.rows) and recipe.vision.backbone != "none":
         for key in ("resize", "face"):
             found = getattr(data.options, key)
@@ -436,6 +496,25 @@ def _check_selection(recipe: Recipe, folds: Sequence[Fold]) -> None:
         )
 
 
+def _check_encoders(recipe: Recipe, data: PreparedData, reported: dict[str, list[str]]) -> None:
+    """Refuse features whose encoder saw rows that are to be reported."""
+    if recipe.protocol.seen_features:
+        return
+    for name in ("text", "audio"):
+        if getattr(recipe, name).encoder != "features" or name not in data.encoders:
+            continue
+        notes = data.encoders[name]
+        seen = set(notes["seen"])
+        for fold, ids in reported.items():
+            if known := [row_id for row_id in ids if row_id in seen]:
+                raise UserError(
+                    f"The {name} features of {data.path} come from an encoder that was trained on {len(known)} of the "
+                    f"{len(ids)} rows that fold {fold!r} reports ({known[0]!r}): take the encoder that deepmsi "
+                    f"finetune made for that fold (this one is of {notes['fold']!r}), or set "
+                    "protocol.seen_features=true, and the figures are marked as leaking."
+                )
+
+
 def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> list[Fold]:
     if wanted is None:
         return list(folds)
@@ -455,7 +534,9 @@ def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> 
 
 def _check_same(facts: dict[str, Any], recipe: Recipe, started: Recipe, data: PreparedData, out: Path) -> None:
     """Refuse to continue a run with another recipe or other data."""
-    if facts["data"]["fingerprint"] != data.fingerprint:
+    same = facts["data"]["fingerprint"] == data.fingerprint
+    # Every fold has features of its own where the encoders were fine-tuned on its training part.
+    if not same and not (data.encoders and facts["data"].get("content") == data.content):
         raise UserError(f"{out} was begun with other data: resume it with the same, or give another directory.")
     differing = _first_difference(_identity(started), _identity(recipe))
     if differing:
@@ -468,6 +549,9 @@ def _check_same(facts: dict[str, Any], recipe: Recipe, started: Recipe, data: Pr
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.model_dump(mode="json")
+    for name in ("text", "audio"):  # the data's fingerprint says which encoder their features are of
+        plain[name].pop("features_from")
+        plain["prepare"].pop(f"{name}_encoder")
     return {key: value for key, value in plain.items() if key not in FREE[0]} | {
         "train": {key: value for key, value in plain["train"].items() if key not in FREE[1]}
     }

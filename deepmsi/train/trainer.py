@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class FitResult:
 
     epochs: int
     kept_epoch: int
+    utterances: float = 0.0
+    """Utterances trained on by this process group, every epoch counted; none of those before a resume."""
+    seconds: float = 0.0
+    """What that took, with the evaluations between epochs."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """One dictionary per evaluated epoch: epoch, loss, and the scores of `SUMMARY`."""
 
@@ -110,15 +115,19 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
     curve = _curve(state.get("log_history", []))
+    utterances = seconds = 0.0
     epochs_done = state.get("epoch") or 0.0
     if start is not None and _is_over(fit, curve, epochs_done):
         load_weights(model, start / checkpoints.WEIGHTS)
         epochs = round(epochs_done)
     else:
+        begun = time.perf_counter()
         with warnings_of_transformers_off(), _collected_quickly():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         curve = _curve(trainer.state.log_history)
         epochs = round(trainer.state.epoch or 0)
+        seconds = time.perf_counter() - begun
+        utterances = ((trainer.state.epoch or 0) - epochs_done) * trainer.batches.size
     trainer.kept.remove()
     model.to(trainer.args.device)
     kept = epochs
@@ -128,7 +137,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
             _barrier()
             load_weights(model, fit.folder / BEST)
     model.eval()
-    return FitResult(epochs, kept, curve)
+    return FitResult(epochs, kept, utterances, seconds, curve)
 
 
 class _Step(nn.Module):

@@ -1,0 +1,150 @@
+"""Encoders fine-tuned fold by fold: what they saw is noted, and features that saw reported rows are refused."""
+
+import csv
+import json
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_corpus import LABELS, make_recipe
+
+from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.store import PreparedData
+from deepmsi.errors import UserError
+from deepmsi.models.encoders import build_feature_encoder
+from deepmsi.models.finetuned import NOTES, read_notes
+from deepmsi.train.evaluate import evaluate
+from deepmsi.train.finetune import finetune
+from deepmsi.train.recipe import Recipe
+from deepmsi.train.run import train
+
+SAID = {"anger": "you ! you !", "joy": "i am so happy !", "sadness": "i am sad ."}
+
+
+def manifest(folder: Path, splits: bool = False) -> Path:
+    """Rows with text, by dialogue and speaker; one row has a feature of sound alone."""
+    folder.mkdir()
+    rows = []
+    for i in range(24):
+        label = LABELS[i % 3]
+        row = {"id": f"r{i:02d}", "label": label, "text": SAID[label], "audio_features": "sound.npy"}
+        row |= {"dialogue": f"d{i // 4}", "speaker": f"s{i % 2}", "split": "test" if splits and i > 15 else "train"}
+        rows.append(row)
+    rows[5]["text"] = ""
+    np.save(folder / "sound.npy", np.ones(6, np.float32))
+    path = folder / "manifest.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def recipe(text: dict[str, Any], **changes: Any) -> Recipe:
+    protocol = {"name": "group-kfold", "folds": 3}
+    return make_recipe(text=text, **{"protocol": protocol, "train": {"epochs": 2, "lr": 0.01}, **changes})
+
+
+def prepared(path: Path, out: Path, encoder: Path | None = None) -> Path:
+    options = PrepareOptions(text_encoder=None if encoder is None else str(encoder))
+    prepare(path, out, options, workers=0, progress=False)
+    return out
+
+
+def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_folder: Path, tmp_path: Path) -> None:
+    path, tuned = manifest(tmp_path / "raw"), tmp_path / "tuned"
+    encoder = {"encoder": str(bert_folder), "context": 1, "max_length": 20}
+    scores = finetune("text", recipe(encoder), prepared(path, tmp_path / "plain"), tuned)
+    assert (scores["n"], scores["context"]) == (23, 1)  # the row without text cannot be read
+    splits = json.loads((tuned / "splits.json").read_text())
+    base = load_file(bert_folder / "model.safetensors")
+    for fold, parts in splits.items():
+        notes = read_notes(str(tuned / "folds" / fold / "encoder"))
+        assert notes is not None
+        assert (notes.modality, notes.fold, set(notes.seen)) == ("text", fold, set(parts["train"]))
+        assert not set(notes.seen) & set(parts["test"])
+        trained = load_file(tuned / "folds" / fold / "encoder" / "model.safetensors")
+        assert any(not torch.equal(trained[name], base[name]) for name in base)
+
+    features = {name: prepared(path, tmp_path / f"p-{name}", tuned / "folds" / name / "encoder") for name in splits} | {
+        "all": prepared(path, tmp_path / "p-all", tuned / "encoder")
+    }
+    data = PreparedData.open(features["01"])
+    assert data.encoders["text"]["fold"] == "01"
+    assert data.content == PreparedData.open(features["02"]).content == PreparedData.open(tmp_path / "plain").content
+    assert data.fingerprint != PreparedData.open(features["02"]).fingerprint
+    module, processor = build_feature_encoder("text", str(tuned / "folds" / "01" / "encoder"))
+    expected = module(**processor(["s0: you ! you !\ns1: i am so happy !"]))[0].detach().numpy()
+    np.testing.assert_allclose(data.features("text", 1), expected, atol=1e-5)
+
+    run, settings = tmp_path / "run", recipe({"encoder": "features"})
+    with pytest.raises(UserError, match=r"trained on \d+ of the \d+ rows that fold '02' reports .* of '01'\)"):
+        train(settings, features["01"], run, folds=["02"])
+    for name in splits:
+        result = train(settings, features[name], run, folds=[name])
+    assert result["complete"]
+    assert result["context"] == 1
+    assert json.loads((run / "splits.json").read_text()).keys() == splits.keys()
+    # No fold is left to report, so that the encoder of all rows may serve the model that is kept.
+    train(settings, features["all"], run, resume=True)
+    assert evaluate(run, features["all"])["rows_seen_in_training"] == 24
+    with pytest.raises(UserError, match=r"holds text features of .*01/encoder and the model reads those of"):
+        evaluate(run, features["01"])
+    with pytest.raises(UserError, match="was begun with other data"):
+        train(settings, tmp_path / "plain", run, resume=True)
+
+    accepted = recipe({"encoder": "features"}, protocol={"name": "group-kfold", "folds": 3, "seen_features": True})
+    leaky = train(accepted, features["all"], tmp_path / "leaky", folds=[1])
+    assert leaky["leaks"]
+    assert "leaks: features of encoders that were trained on reported rows" in leaky["protocol"]
+
+
+def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Path) -> None:
+    data = prepared(manifest(tmp_path / "raw", splits=True), tmp_path / "plain")
+    settings = recipe({"encoder": str(bert_folder)}, protocol="split-column", train={"epochs": 1})
+    finetune("text", settings, data, tmp_path / "tuned")
+    notes = read_notes(str(tmp_path / "tuned" / "encoder"))
+    assert notes is not None
+    assert sorted(notes.seen) == [f"r{i:02d}" for i in range(16) if i != 5]
+
+
+def test_a_sound_encoder_is_tuned_alike(wav2vec2_folder, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["id,audio,text,label,split"]
+    for i in range(9):
+        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes((rng.standard_normal(1600) * 1000 * (1 + i % 3)).astype("<i2").tobytes())
+        lines.append(f"{i},{i}.wav,well,{LABELS[i % 3]},{'test' if i > 5 else 'train'}")
+    path = tmp_path / "manifest.csv"
+    path.write_text("\n".join(lines) + "\n")
+    data = prepared(path, tmp_path / "plain")
+    audio = {"encoder": str(wav2vec2_folder()), "max_seconds": 2.0}
+    settings = make_recipe(text={"encoder": "hashing"}, audio=audio, protocol="split-column", train={"epochs": 1})
+    finetune("audio", settings, data, tmp_path / "tuned")
+    encoder = str(tmp_path / "tuned" / "encoder")
+    notes = read_notes(encoder)
+    assert notes is not None
+    assert (notes.reads, len(notes.seen)) == ({"max_seconds": 2.0}, 6)
+    options = PrepareOptions(audio_encoder=encoder)
+    features = prepare(path, tmp_path / "features", options, workers=0, progress=False)
+    assert features.features("audio", 0).shape == (16,)
+    with pytest.raises(UserError, match="is an encoder of audio, not of text"):
+        build_feature_encoder("text", encoder)
+
+
+def test_what_cannot_be_tuned(bert_folder: Path, tmp_path: Path) -> None:
+    for name in ("hashing", "features"):
+        with pytest.raises(UserError, match=f"text encoder is '{name}', which has no pretrained weights"):
+            finetune("text", recipe({"encoder": name}), tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match=r"text\.finetune is off"):
+        finetune("text", recipe({"encoder": str(bert_folder), "finetune": False}), tmp_path, tmp_path / "out")
+    (tmp_path / NOTES).write_text("{")
+    with pytest.raises(UserError, match="without it nothing says which rows the encoder saw"):
+        read_notes(str(tmp_path))
