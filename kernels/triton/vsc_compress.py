@@ -619,9 +619,11 @@ def vsc_compress_fwd(
         gate = torch.empty(packed, device=x.device, dtype=x.dtype)
         if frames:
             upcast = _INTERPRET and x.dtype == torch.bfloat16
+            # The number of warps at which the tile of each width stays in registers.
+            warps = 4 if x.dtype == torch.float32 else 8
             _nearest_kernel[(frames * parts,)](
                 x, cu, cu_out, order, norm, assignment, closeness, *size, channels, parts, fuse_threshold,
-                UPCAST=upcast, **call.tile,
+                UPCAST=upcast, **{**call.tile, "num_warps": warps},
             )  # fmt: skip
         if packed:
             _index_kernel[(frames + 1,)](cu, cu_out, order, index, gate, *size, packed, frames, ROWS=128)
