@@ -1,4 +1,4 @@
-// The exponential of a vector of floats, and the largest lane: what a softmax is made of.
+// The exponential and the logarithm of a vector of floats, and the largest lane: what a softmax is made of.
 #pragma once
 
 #include "simd.h"
@@ -33,6 +33,21 @@ DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   Vec<float> scale;
   __builtin_memcpy(&scale, &power, sizeof scale);
   return p * scale;
+}
+
+// log x for a normal x > 0: the exponent and 2 artanh((m - 1) / (m + 1)) by its series, for m in [0.7, 1.4].
+DEEPMSI_INLINE Vec<float> logarithm(Vec<float> x) {
+  VecInt bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const VecInt exponent = (bits - 0x3f3504f3) >> 23;  // of a mantissa from the root of 1/2
+  bits -= exponent << 23;
+  Vec<float> m;
+  __builtin_memcpy(&m, &bits, sizeof m);
+  const Vec<float> z = (m - 1.0f) / (m + 1.0f), w = z * z, n = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> p = w * (1.0f / 9) + 1.0f / 7;
+  p = p * w + 1.0f / 5;
+  p = p * w + 1.0f / 3;
+  return n * 0.693359375f + (2.0f * (z + z * w * p) - n * 2.12194440e-4f);
 }
 
 }  // namespace

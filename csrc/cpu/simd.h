@@ -72,6 +72,66 @@ DEEPMSI_INLINE A lane_sum(Vec<A> v) {
   return v[0] + v[1];
 }
 
+// a0 b0 a1 b1 ..., of the lower or of the higher halves.
+template <typename A>
+DEEPMSI_INLINE Vec<A> interleave_low(Vec<A> a, Vec<A> b) {
+  if constexpr (kLanes<A> == 16) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  } else if constexpr (kLanes<A> == 8) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  } else if constexpr (kLanes<A> == 4) {
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 2);
+  }
+}
+template <typename A>
+DEEPMSI_INLINE Vec<A> interleave_high(Vec<A> a, Vec<A> b) {
+  if constexpr (kLanes<A> == 16) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (kLanes<A> == 8) {
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else if constexpr (kLanes<A> == 4) {
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else {
+    return __builtin_shufflevector(a, b, 1, 3);
+  }
+}
+
+// The lane sums of as many vectors as there are lanes, one in each lane, by a tree that costs three
+// instructions a sum.
+template <typename A, int kCount = kLanes<A>>
+DEEPMSI_INLINE Vec<A> lane_sums(const Vec<A>* v) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    Vec<A> half[kCount / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      half[i] = interleave_low<A>(v[i], v[i + kCount / 2]) + interleave_high<A>(v[i], v[i + kCount / 2]);
+    }
+    return lane_sums<A, kCount / 2>(half);
+  }
+}
+
+// Transposes a square of as many vectors as there are lanes, in place: a perfect shuffle of rows for every
+// bit.
+template <typename A, int kStages = kLanes<A>>
+DEEPMSI_INLINE void transpose(Vec<A>* v) {
+  if constexpr (kStages > 1) {
+    constexpr int kCount = kLanes<A>;
+    Vec<A> shuffled[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      shuffled[2 * i] = interleave_low<A>(v[i], v[i + kCount / 2]);
+      shuffled[2 * i + 1] = interleave_high<A>(v[i], v[i + kCount / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) v[i] = shuffled[i];
+    transpose<A, kStages / 2>(v);
+  }
+}
+
 // Body is called as body(offset, vector tag) over whole vectors, then as body(offset, scalar tag) over the
 // rest.
 struct VectorTag {};

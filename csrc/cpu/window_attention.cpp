@@ -64,10 +64,15 @@ struct Call {
                         bias_table.size(0) == table && bias_table.size(1) == heads,
                     kOp, ": bias_table must be [(2w - 1)^2, heads] float32");
     const Tensor held = contiguous(bias_table);
-    bias.resize(table * heads);
-    for (int64_t t = 0; t < table; ++t) {
-      for (int64_t h = 0; h < heads; ++h)
-        bias[h * table + table - 1 - t] = pointer<const float>(held)[t * heads + h];
+    bias.resize(heads * w.spread() + kBiasPad);
+    float* spread = bias.data();
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t key_x = 0; key_x < window; ++key_x) {
+        for (int64_t down = 0; down < 2 * window - 1; ++down) {
+          for (int64_t x = 0; x < window; ++x)
+            *spread++ = pointer<const float>(held)[w.table_row(key_x, down, x) * heads + h];
+        }
+      }
     }
     w.bias = bias.data();
     if (scale_of_head.has_value()) {
@@ -185,8 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_bwd_cpu(
   };
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t t = 0; t < table; ++t) {
-      pointer<float>(grad_table)[t * heads + h] =
-          static_cast<float>(total(bias, h * table + table - 1 - t, stride));
+      pointer<float>(grad_table)[t * heads + h] = static_cast<float>(total(bias, h * table + t, stride));
     }
     const double along = total(log_scale, h, heads);
     pointer<float>(grad_scale)[h] =

@@ -11,7 +11,7 @@ namespace deepmsi {
 struct WindowAttention {
   const void* qkv;  // T [R, 3C], rows qkv_stride elements apart
   int64_t qkv_stride;
-  const float* bias;        // [heads, table], turned round: bias(i, j) = bias[table / 2 + code_j - code_i]
+  const float* bias;        // [heads, spread()] and kBiasPad more, laid out for the keys' columns
   const float* head_scale;  // [heads] for cosine attention, else null
   float scale;              // where head_scale is null
   int64_t heads, head_dim;
@@ -28,15 +28,22 @@ struct WindowAttention {
   void* grad_qkv;        // T [R, 3C]
 
   int64_t table() const { return (2 * window - 1) * (2 * window - 1); }
+  // The bias and its gradient are held once for each column that a key may stand in, [key x, query y - key y,
+  // query x]: then the queries of a key, row after row of the window, lie side by side.
+  int64_t spread() const { return window * (2 * window - 1) * window; }
+  int64_t table_row(int64_t key_x, int64_t down, int64_t query_x) const {
+    return down * (2 * window - 1) + query_x - key_x + window - 1;
+  }
   // Rows of windows over a frame; a shift cuts one more.
   int64_t bands() const { return (height - shift + window - 1) / window + (shift > 0 ? 1 : 0); }
 };
 
+constexpr int64_t kBiasPad = 16;  // a vector that begins at the last query may be read
+
 struct WindowAttentionKernels {
   // Bands [begin, end) counted over all frames. Each owns its rows of the outputs.
   void (*forward)(const WindowAttention&, int64_t begin, int64_t end, char* scratch);
-  // Adds to grad_bias [heads, table] (turned round as the bias is) and grad_log_scale [heads], which a caller
-  // owns.
+  // Adds to grad_bias [heads, table] and grad_log_scale [heads], which a caller owns.
   void (*backward)(const WindowAttention&, int64_t begin, int64_t end, char* scratch, float* grad_bias,
                    double* grad_log_scale);
   int64_t (*scratch_bytes)(const WindowAttention&, bool backward);

@@ -4,6 +4,7 @@
 // shifted windows themselves: one at the border of the grid is merely a smaller one, so there is nothing to
 // mask, roll or copy, and packed rows differ from a dense grid only in how a window's rows are found.
 #include "exponential.h"
+#include "product.h"
 #include "simd.h"
 #include "window_attention.h"
 
@@ -12,68 +13,26 @@ namespace {
 
 constexpr int64_t kLanesF = kLanes<float>;
 constexpr float kWindowNormFloor = 1e-12f;  // torch.nn.functional.normalize's
-constexpr int kTileRows = 4;
 
 DEEPMSI_INLINE int64_t whole_vectors(int64_t count) { return (count + kLanesF - 1) / kLanesF * kLanesF; }
-
-// c[i, j] = sum over k of a[i * row + k * step] * b[k * stride_b + j] for kRows rows and kWide vectors of
-// columns.
-template <int kRows, int kWide>
-DEEPMSI_INLINE void product_tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                                 int64_t stride_b, float* c, int64_t stride_c) {
-  Vec<float> sum[kRows][kWide] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<float> right[kWide];
-#pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) right[j] = load(b + k * stride_b + j * kLanesF);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const float left = a[i * row + k * step];
-#pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kWide; ++j) store(c + i * stride_c + j * kLanesF, sum[i][j]);
-  }
-}
-
-template <int kRows>
-DEEPMSI_INLINE void product_rows(int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step,
-                                 const float* b, int64_t stride_b, float* c, int64_t stride_c) {
-  int64_t j = 0;
-  for (; j + 2 * kLanesF <= columns; j += 2 * kLanesF)
-    product_tile<kRows, 2>(depth, a, row, step, b + j, stride_b, c + j, stride_c);
-  for (; j < columns; j += kLanesF)
-    product_tile<kRows, 1>(depth, a, row, step, b + j, stride_b, c + j, stride_c);
-}
-
-// c [rows, columns] = a b, where a may be read turned round (row and step) and columns is a multiple of the
-// lanes.
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step,
-                    const float* b, int64_t stride_b, float* c, int64_t stride_c) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    product_rows<kTileRows>(columns, depth, a + i * row, row, step, b, stride_b, c + i * stride_c, stride_c);
-  for (; i < rows; ++i)
-    product_rows<1>(columns, depth, a + i * row, row, step, b, stride_b, c + i * stride_c, stride_c);
-}
 
 struct Window {
   int64_t count;
   const int64_t* row;   // of qkv and out
-  const int32_t* code;  // y * (2w - 1) + x inside the window
+  const int32_t* slot;  // y * w + x inside the window, ascending; 0 up to a whole vector
+
+  // Whether the slots follow one another, as all of a dense grid's do that are as wide as the window.
+  bool in_a_row() const { return slot[count - 1] - slot[0] == count - 1; }
 };
 
-// A thread's memory: the windows of one band, and the matrices of one head of one window.
+// A thread's memory: the windows of one band, and the matrices of one head of one window. Scores and their
+// gradients are held by keys, [keys, queries]: a query's softmax then runs down a lane.
 struct WindowScratch {
   int64_t* row;
-  int32_t* code;
+  int32_t* slot;
   int64_t* filled;
-  float *q, *k, *kt, *v, *scores, *result, *q_norm, *k_norm;
-  float *vt, *grad_scores, *grad_out, *grad_q, *grad_k, *grad_v;  // backward only
+  float *q, *qt, *k, *v, *scores, *result, *q_norm, *k_norm, *inverse, *lse;
+  float *grad_scores, *grad_out, *grad_out_t, *grad_q, *grad_k, *grad_bias;  // backward only
 
   // Lays the pieces out from `memory` and returns the bytes they take.
   int64_t lay_out(const WindowAttention& w, bool backward, char* memory) {
@@ -84,30 +43,32 @@ struct WindowScratch {
     };
     const int64_t across = w.width / w.window + 2, area = w.window * w.window;
     const int64_t tokens = whole_vectors(area), dim = whole_vectors(w.head_dim);
-    take(row, across * area);
-    take(code, across * area);
+    take(row, across * tokens);
+    take(slot, across * tokens);
     take(filled, across);
     take(q, tokens * dim);
+    take(qt, tokens * dim);
     take(k, tokens * dim);
-    take(kt, tokens * dim);
     take(v, tokens * dim);
     take(q_norm, tokens);
     take(k_norm, tokens);
-    take(scores, (backward ? tokens : kTileRows) * tokens);
-    take(result, kTileRows * dim);
+    take(scores, tokens * tokens);
+    take(inverse, tokens);
+    take(lse, tokens);
+    take(result, tokens * dim);  // the gradient of v in the backward
     if (backward) {
       take(grad_scores, tokens * tokens);
-      take(vt, tokens * dim);
       take(grad_out, tokens * dim);
+      take(grad_out_t, tokens * dim);
       take(grad_q, tokens * dim);
       take(grad_k, tokens * dim);
-      take(grad_v, tokens * dim);
+      take(grad_bias, w.heads * w.spread() + kBiasPad);
     }
     return used;
   }
 };
 
-// Call visit(Window) for every window of a band that has tokens.
+// Call visit(window, next) for every window of a band that has tokens; the last one's next has none.
 template <typename Visit>
 DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const WindowScratch& s,
                                 const Visit& visit) {
@@ -117,12 +78,13 @@ DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const Wi
   const int64_t top = first + band * w.window;
   const int64_t from = top > 0 ? top : 0;
   const int64_t to = top + w.window < w.height ? top + w.window : w.height;
-  const int64_t across = (w.width - first + w.window - 1) / w.window, area = w.window * w.window;
+  const int64_t across = (w.width - first + w.window - 1) / w.window;
+  const int64_t tokens = whole_vectors(w.window * w.window);
   for (int64_t i = 0; i < across; ++i) s.filled[i] = 0;
   auto put = [&](int64_t row, int64_t y, int64_t x) {
-    const int64_t i = (x - first) / w.window, slot = i * area + s.filled[i]++;
-    s.row[slot] = row;
-    s.code[slot] = static_cast<int32_t>((y - top) * (2 * w.window - 1) + (x - first) - i * w.window);
+    const int64_t i = (x - first) / w.window, n = i * tokens + s.filled[i]++;
+    s.row[n] = row;
+    s.slot[n] = static_cast<int32_t>((y - top) * w.window + (x - first) - i * w.window);
   };
   if (w.offset == nullptr) {  // positions of no rows are null too
     int64_t row = (frame * w.height + from) * w.width;
@@ -142,17 +104,43 @@ DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const Wi
     for (; row < end && w.positions[row] < to * w.width; ++row)
       put(row, w.positions[row] / w.width, w.positions[row] % w.width);
   }
+  Window window{};
   for (int64_t i = 0; i < across; ++i) {
-    if (s.filled[i] > 0) visit(Window{s.filled[i], s.row + i * area, s.code + i * area});
+    const int64_t count = s.filled[i];
+    if (count == 0) continue;
+    for (int64_t n = count; n < whole_vectors(count); ++n) s.slot[i * tokens + n] = 0;
+    const Window next{count, s.row + i * tokens, s.slot + i * tokens};
+    if (window.count > 0) visit(window, next);
+    window = next;
+  }
+  if (window.count > 0) visit(window, Window{});
+}
+
+// out[c * stride + i] = in[i * dim + c] for whole vectors of rows and of columns.
+DEEPMSI_INLINE void turn(const float* in, int64_t stride, int64_t dim, float* out) {
+  for (int64_t i = 0; i < stride; i += kLanesF) {
+    for (int64_t c = 0; c < dim; c += kLanesF) {
+      Vec<float> square[kLanesF];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanesF; ++r) square[r] = load(in + (i + r) * dim + c);
+      transpose<float>(square);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanesF; ++r) store(out + (c + r) * stride + i, square[r]);
+    }
   }
 }
 
-// out[column * stride + i] = in[i * dim + column], with zeros up to a whole vector of tokens.
-DEEPMSI_INLINE void turn(const float* in, int64_t count, int64_t dim, int64_t columns, float* out,
-                         int64_t stride) {
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t i = 0; i < count; ++i) out[c * stride + i] = in[i * dim + c];
-    for (int64_t i = count; i < stride; ++i) out[c * stride + i] = 0.0f;
+// Products of the rows of a and b with the same number, for whole vectors of rows.
+DEEPMSI_INLINE void row_dots(const float* a, const float* b, int64_t stride, int64_t dim, float* out) {
+  for (int64_t i = 0; i < stride; i += kLanesF) {
+    Vec<float> sum[kLanesF];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kLanesF; ++r) {
+      const float *x = a + (i + r) * dim, *y = b + (i + r) * dim;
+      sum[r] = load(x) * load(y);
+      for (int64_t c = kLanesF; c < dim; c += kLanesF) sum[r] += load(x + c) * load(y + c);
+    }
+    store(out + i, lane_sums<float>(sum));
   }
 }
 
@@ -162,177 +150,274 @@ DEEPMSI_INLINE void read_row(const T* from, int64_t channels, int64_t dim, float
   for (int64_t c = channels; c < dim; ++c) to[c] = 0.0f;
 }
 
-DEEPMSI_INLINE float floored_norm(const float* x, int64_t dim) {
-  const float norm = root(dot(x, x, dim));
-  return norm > kWindowNormFloor ? norm : kWindowNormFloor;
+// Read rows of a window from x, whose rows are `stride_x` apart, with rows of zeros up to a whole vector.
+template <typename T>
+DEEPMSI_INLINE void read_rows(const Window& window, const T* x, int64_t stride_x, int64_t channels,
+                              float* to) {
+  const int64_t dim = whole_vectors(channels), stride = whole_vectors(window.count);
+  for (int64_t i = 0; i < window.count; ++i)
+    read_row(x + window.row[i] * stride_x, channels, dim, to + i * dim);
+  std::memset(to + window.count * dim, 0, (stride - window.count) * dim * sizeof(float));
 }
 
-DEEPMSI_INLINE void scale_row(float* x, int64_t dim, float factor) {
-  for (int64_t c = 0; c < dim; c += kLanesF) store(x + c, load(x + c) * factor);
+// What is read next, asked for while this is computed: rows so far apart are foreseen by no hardware.
+template <typename T>
+DEEPMSI_INLINE void prefetch_rows(const Window& window, const T* x, int64_t stride_x, int64_t channels) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < window.count; ++i) {
+    const char* row = reinterpret_cast<const char*>(x + window.row[i] * stride_x);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+    __builtin_prefetch(row + bytes - 1);
+  }
 }
 
-// Read q, k and v of one head: q and k normalised for cosine attention, k turned round. The scale is applied
-// to the products, not to q: it may be 100, and would magnify the rounding of a sum that mostly cancels.
+// The head that is computed next, of this window or of the following one.
+template <typename T>
+struct Ahead {
+  const WindowAttention& w;
+  const Window& window;
+  int64_t head;
+
+  Ahead(const WindowAttention& attention, const Window& now, const Window& next, int64_t head_now)
+      : w(attention),
+        window(head_now + 1 < attention.heads ? now : next),
+        head(head_now + 1 < attention.heads ? head_now + 1 : 0) {}
+  DEEPMSI_INLINE void part_of_qkv(int64_t part) const {
+    prefetch_rows(window, static_cast<const T*>(w.qkv) + (part * w.heads + head) * w.head_dim, w.qkv_stride,
+                  w.head_dim);
+  }
+  DEEPMSI_INLINE void grad_out() const {
+    prefetch_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, w.heads * w.head_dim,
+                  w.head_dim);
+  }
+};
+
+// Divide rows by their floored norms, which are kept.
+DEEPMSI_INLINE void make_unit(int64_t stride, int64_t dim, float* x, float* norm) {
+  row_dots(x, x, stride, dim, norm);
+  float inverse[kLanesF];
+  for (int64_t i = 0; i < stride; i += kLanesF) {
+    Vec<float> length = load(norm + i);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kLanesF; ++r) length[r] = root(length[r]);
+    const Vec<float> floor = Vec<float>{} + kWindowNormFloor;
+    length = length > floor ? length : floor;
+    store(norm + i, length);
+    store(inverse, 1.0f / length);
+    for (int64_t r = 0; r < kLanesF; ++r) {
+      for (int64_t c = 0; c < dim; c += kLanesF) {
+        float* at = x + (i + r) * dim + c;
+        store(at, load(at) * inverse[r]);
+      }
+    }
+  }
+}
+
+// Read q, k and v of one head: q and k normalised for cosine attention, q also turned round. The scale is
+// applied to the products, not to q: it may be 100, and would magnify the rounding of a sum that mostly
+// cancels.
 template <typename T>
 DEEPMSI_INLINE void read_head(const WindowAttention& w, const Window& window, int64_t head,
                               WindowScratch& s) {
-  const int64_t dim = whole_vectors(w.head_dim), channels = w.heads * w.head_dim;
-  for (int64_t i = 0; i < window.count; ++i) {
-    const T* from = static_cast<const T*>(w.qkv) + window.row[i] * w.qkv_stride + head * w.head_dim;
-    float *q = s.q + i * dim, *k = s.k + i * dim;
-    read_row(from, w.head_dim, dim, q);
-    read_row(from + channels, w.head_dim, dim, k);
-    read_row(from + 2 * channels, w.head_dim, dim, s.v + i * dim);
-    if (w.head_scale != nullptr) {
-      s.q_norm[i] = floored_norm(q, dim);
-      s.k_norm[i] = floored_norm(k, dim);
-      scale_row(k, dim, 1.0f / s.k_norm[i]);
-      scale_row(q, dim, 1.0f / s.q_norm[i]);
-    }
+  const int64_t dim = whole_vectors(w.head_dim), stride = whole_vectors(window.count);
+  const int64_t channels = w.heads * w.head_dim;
+  const T* from = static_cast<const T*>(w.qkv) + head * w.head_dim;
+  read_rows(window, from, w.qkv_stride, w.head_dim, s.q);
+  read_rows(window, from + channels, w.qkv_stride, w.head_dim, s.k);
+  read_rows(window, from + 2 * channels, w.qkv_stride, w.head_dim, s.v);
+  if (w.head_scale != nullptr) {
+    make_unit(stride, dim, s.q, s.q_norm);
+    make_unit(stride, dim, s.k, s.k_norm);
   }
-  turn(s.k, window.count, dim, w.head_dim, s.kt, whole_vectors(window.count));
+  turn(s.q, stride, dim, s.qt);
 }
 
-// The bias table of a head lies so that row i of a window reads it forwards from here, at the codes of its
-// keys.
-DEEPMSI_INLINE int64_t bias_offset(const WindowAttention& w, const Window& window, int64_t i) {
-  return w.table() / 2 - window.code[i];
-}
-
-// Whether a window's rows of scores are w whole vectors, so that the bias is read and its gradient added by
-// vectors.
-DEEPMSI_INLINE bool by_vectors(const WindowAttention& w, const Window& window) {
-  return w.window == kLanesF && window.count == kLanesF * kLanesF;
+// Where the bias of a key begins, to which the slot of a query is added.
+DEEPMSI_INLINE int64_t bias_of_key(const WindowAttention& w, int32_t slot) {
+  const int64_t y = slot / w.window, x = slot % w.window;
+  return (x * (2 * w.window - 1) + w.window - 1 - y) * w.window;
 }
 
 DEEPMSI_INLINE float scale_of(const WindowAttention& w, int64_t head) {
   return w.head_scale != nullptr ? w.head_scale[head] : w.scale;
 }
 
-// Make a row of logits from a row of products: scale and add the position bias.
-DEEPMSI_INLINE void logits(const WindowAttention& w, const Window& window, float scale, const float* bias,
-                           float* products) {
-  if (by_vectors(w, window)) {
-#pragma GCC unroll 16
-    for (int64_t y = 0; y < kLanesF; ++y) {
-      float* row = products + y * kLanesF;
-      store(row, load(row) * scale + load(bias + y * (2 * kLanesF - 1)));
+DEEPMSI_INLINE Vec<float> exponentiate(float* logit, Vec<float> high) {
+  const Vec<float> e = exp_nonpositive(load(logit) - high);
+  store(logit, e);
+  return e;
+}
+
+// Turn products of keys and queries into exp(logit - the query's largest), and put down for each query the
+// inverse of their sum and the log-sum-exp.
+template <bool kInARow>
+DEEPMSI_INLINE void exponentials(const WindowAttention& w, const Window& window, float scale,
+                                 const float* bias, WindowScratch& s) {
+  const int64_t stride = whole_vectors(window.count);
+  for (int64_t i = 0; i < stride; i += kLanesF) {
+    Vec<float> high = Vec<float>{} - __builtin_inff();
+    for (int64_t j = 0; j < window.count; ++j) {
+      const float* of_key = bias + bias_of_key(w, window.slot[j]);
+      float* at = s.scores + j * stride + i;
+      Vec<float> b;
+      if constexpr (kInARow) {
+        b = load(of_key + window.slot[0] + i);
+      } else {
+        float gathered[kLanesF];
+        for (int64_t r = 0; r < kLanesF; ++r) gathered[r] = of_key[window.slot[i + r]];
+        b = load(gathered);
+      }
+      const Vec<float> logit = load(at) * scale + b;
+      store(at, logit);
+      high = logit > high ? logit : high;
     }
-  } else {
-    for (int64_t j = 0; j < window.count; ++j) products[j] = products[j] * scale + bias[window.code[j]];
+    // Four partial sums: less rounding in a large window, and no waiting for the sum before.
+    Vec<float> part[4] = {};
+    int64_t j = 0;
+    for (; j + 4 <= window.count; j += 4) {
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < 4; ++t) part[t] += exponentiate(s.scores + (j + t) * stride + i, high);
+    }
+    for (; j < window.count; ++j) part[0] += exponentiate(s.scores + j * stride + i, high);
+    const Vec<float> sum = (part[0] + part[1]) + (part[2] + part[3]);
+    store(s.inverse + i, 1.0f / sum);
+    store(s.lse + i, high + logarithm(sum));
   }
 }
 
-DEEPMSI_INLINE void add_bias_gradient(const WindowAttention& w, const Window& window, const float* gradient,
-                                      float* bias) {
-  if (by_vectors(w, window)) {
-#pragma GCC unroll 16
-    for (int64_t y = 0; y < kLanesF; ++y) {
-      float* to = bias + y * (2 * kLanesF - 1);
-      store(to, load(to) + load(gradient + y * kLanesF));
-    }
+// Between the two steps it calls `between`.
+template <typename Between>
+DEEPMSI_INLINE void weights(const WindowAttention& w, const Window& window, int64_t head, WindowScratch& s,
+                            const Between& between) {
+  const int64_t stride = whole_vectors(window.count);
+  const float* bias = w.bias + head * w.spread();
+  product(window.count, stride, w.head_dim, s.k, whole_vectors(w.head_dim), 1, s.qt, stride, s.scores,
+          stride);
+  between();
+  if (window.in_a_row()) {
+    exponentials<true>(w, window, scale_of(w, head), bias, s);
   } else {
-    for (int64_t j = 0; j < window.count; ++j) bias[window.code[j]] += gradient[j];
+    exponentials<false>(w, window, scale_of(w, head), bias, s);
   }
-}
-
-// Turn a row of logits into its softmax, with zeros up to `stride`; returns the log-sum-exp.
-DEEPMSI_INLINE float softmax(float* row, int64_t count, int64_t stride) {
-  for (int64_t j = count; j < stride; ++j) row[j] = -__builtin_inff();
-  Vec<float> high = load(row);
-  for (int64_t j = kLanesF; j < stride; j += kLanesF) {
-    const Vec<float> x = load(row + j);
-    high = x > high ? x : high;
-  }
-  const float top = lane_max(high);
-  Vec<float> sum = {};
-  for (int64_t j = 0; j < stride; j += kLanesF) {
-    const Vec<float> e = exp_nonpositive(load(row + j) - top);  // 2e-38 in the padding, too little to count
-    store(row + j, e);
-    sum += e;
-  }
-  const float total = lane_sum<float>(sum);
-  scale_row(row, stride, 1.0f / total);
-  for (int64_t j = count; j < stride; ++j) row[j] = 0.0f;
-  return top + __builtin_logf(total);
 }
 
 template <typename T>
-void attend(const WindowAttention& w, const Window& window, WindowScratch& s) {
+void attend(const WindowAttention& w, const Window& window, const Window& next, WindowScratch& s) {
   const int64_t dim = whole_vectors(w.head_dim), stride = whole_vectors(window.count);
   const int64_t channels = w.heads * w.head_dim;
   for (int64_t head = 0; head < w.heads; ++head) {
     read_head<T>(w, window, head, s);
-    const float* bias = w.bias + head * w.table();
-    for (int64_t i = 0; i < window.count; i += kTileRows) {
-      const int64_t rows = window.count - i < kTileRows ? window.count - i : kTileRows;
-      product(rows, stride, w.head_dim, s.q + i * dim, dim, 1, s.kt, stride, s.scores, stride);
-      for (int64_t r = 0; r < rows; ++r) {
-        logits(w, window, scale_of(w, head), bias + bias_offset(w, window, i + r), s.scores + r * stride);
-        w.lse[window.row[i + r] * w.heads + head] = softmax(s.scores + r * stride, window.count, stride);
-      }
-      product(rows, dim, window.count, s.scores, stride, 1, s.v, dim, s.result, dim);
-      for (int64_t r = 0; r < rows; ++r) {
-        narrow(s.result + r * dim, static_cast<T*>(w.out) + window.row[i + r] * channels + head * w.head_dim,
-               w.head_dim);
+    const Ahead<T> ahead(w, window, next, head);
+    ahead.part_of_qkv(0);
+    weights(w, window, head, s, [&]() __attribute__((always_inline)) { ahead.part_of_qkv(1); });
+    ahead.part_of_qkv(2);
+    product(window.count, dim, window.count, s.scores, 1, stride, s.v, dim, s.result, dim);
+    for (int64_t i = 0; i < window.count; ++i) {
+      float* row = s.result + i * dim;
+      for (int64_t c = 0; c < dim; c += kLanesF) store(row + c, load(row + c) * s.inverse[i]);
+      narrow(row, static_cast<T*>(w.out) + window.row[i] * channels + head * w.head_dim, w.head_dim);
+      w.lse[window.row[i] * w.heads + head] = s.lse[i];
+    }
+  }
+}
+
+// Take the gradients of x / |x| to those of x in place; returns the sum of products of unit rows and
+// gradients.
+DEEPMSI_INLINE double through_norm(const float* unit, const float* norm, int64_t count, int64_t dim,
+                                   float* along, float* gradient) {
+  row_dots(unit, gradient, whole_vectors(count), dim, along);
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += along[i];
+    // Below the floor the norm is a constant, so nothing is taken away along x.
+    const float inward = norm[i] > kWindowNormFloor ? along[i] : 0.0f, inverse = 1.0f / norm[i];
+    for (int64_t c = i * dim; c < (i + 1) * dim; c += kLanesF)
+      store(gradient + c, (load(gradient + c) - load(unit + c) * inward) * inverse);
+  }
+  return sum;
+}
+
+// From weights and their gradients to the scaled gradients of the logits; those of the bias are added up.
+template <bool kInARow>
+DEEPMSI_INLINE void logit_gradients(const WindowAttention& w, const Window& window, float scale,
+                                    float* grad_bias, WindowScratch& s) {
+  const int64_t stride = whole_vectors(window.count);
+  for (int64_t i = 0; i < stride; i += kLanesF) {
+    // Not from the saved log-sum-exp: its rounding would be common to a query, whose gradients must sum to
+    // zero.
+    const Vec<float> inverse = load(s.inverse + i);
+    Vec<float> mean = {};
+    for (int64_t j = 0; j < window.count; ++j) {
+      const Vec<float> p = load(s.scores + j * stride + i) * inverse;
+      store(s.scores + j * stride + i, p);
+      mean += p * load(s.grad_scores + j * stride + i);
+    }
+    for (int64_t j = 0; j < window.count; ++j) {
+      float *at = s.grad_scores + j * stride + i, *of_key = grad_bias + bias_of_key(w, window.slot[j]);
+      const Vec<float> gradient = load(s.scores + j * stride + i) * (load(at) - mean);
+      store(at, gradient * scale);
+      // Queries past the last have no gradient.
+      if constexpr (kInARow) {
+        float* to = of_key + window.slot[0] + i;
+        store(to, load(to) + gradient);
+      } else {
+        float each[kLanesF];
+        store(each, gradient);
+        const int64_t end = window.count - i < kLanesF ? window.count - i : kLanesF;
+        for (int64_t r = 0; r < end; ++r) of_key[window.slot[i + r]] += each[r];
       }
     }
   }
 }
 
-// Take the gradient of x / |x| to the gradient of x in place; returns the product of unit row and gradient.
-DEEPMSI_INLINE float through_norm(const float* unit, float norm, int64_t dim, float* gradient) {
-  const float along = dot(unit, gradient, dim);
-  // Below the floor the norm is a constant, so nothing is taken away along x.
-  const float inward = norm > kWindowNormFloor ? along : 0.0f;
-  for (int64_t c = 0; c < dim; c += kLanesF)
-    store(gradient + c, (load(gradient + c) - load(unit + c) * inward) / norm);
-  return along;
-}
-
 template <typename T>
-void attend_backward(const WindowAttention& w, const Window& window, WindowScratch& s, float* grad_bias,
+void attend_backward(const WindowAttention& w, const Window& window, const Window& next, WindowScratch& s,
                      double* grad_log_scale) {
   const int64_t count = window.count, dim = whole_vectors(w.head_dim), stride = whole_vectors(count);
   const int64_t channels = w.heads * w.head_dim;
   for (int64_t head = 0; head < w.heads; ++head) {
-    const float scale = scale_of(w, head);
     read_head<T>(w, window, head, s);
-    for (int64_t i = 0; i < count; ++i) {
-      read_row(static_cast<const T*>(w.grad_out) + window.row[i] * channels + head * w.head_dim, w.head_dim,
-               dim, s.grad_out + i * dim);
+    read_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, channels, w.head_dim,
+              s.grad_out);
+    turn(s.grad_out, stride, dim, s.grad_out_t);
+    const Ahead<T> ahead(w, window, next, head);
+    ahead.part_of_qkv(0);
+    weights(w, window, head, s, [&]() __attribute__((always_inline)) { ahead.part_of_qkv(1); });
+    ahead.part_of_qkv(2);
+    product(count, stride, w.head_dim, s.v, dim, 1, s.grad_out_t, stride, s.grad_scores, stride);
+    float* grad_bias = s.grad_bias + head * w.spread();
+    if (window.in_a_row()) {
+      logit_gradients<true>(w, window, scale_of(w, head), grad_bias, s);
+    } else {
+      logit_gradients<false>(w, window, scale_of(w, head), grad_bias, s);
     }
-    turn(s.v, count, dim, w.head_dim, s.vt, stride);
-    product(count, stride, w.head_dim, s.q, dim, 1, s.kt, stride, s.scores, stride);
-    product(count, stride, w.head_dim, s.grad_out, dim, 1, s.vt, stride, s.grad_scores, stride);
-    for (int64_t i = 0; i < count; ++i) {
-      float *p = s.scores + i * stride, *gradient = s.grad_scores + i * stride;
-      const int64_t offset = head * w.table() + bias_offset(w, window, i);
-      logits(w, window, scale, w.bias + offset, p);
-      // Not from the saved log-sum-exp: its rounding would be common to the row, whose gradients must sum to
-      // zero.
-      softmax(p, count, stride);
-      const float mean = dot(p, gradient, stride);
-      for (int64_t j = 0; j < stride; j += kLanesF)
-        store(gradient + j, load(p + j) * (load(gradient + j) - mean));
-      add_bias_gradient(w, window, gradient, grad_bias + offset);
-      scale_row(gradient, stride, scale);
+    ahead.grad_out();
+    float *grad_q = s.grad_q, *grad_k = s.grad_k, *grad_v = s.result;
+    product(count, dim, count, s.scores, stride, 1, s.grad_out, dim, grad_v, dim);
+    product(count, dim, count, s.grad_scores, 1, stride, s.k, dim, grad_q, dim);
+    product(count, dim, count, s.grad_scores, stride, 1, s.q, dim, grad_k, dim);
+    if (w.head_scale != nullptr) {
+      // The logits are linear in the scale, so d loss / d log scale is the sum of scaled product times
+      // gradient.
+      grad_log_scale[head] += through_norm(s.q, s.q_norm, count, dim, s.lse, grad_q);
+      through_norm(s.k, s.k_norm, count, dim, s.lse, grad_k);
     }
-    product(count, dim, count, s.scores, 1, stride, s.grad_out, dim, s.grad_v, dim);
-    product(count, dim, count, s.grad_scores, stride, 1, s.k, dim, s.grad_q, dim);
-    product(count, dim, count, s.grad_scores, 1, stride, s.q, dim, s.grad_k, dim);
     for (int64_t i = 0; i < count; ++i) {
-      float *grad_q = s.grad_q + i * dim, *grad_k = s.grad_k + i * dim;
-      if (w.head_scale != nullptr) {
-        // The logits are linear in the scale, so d loss / d log scale is the sum of scaled product times
-        // gradient.
-        grad_log_scale[head] += through_norm(s.q + i * dim, s.q_norm[i], dim, grad_q);
-        through_norm(s.k + i * dim, s.k_norm[i], dim, grad_k);
-      }
       T* to = static_cast<T*>(w.grad_qkv) + window.row[i] * 3 * channels + head * w.head_dim;
-      narrow(grad_q, to, w.head_dim);
-      narrow(grad_k, to + channels, w.head_dim);
-      narrow(s.grad_v + i * dim, to + 2 * channels, w.head_dim);
+      narrow(grad_q + i * dim, to, w.head_dim);
+      narrow(grad_k + i * dim, to + channels, w.head_dim);
+      narrow(grad_v + i * dim, to + 2 * channels, w.head_dim);
+    }
+  }
+}
+
+// Add what was gathered for each column of keys to the rows of the table.
+inline void fold_bias(const WindowAttention& w, const float* spread, float* grad_bias) {
+  for (int64_t head = 0; head < w.heads; ++head, grad_bias += w.table()) {
+    for (int64_t key_x = 0; key_x < w.window; ++key_x) {
+      for (int64_t down = 0; down < 2 * w.window - 1; ++down) {
+        for (int64_t x = 0; x < w.window; ++x) grad_bias[w.table_row(key_x, down, x)] += *spread++;
+      }
     }
   }
 }
@@ -342,7 +427,7 @@ void window_forward(const WindowAttention& w, int64_t begin, int64_t end, char* 
   WindowScratch s;
   s.lay_out(w, false, memory);
   for (int64_t task = begin; task < end; ++task)
-    for_windows(w, task, s, [&](const Window& window) { attend<T>(w, window, s); });
+    for_windows(w, task, s, [&](const Window& window, const Window& next) { attend<T>(w, window, next, s); });
 }
 
 template <typename T>
@@ -350,10 +435,12 @@ void window_backward(const WindowAttention& w, int64_t begin, int64_t end, char*
                      double* grad_log_scale) {
   WindowScratch s;
   s.lay_out(w, true, memory);
-  for (int64_t task = begin; task < end; ++task) {
-    for_windows(w, task, s,
-                [&](const Window& window) { attend_backward<T>(w, window, s, grad_bias, grad_log_scale); });
-  }
+  std::memset(s.grad_bias, 0, (w.heads * w.spread() + kBiasPad) * sizeof(float));
+  for (int64_t task = begin; task < end; ++task)
+    for_windows(w, task, s, [&](const Window& window, const Window& next) {
+      attend_backward<T>(w, window, next, s, grad_log_scale);
+    });
+  fold_bias(w, s.grad_bias, grad_bias);
 }
 
 inline int64_t window_scratch_bytes(const WindowAttention& w, bool backward) {
