@@ -24,7 +24,14 @@ import torch
 
 from deepmsi._version import __version__
 
-OPS = ("vsc_compress", "window_attention", "dilated_causal_conv1d", "cross_modal_contrastive")
+OPS = (
+    "vsc_compress",
+    "window_attention",
+    "dilated_causal_conv1d",
+    "cross_modal_contrastive",
+    "residual_mlp",
+    "residual_window_attention",
+)
 BACKENDS = ("reference", "triton", "cpp")
 
 _PACKAGE = Path(__file__).parent
@@ -49,6 +56,23 @@ class Kernel:
     faster: Callable[[str, dict[str, int]], bool] | None = None
 
 
+def host_info() -> dict[str, str]:
+    """Return what the host module says of the build and of this CPU, or why there is none."""
+    try:
+        host: Any = importlib.import_module("deepmsi._host")
+    except ImportError as error:
+        return {"host module": f"not built ({error})"}
+    return dict(host.info())
+
+
+_ISA = host_info().get("instruction set in use")
+
+
+def _has_vectors(device: str, facts: dict[str, int]) -> bool:
+    """Whether the blocks' own products beat torch's: measured with AVX-512 and with AVX2, not with less."""
+    return _ISA in ("avx512", "avx2")
+
+
 # One line per operation and backend. A sibling kernel registers here.
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")),
@@ -57,6 +81,8 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
+    ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
+    ("residual_window_attention", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
 }
 
 
@@ -183,13 +209,15 @@ def resolve(op: str, backend: str | None, device: str, dtype: torch.dtype, **fac
     return "reference"
 
 
-def host_info() -> dict[str, str]:
-    """Return what the host module says of the build and of this CPU, or why there is none."""
-    try:
-        host: Any = importlib.import_module("deepmsi._host")
-    except ImportError as error:
-        return {"host module": f"not built ({error})"}
-    return dict(host.info())
+def fuses(op: str, device: str, dtype: torch.dtype, **facts: int) -> bool:
+    """Whether a module runs a block as one kernel, rather than as a chain of modules that do the same.
+
+    It does where that kernel is what ``auto`` takes, or the backend that is set by name has it.
+    """
+    name = _override or _environment
+    if name == "auto":
+        return resolve(op, None, device, dtype, **facts) != "reference"
+    return name != "reference" and why_not(op, name, device, dtype, **facts) is None
 
 
 def explain() -> str:

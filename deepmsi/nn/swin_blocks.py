@@ -9,9 +9,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from deepmsi.nn.fusing import fuses, plain
 from deepmsi.nn.recompute import again
 from deepmsi.nn.vsc import VSC
-from deepmsi.ops import window_attention
+from deepmsi.ops import residual_mlp, residual_window_attention, window_attention
 
 
 class Tokens(NamedTuple):
@@ -107,6 +108,10 @@ class WindowAttention(nn.Module):
             raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
 
+    def qkv_bias(self) -> Tensor:
+        """Return the bias of q, k and v [3C]; keys have none."""
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the attention's output in the layout of the tokens."""
         table = self.bias_table()
@@ -120,10 +125,9 @@ class WindowAttention(nn.Module):
         return self.proj(again(attended, x, table, owners=(self,), draws=False))
 
     def _attended(self, tokens: Tokens, table: Tensor) -> Tensor:
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         packed = tokens.cu_seqlens is not None
         return window_attention(
-            nn.functional.linear(tokens.x, self.qkv.weight, bias),
+            nn.functional.linear(tokens.x, self.qkv.weight, self.qkv_bias()),
             self.heads,
             tokens.grid,
             self.window,
@@ -239,13 +243,42 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tokens) -> Tokens:
         """x + LN(attn(x))."""
-        branch = self._dropped(self.norm1(self.attn(tokens)), tokens)
-        return tokens._replace(x=tokens.x + branch)
+        x, scale = tokens.x, self._drawn(tokens)
+        attn, norm = self.attn, self.norm1
+        if fuses("residual_window_attention", x) and plain(attn, attn.qkv, attn.proj, norm):
+            y = residual_window_attention(
+                x,
+                attn.qkv.weight,
+                attn.qkv_bias(),
+                attn.proj.weight,
+                attn.proj.bias,
+                norm.weight,
+                norm.bias,
+                attn.heads,
+                tokens.grid,
+                attn.window,
+                attn.shift,
+                bias_table=attn.bias_table(),
+                logit_scale=attn.logit_scale,
+                positions=tokens.place if tokens.cu_seqlens is not None else None,
+                cu_seqlens=tokens.cu_seqlens,
+                row_scale=scale,
+                eps=norm.eps,
+            )
+        else:
+            branch = norm(attn(tokens))
+            y = x + (branch if scale is None else branch * scale.unsqueeze(-1))
+        return tokens._replace(x=y)
 
     def transform(self, tokens: Tokens) -> Tokens:
         """x + LN(mlp(x))."""
-        branch = self._dropped(self.norm2(self.mlp(tokens.x)), tokens)
-        return tokens._replace(x=tokens.x + branch)
+        x, scale = tokens.x, self._drawn(tokens)
+        mlp, norm = self.mlp, self.norm2
+        if fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
+            weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
+            return tokens._replace(x=residual_mlp(x, *weights, row_scale=scale, eps=norm.eps))
+        branch = norm(mlp(x))
+        return tokens._replace(x=x + (branch if scale is None else branch * scale.unsqueeze(-1)))
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Attention and MLP, of a block that does not compress."""
@@ -259,17 +292,17 @@ class Block(nn.Module):
         tokens = self.attend(tokens) if attends else tokens
         return self.transform(self.compress(tokens, guide, name, kept))
 
-    def _dropped(self, branch: Tensor, tokens: Tokens) -> Tensor:
-        """Drop the whole branch of a frame at random in training (stochastic depth)."""
+    def _drawn(self, tokens: Tokens) -> Tensor | None:
+        """Draw the factor of every row's branch: in training whole frames are dropped at random (stochastic depth)."""
         if not self.training or self.drop_path == 0.0:
-            return branch
-        keep = 1.0 - self.drop_path
+            return None
+        keep, x = 1.0 - self.drop_path, tokens.x
         if tokens.cu_seqlens is None:
-            return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+            return x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep).expand(x.shape[:-1])
         frames = tokens.cu_seqlens.shape[0] - 1
         # One number more, for the rows past the last frame.
-        scale = branch.new_empty(frames + 1, 1).bernoulli_(keep).div_(keep)
-        return branch * scale[frame_of_row(tokens.cu_seqlens, branch.shape[0])]
+        scale = x.new_empty(frames + 1).bernoulli_(keep).div_(keep)
+        return scale[frame_of_row(tokens.cu_seqlens, x.shape[0])]
 
 
 class PatchEmbed(nn.Module):

@@ -1,7 +1,9 @@
-"""The four operations: public functions that check their arguments, choose a backend and call it."""
+"""The operations: public functions that check their arguments, choose a backend and call it."""
 
 from deepmsi.ops.cross_modal_contrastive import cross_modal_contrastive
 from deepmsi.ops.dilated_causal_conv1d import dilated_causal_conv1d
+from deepmsi.ops.residual_mlp import residual_mlp
+from deepmsi.ops.residual_window_attention import residual_window_attention
 from deepmsi.ops.vsc_compress import CompressedTokens, vsc_compress
 from deepmsi.ops.window_attention import window_attention
 
@@ -9,6 +11,8 @@ __all__ = [
     "CompressedTokens",
     "cross_modal_contrastive",
     "dilated_causal_conv1d",
+    "residual_mlp",
+    "residual_window_attention",
     "vsc_compress",
     "window_attention",
 ]

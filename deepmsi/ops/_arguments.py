@@ -34,3 +34,8 @@ def check_floating(x: Tensor, op: str, name: str) -> None:
 def shape(x: Tensor) -> str:
     """Return a shape as text, such as ``[3, 4]``."""
     return str(list(x.shape))
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

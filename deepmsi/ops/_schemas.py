@@ -28,8 +28,9 @@ def _register(
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
     gradient: Callable[..., tuple[Any, ...]],
+    backends: tuple[str, ...] = COMPILED_BACKENDS,
 ) -> None:
-    """Define both directions of an operation for every compiled backend.
+    """Define both directions of an operation for its compiled backends.
 
     Args:
         op: Name of the operation.
@@ -38,8 +39,9 @@ def _register(
         setup_context: ``(ctx, inputs, output)``; saves what the backward reads.
         gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per
             input.
+        backends: The compiled backends that have it.
     """
-    for backend in COMPILED_BACKENDS:
+    for backend in backends:
         name = f"{op}_{backend}"
         LIBRARY.define(f"{name}_fwd{forward}", tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.define(f"{name}_bwd{backward}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -292,4 +294,113 @@ _register(
     _contrastive_fake_backward,
     _contrastive_setup_context,
     _contrastive_gradient,
+)
+
+
+# --- residual_mlp
+# Forward: rows x [R, C] and all else in float32. `branch` [R, C] is what the norm reads, kept with `with_grad`, else
+# [0, C]; the hidden rows are made again. row_scale [R] gets no gradient.
+
+_MLP_WEIGHTS = (
+    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
+    "Tensor? row_scale, float eps"
+)
+_MLP_FORWARD = f"(Tensor x, {_MLP_WEIGHTS}, bool with_grad) -> (Tensor y, Tensor branch)"
+_MLP_BACKWARD = (
+    f"(Tensor grad_y, Tensor x, Tensor branch, {_MLP_WEIGHTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _mlp_fake_forward(x: Tensor, *rest: Any) -> Any:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+
+
+def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
+    return tuple(like.new_empty(like.shape) for like in (x, *rest[:6]))
+
+
+def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.with_grad = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
+
+
+def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None or not ctx.with_grad:
+        return (None,) * 10
+    return (*bwd(grads[0], *ctx.saved_tensors, ctx.eps), None, None, None)
+
+
+_register(
+    "residual_mlp",
+    _MLP_FORWARD,
+    _MLP_BACKWARD,
+    _mlp_fake_forward,
+    _mlp_fake_backward,
+    _mlp_setup_context,
+    _mlp_gradient,
+    backends=("cpp",),
+)
+
+
+# --- residual_window_attention
+# Forward: rows x [R, C] and all else in float32; the attention's arguments as in window_attention. With `with_grad`
+# `branch` [R, C] is what the norm reads and `attended` [R, C] the attention's output, else both are [0, C]; q, k and v
+# are made again. row_scale [R] gets no gradient.
+
+_ATTENTION_ARGUMENTS = (
+    "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "
+    "Tensor? row_scale, float eps, Tensor bias_table, Tensor? head_scale, float scale, Tensor? positions, "
+    "Tensor? cu_seqlens, int heads, int height, int width, int window, int shift"
+)
+_ATTENTION_FORWARD = f"(Tensor x, {_ATTENTION_ARGUMENTS}, bool with_grad) -> (Tensor y, Tensor branch, Tensor attended)"
+_ATTENTION_BACKWARD = (
+    f"(Tensor grad_y, Tensor x, Tensor branch, Tensor attended, {_ATTENTION_ARGUMENTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attention_fake_forward(x: Tensor, *rest: Any) -> Any:
+    kept = (x.shape[0] if rest[-1] else 0, x.shape[1])
+    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
+
+
+def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
+    qkv_weight, _, proj_weight, proj_bias, norm_weight, norm_bias, _, _, bias_table = rest[:9]
+    likes = (x, qkv_weight, qkv_weight[:, 0], proj_weight, proj_bias, norm_weight, norm_bias, bias_table, bias_table[0])
+    return tuple(like.new_empty(like.shape) for like in likes)
+
+
+def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *weights, ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:14]
+    *ctx.sizes, ctx.with_grad = inputs[14:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
+
+
+def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None or not ctx.with_grad:
+        return (None,) * 20
+    *tensors, table, head_scale, positions, cu_seqlens = ctx.saved_tensors
+    found = bwd(grads[0], *tensors, ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes)
+    grad_x, grad_qkv, grad_bias, *others, grad_table, grad_scale = found
+    if tensors[4] is None:
+        grad_bias = None
+    if head_scale is None:
+        grad_scale = None
+    return (grad_x, grad_qkv, grad_bias, *others, None, None, grad_table, grad_scale, *(None,) * 9)
+
+
+_register(
+    "residual_window_attention",
+    _ATTENTION_FORWARD,
+    _ATTENTION_BACKWARD,
+    _attention_fake_forward,
+    _attention_fake_backward,
+    _attention_setup_context,
+    _attention_gradient,
+    backends=("cpp",),
 )

@@ -12,6 +12,81 @@ from deepmsi.reference.window_attention import window_attention as reference
 _OP = "window_attention"
 
 
+def check_windows(
+    op: str,
+    x: Tensor,
+    name: str,
+    parts: int,
+    heads: int,
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    scale: float | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, float]:
+    """Check what an attention over windows takes; return the logit scale as [heads], and the scale.
+
+    Args:
+        op, name: The operation and its x, for the sentences.
+        x: Rows or a grid of ``parts`` times C channels.
+
+    Raises:
+        ValueError: An argument has the wrong shape, type or range.
+    """
+    check_floating(x, op, name)
+    height, width = grid
+    wide, times = ("3C", "3 times ") if parts == 3 else ("C", "")
+    packed = positions is not None or cu_seqlens is not None
+    if packed:
+        if positions is None or cu_seqlens is None:
+            raise ValueError(f"{op}: packed rows need both positions and cu_seqlens")
+        if x.dim() != 2:
+            raise ValueError(f"{op}: {name} must be packed [R, {wide}] where positions are given, not {shape(x)}")
+        if not (positions.shape == x.shape[:1] and positions.dtype in (torch.int32, torch.int64)):
+            raise ValueError(
+                f"{op}: positions must be [R] = [{x.shape[0]}] int32, not {shape(positions)} {positions.dtype}"
+            )
+        if not (cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32):
+            raise ValueError(f"{op}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
+        if not (positions.device == x.device and cu_seqlens.device == x.device):
+            raise ValueError(
+                f"{op}: {name} is on {x.device}, positions on {positions.device}, cu_seqlens on {cu_seqlens.device}"
+            )
+    else:
+        if not (x.dim() == 4 and x.shape[1] == height and x.shape[2] == width):
+            raise ValueError(
+                f"{op}: {name} must be [B, {height}, {width}, {wide}] for the grid {height}x{width}, not {shape(x)}"
+            )
+    if height < 1 or width < 1:
+        raise ValueError(f"{op}: the grid must not be empty, not {height}x{width}")
+    if window < 1:
+        raise ValueError(f"{op}: window must be at least 1, not {window}")
+    if not 0 <= shift < window:
+        raise ValueError(f"{op}: shift must lie in [0, {window}), not {shift}")
+    if heads < 1:
+        raise ValueError(f"{op}: heads must be at least 1, not {heads}")
+    if not (x.shape[-1] % (parts * heads) == 0 and x.shape[-1] > 0):
+        raise ValueError(f"{op}: {x.shape[-1]} channels of {name} are not {times}a multiple of {heads} heads")
+    if bias_table.shape != ((2 * window - 1) ** 2, heads):
+        raise ValueError(
+            f"{op}: bias_table must be [{(2 * window - 1) ** 2}, {heads}] for window {window}, not {shape(bias_table)}"
+        )
+    check_floating(bias_table, op, "bias_table")
+    if logit_scale is not None and scale is not None:
+        raise ValueError(f"{op}: give logit_scale (cosine attention, V2) or scale (V1), not both")
+    depth = x.shape[-1] // (parts * heads)
+    if logit_scale is not None:
+        if logit_scale.numel() != heads:
+            raise ValueError(f"{op}: logit_scale must have {heads} elements, not {logit_scale.numel()}")
+        logit_scale = logit_scale.reshape(heads)
+    if scale is None:
+        scale = depth**-0.5
+    return logit_scale, scale
+
+
 def window_attention(
     qkv: Tensor,
     heads: int,
@@ -59,54 +134,10 @@ def window_attention(
         RuntimeError: The backend that was asked for cannot run this call.
     """
     qkv = autocast(qkv)
-    check_floating(qkv, _OP, "qkv")
-    height, width = grid
-    packed = positions is not None or cu_seqlens is not None
-    if packed:
-        if positions is None or cu_seqlens is None:
-            raise ValueError(f"{_OP}: packed rows need both positions and cu_seqlens")
-        if qkv.dim() != 2:
-            raise ValueError(f"{_OP}: qkv must be packed [R, 3C] where positions are given, not {shape(qkv)}")
-        if not (positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64)):
-            raise ValueError(
-                f"{_OP}: positions must be [R] = [{qkv.shape[0]}] int32, not {shape(positions)} {positions.dtype}"
-            )
-        if not (cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32):
-            raise ValueError(f"{_OP}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
-        if not (positions.device == qkv.device and cu_seqlens.device == qkv.device):
-            raise ValueError(
-                f"{_OP}: qkv is on {qkv.device}, positions on {positions.device}, cu_seqlens on {cu_seqlens.device}"
-            )
-    else:
-        if not (qkv.dim() == 4 and qkv.shape[1] == height and qkv.shape[2] == width):
-            raise ValueError(
-                f"{_OP}: qkv must be [B, {height}, {width}, 3C] for the grid {height}x{width}, not {shape(qkv)}"
-            )
-    if height < 1 or width < 1:
-        raise ValueError(f"{_OP}: the grid must not be empty, not {height}x{width}")
-    if window < 1:
-        raise ValueError(f"{_OP}: window must be at least 1, not {window}")
-    if not 0 <= shift < window:
-        raise ValueError(f"{_OP}: shift must lie in [0, {window}), not {shift}")
-    if heads < 1:
-        raise ValueError(f"{_OP}: heads must be at least 1, not {heads}")
-    if not (qkv.shape[-1] % (3 * heads) == 0 and qkv.shape[-1] > 0):
-        raise ValueError(f"{_OP}: {qkv.shape[-1]} channels of qkv are not 3 times a multiple of {heads} heads")
-    if bias_table.shape != ((2 * window - 1) ** 2, heads):
-        raise ValueError(
-            f"{_OP}: bias_table must be [{(2 * window - 1) ** 2}, {heads}] for window {window}, not {shape(bias_table)}"
-        )
-    check_floating(bias_table, _OP, "bias_table")
-    if logit_scale is not None and scale is not None:
-        raise ValueError(f"{_OP}: give logit_scale (cosine attention, V2) or scale (V1), not both")
+    logit_scale, scale = check_windows(
+        _OP, qkv, "qkv", 3, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens
+    )
     depth = qkv.shape[-1] // (3 * heads)
-    if logit_scale is not None:
-        if logit_scale.numel() != heads:
-            raise ValueError(f"{_OP}: logit_scale must have {heads} elements, not {logit_scale.numel()}")
-        logit_scale = logit_scale.reshape(heads)
-    if scale is None:
-        scale = depth**-0.5
-
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
     with torch.autocast(qkv.device.type, enabled=False):
         if chosen == "reference":
@@ -128,8 +159,7 @@ def window_attention(
             positions,
             cu_seqlens,
             heads,
-            height,
-            width,
+            *grid,
             window,
             shift,
         )

@@ -1,0 +1,144 @@
+// What the registrations of the CPU's transformer blocks share: memory, packed weights, and rows over
+// threads.
+//
+// A block works in chunks whose inner rows stay in cache. Inside a chunk, products run over tiles of rows on
+// torch's threads; gradients of weights are summed chunk by chunk, each element by one thread, so that their
+// bits do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "gemm.h"
+#include "tensors.h"
+
+namespace deepmsi {
+
+// Rows of one product whose results a thread passes on while they are in its cache.
+constexpr int64_t kBlockRows = 48;
+// Bytes of the widest rows of a chunk.
+constexpr int64_t kChunkBytes = int64_t{4} << 20;
+// Terms between two additions to a gradient of a weight: the scratch of add_outer.
+constexpr int64_t kOuterDepth = 256;
+
+inline const BlockKernels& block_kernels() {
+  static const BlockKernels kernels = [] {
+#if DEEPMSI_X86
+    if (active_isa() == Isa::kAvx512) return avx512::block_kernels();
+    if (active_isa() == Isa::kAvx2) return avx2::block_kernels();
+#endif
+    return baseline::block_kernels();
+  }();
+  return kernels;
+}
+
+// Floats that start at a cache line and hold anything.
+class Floats {
+ public:
+  explicit Floats(int64_t count = 0)
+      : memory_(new char[count * sizeof(float) + 64]),
+        start_(memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64)) {}
+  float* data() const { return reinterpret_cast<float*>(start_); }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  char* start_;
+};
+
+inline int64_t tiles_of(int64_t rows) { return (rows + block_kernels().tile - 1) / block_kernels().tile; }
+
+// Rows of a chunk whose rows are `width` wide.
+inline int64_t chunk_rows(int64_t width) {
+  const int64_t tile = block_kernels().tile;
+  return std::max<int64_t>(kChunkBytes / (static_cast<int64_t>(sizeof(float)) * width) / tile, 8) * tile;
+}
+
+// Call run(first, last) on ranges of rows, cut between tiles.
+template <typename Run>
+void over_rows(int64_t rows, const Run& run) {
+  const int64_t tile = block_kernels().tile;
+  torch::stable::parallel_for(0, tiles_of(rows), 1, [&](int64_t begin, int64_t end) {
+    run(begin * tile, std::min(end * tile, rows));
+  });
+}
+
+// A matrix B [depth, columns] in panels.
+class Packed {
+ public:
+  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns].
+  Packed(const float* weight, bool transposed, int64_t depth, int64_t columns)
+      : depth_(depth), columns_(columns) {
+    const BlockKernels& k = block_kernels();
+    const int64_t panels = (columns + k.panel - 1) / k.panel;
+    memory_ = Floats(panels * k.panel * depth);
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      k.pack(weight, transposed ? depth : columns, transposed, depth, columns, begin, end, memory_.data());
+    });
+  }
+  void multiply(int64_t rows, const float* a, float* c) const {
+    block_kernels().multiply(rows, columns_, depth_, a, depth_, memory_.data(), c, columns_);
+  }
+
+ private:
+  int64_t depth_, columns_;
+  Floats memory_;
+};
+
+// grad_weight [out, in] += grad_y [rows, out]^T x [rows, in].
+inline void add_weight_gradient(int64_t rows, int64_t out, int64_t in, const float* grad_y, const float* x,
+                                float* grad_weight) {
+  over_rows(out, [&](int64_t first, int64_t last) {
+    Floats scratch(kOuterDepth * block_kernels().panel);
+    block_kernels().add_outer(last - first, in, rows, grad_y + first, out, x, in, grad_weight + first * in,
+                              in, scratch.data());
+  });
+}
+
+// Sums over rows that are kept per tile, then added in order.
+class ColumnSums {
+ public:
+  explicit ColumnSums(int64_t width) : width_(width), total_(width, 0.0) {}
+  void begin_chunk(int64_t rows) { partial_.assign(tiles_of(rows) * width_, 0.0f); }
+  float* tile(int64_t row) { return partial_.data() + row / block_kernels().tile * width_; }
+  void end_chunk() {
+    for (size_t at = 0; at < partial_.size(); at += width_) {
+      for (int64_t c = 0; c < width_; ++c) total_[c] += partial_[at + c];
+    }
+  }
+  void write(int64_t from, const Tensor& out) const {
+    for (int64_t c = 0; c < out.numel(); ++c) pointer<float>(out)[c] = static_cast<float>(total_[from + c]);
+  }
+
+ private:
+  int64_t width_;
+  std::vector<double> total_;
+  std::vector<float> partial_;
+};
+
+inline Tensor floats(const Tensor& x, int64_t count, const char* op, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == count, op, ": ", name, " must be ",
+                  count, " float32 numbers");
+  return dense(x);
+}
+
+inline std::optional<Tensor> floats(const std::optional<Tensor>& x, int64_t count, const char* op,
+                                    const char* name) {
+  return x.has_value() ? std::optional<Tensor>(floats(*x, count, op, name)) : std::nullopt;
+}
+
+inline const float* pointer_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? pointer<const float>(*x) : nullptr;
+}
+
+// Rows from `row` on of something that may be absent.
+inline const float* at_row(const float* x, int64_t row, int64_t width = 1) {
+  return x == nullptr ? nullptr : x + row * width;
+}
+
+inline Tensor zeros_like(const Tensor& x) {
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  std::memset(out.data_ptr(), 0, out.numel() * sizeof(float));
+  return out;
+}
+
+}  // namespace deepmsi

@@ -1,0 +1,22 @@
+"""When modules may run as one kernel."""
+
+import torch
+from torch import Tensor, nn
+
+from deepmsi import backend
+
+
+def fuses(op: str, x: Tensor) -> bool:
+    """Whether an operation that does the work of several modules is to compute it for x."""
+    return not torch.is_autocast_enabled(x.device.type) and backend.fuses(op, x.device.type, x.dtype)
+
+
+def plain(owner: nn.Module, *layers: nn.Module) -> bool:
+    """Whether calling a module does what its class says: no hooks on it or its layers, and each of these torch's own.
+
+    An adapter, a quantised layer or a parametrised weight makes another class of a layer; weights must be float32.
+    """
+    for module in (owner, *layers):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return all(type(layer) in (nn.Linear, nn.LayerNorm) and layer.weight.dtype == torch.float32 for layer in layers)

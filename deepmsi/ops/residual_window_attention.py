@@ -1,0 +1,102 @@
+"""The public function of the residual window attention: check, resolve, call."""
+
+import torch
+from torch import Tensor
+
+from deepmsi.backend import resolve
+from deepmsi.ops import _schemas as _schemas  # registers the operators
+from deepmsi.ops._arguments import needs_grad, shape
+from deepmsi.ops.window_attention import check_windows
+from deepmsi.reference.residual_window_attention import residual_window_attention as reference
+from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
+
+_OP = "residual_window_attention"
+
+
+def residual_window_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    heads: int,
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    *,
+    bias_table: Tensor,
+    logit_scale: Tensor | None = None,
+    scale: float | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
+
+    ``attention`` is :func:`deepmsi.ops.window_attention`. Its q, k and v are not kept for the backward pass: it makes
+    them again, some frames at a time.
+
+    Equivalent to: ``x + s * layer_norm(linear(window_attention(linear(x, qkv_weight, qkv_bias), ...), proj_weight))``.
+
+    Args:
+        x: [B, H, W, C], or packed rows [R, C].
+        qkv_weight, qkv_bias: Q [3C, C] and q [3C], or None.
+        proj_weight, proj_bias: P [C, C] and p [C].
+        norm_weight, norm_bias: [C].
+        heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens: As in ``window_attention``.
+            The attention of rows past the last offset is zero.
+        row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
+        eps: Added to the variance.
+        backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+
+    Returns:
+        The shape of x.
+
+    Raises:
+        ValueError: An argument has the wrong shape, type or range.
+        RuntimeError: The backend that was asked for cannot run this call.
+    """
+    logit_scale, scale = check_windows(
+        _OP, x, "x", 1, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens
+    )
+    channels = x.shape[-1]
+    for name, tensor, size in (
+        ("qkv_weight", qkv_weight, (3 * channels, channels)),
+        ("qkv_bias", qkv_bias, (3 * channels,)),
+        ("proj_weight", proj_weight, (channels, channels)),
+        ("proj_bias", proj_bias, (channels,)),
+        ("norm_weight", norm_weight, (channels,)),
+        ("norm_bias", norm_bias, (channels,)),
+        ("row_scale", row_scale, x.shape[:-1]),
+    ):
+        if tensor is not None and tensor.shape != size:
+            raise ValueError(f"{_OP}: {name} must be {list(size)}, not {shape(tensor)}")
+    weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
+    chosen = resolve(_OP, backend, x.device.type, x.dtype, heads=heads, head_dim=channels // heads, window=window)
+    if chosen == "reference":
+        where = (positions, cu_seqlens, row_scale)
+        return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
+    head_scale = None if logit_scale is None else logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    if positions is not None:
+        positions = positions.to(torch.int32)
+    y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
+        x.reshape(-1, channels),
+        *weights,
+        None if row_scale is None else row_scale.reshape(-1),
+        eps,
+        bias_table,
+        head_scale,
+        scale,
+        positions,
+        cu_seqlens,
+        heads,
+        *grid,
+        window,
+        shift,
+        needs_grad(x, *weights, bias_table, logit_scale),
+    )
+    return y.view(x.shape)

@@ -1,0 +1,34 @@
+"""The residual window attention of a post-norm block in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from deepmsi.reference.window_attention import window_attention
+
+
+def residual_window_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    heads: int,
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    scale: float,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    row_scale: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return x + row_scale · LN(proj(attention(qkv(x)))) for a grid x [B, H, W, C] or packed rows [R, C]."""
+    qkv = torch.nn.functional.linear(x, qkv_weight, qkv_bias)
+    out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+    branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
+    branch = torch.nn.functional.layer_norm(branch, norm_weight.shape, norm_weight, norm_bias, eps)
+    return x + (branch if row_scale is None else branch * row_scale.to(branch.dtype).unsqueeze(-1))
