@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from deepmsi import backend, ops
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows
 
 HERE = Path(__file__).parent
 # Shared memory that one block may take, in bytes.
@@ -117,6 +118,19 @@ def _contrastive(dtype: torch.dtype, size: int, dim: int) -> Tensor:
     return ops.cross_modal_contrastive(a, b, torch.zeros(size, dtype=torch.int64), backend="triton")
 
 
+def _conv(dtype: torch.dtype, batch: int, count: int | None) -> Tensor:
+    """Two convolutions of a block, at the last positions that the next one reads or at all of them."""
+    channels = 1024
+    x = torch.zeros(batch, 15, channels, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(3, channels, channels, dtype=dtype, requires_grad=True)
+    residual = torch.zeros(batch, 15 if count is None else count, channels, dtype=dtype, requires_grad=True)
+    seed = torch.zeros((), dtype=torch.int64)
+    out = causal_conv_rows(
+        x, weight, weight[0, 0], count=count, relu=True, residual=residual, seed=seed, dropout=0.3, backend="triton"
+    )
+    return out.float().sum()
+
+
 # op, case, the call, and whether every push compiles it
 CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("vsc_compress", "dense 256 x 384", lambda d: _vsc(d, False, 256, 384), True),
@@ -125,6 +139,9 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("window_attention", "dense 16, window 8, head 32", lambda d: _window(d, False, 16, 8, 32), True),
     ("window_attention", "packed 16, window 8, head 32", lambda d: _window(d, True, 16, 8, 32), False),
     ("window_attention", "dense 16, window 16, head 64", lambda d: _window(d, False, 16, 16, 64), False),
+    ("dilated_causal_conv1d", "last step, 1 x 1 of 1024", lambda d: _conv(d, 1, 1), True),
+    ("dilated_causal_conv1d", "last step, 8 x 8 of 1024", lambda d: _conv(d, 8, 8), False),
+    ("dilated_causal_conv1d", "16 x 15 of 1024", lambda d: _conv(d, 16, None), True),
     ("cross_modal_contrastive", "16 x 256", lambda d: _contrastive(d, 16, 256), True),
     ("cross_modal_contrastive", "4096 x 256", lambda d: _contrastive(d, 4096, 256), True),
 )

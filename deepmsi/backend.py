@@ -79,6 +79,10 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
+    ("dilated_causal_conv1d", "cpp"): Kernel(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")
+    ),
+    ("dilated_causal_conv1d", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),

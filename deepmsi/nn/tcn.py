@@ -1,21 +1,24 @@
 """The temporal convolutional network: whole sequences, their last step alone, and one step of many streams."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from deepmsi.errors import UserError
-from deepmsi.ops import dilated_causal_conv1d
+from deepmsi.ops._arguments import autocast, shape
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 
-# What a stream remembers: for every convolution its last (k - 1)·d inputs [B, C, (k - 1)·d].
+# What a stream remembers: for every convolution its last (k - 1)·d inputs [B, (k - 1)·d, C].
 TCNState = tuple[Tensor, ...]
+# What the dropouts after both convolutions of a block draw from, [] int64; None without dropout.
+Seeds = tuple[Tensor | None, Tensor | None]
 
 
 class TemporalBlock(nn.Module):
-    """(Weight-normed dilated causal convolution, ReLU, dropout) twice, plus the input, ReLU."""
+    """(Weight-normed dilated causal convolution, ReLU, dropout) twice, plus the input, ReLU. Works on rows of time."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -24,64 +27,103 @@ class TemporalBlock(nn.Module):
         self.conv2 = _weight_normed(outputs, outputs, kernel_size, dilation)
         self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
         self.dropout = nn.Dropout(dropout)
+        self._folded: dict[nn.Conv1d, tuple[Any, Tensor]] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, Cin, T] to [B, Cout, T]."""
-        y = self._activate(dilated_causal_conv1d(x, self.conv1.weight, self.conv1.bias, self.dilation))
-        y = self._activate(dilated_causal_conv1d(y, self.conv2.weight, self.conv2.bias, self.dilation))
-        return torch.relu(y + self._shortcut(x))
+    def forward(self, x: Tensor, seeds: Seeds = (None, None)) -> Tensor:
+        """Map [B, T, Cin] to [B, T, Cout]."""
+        y = self._convolve(self.conv1, x, seeds[0])
+        return self._convolve(self.conv2, y, seeds[1], residual=self._shortcut(x))
 
-    def sparse(self, x: Tensor, step: int, count: int) -> Tensor:
+    def sparse(self, x: Tensor, step: int, count: int, seeds: Seeds = (None, None)) -> Tensor:
         """Compute ``count`` outputs, ``step`` inputs apart and the last one at the end, from every d-th time step.
 
         Args:
-            x: [B, Cin, n], the input at every d-th time step, d being the block's dilation.
-            step: Distance of two outputs, in columns of x.
+            x: [B, n, Cin], the input at every d-th time step, d being the block's dilation.
+            step: Distance of two outputs, in rows of x.
             count: Number of outputs.
+            seeds: What the dropouts of both convolutions draw from.
 
         Returns:
-            [B, Cout, count].
+            [B, count, Cout].
         """
-        taps = self.conv1.kernel_size[0]
-        y = self._activate(_valid(x, self.conv1, 1, min(x.shape[2], (count - 1) * step + taps)))
-        y = self._activate(_valid(y, self.conv2, step, count))
-        return torch.relu(y + self._shortcut(x[:, :, x.shape[2] - 1 - (count - 1) * step :: step]))
+        inner = min(x.shape[1], (count - 1) * step + self.conv1.kernel_size[0])
+        y = self._convolve(self.conv1, x, seeds[0], dilation=1, count=inner)
+        shortcut = self._shortcut(x, count, step)
+        return self._convolve(self.conv2, y, seeds[1], dilation=1, count=count, step=step, residual=shortcut)
 
-    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, x: Tensor, first: Tensor, second: Tensor, seeds: Seeds) -> tuple[Tensor, Tensor, Tensor]:
         """Map one time step [B, Cin] to [B, Cout], given the past inputs of both convolutions."""
-        y, first = _advance(x, first, self.conv1, self.dilation)
-        y, second = _advance(self._activate(y), second, self.conv2, self.dilation)
-        return torch.relu(self._activate(y) + self._shortcut(x.unsqueeze(2)).squeeze(2)), first, second
+        seen = torch.cat([first, x.unsqueeze(1).to(first.dtype)], 1)
+        y = self._convolve(self.conv1, seen, seeds[0], count=1)
+        seen_second = torch.cat([second, y.to(second.dtype)], 1)
+        residual = self._shortcut(x.unsqueeze(1))
+        y = self._convolve(self.conv2, seen_second, seeds[1], count=1, residual=residual)
+        return y.squeeze(1), seen[:, 1:], seen_second[:, 1:]
 
-    def _activate(self, x: Tensor) -> Tensor:
-        return self.dropout(torch.relu(x))
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what was folded for evaluation is dropped."""
+        self._folded.clear()
+        return super().train(mode)
 
-    def _shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else _valid(x, self.downsample, 1, x.shape[2])
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": {}}
+
+    def _convolve(
+        self,
+        conv: nn.Conv1d,
+        x: Tensor,
+        seed: Tensor | None,
+        *,
+        dilation: int | None = None,
+        count: int | None = None,
+        step: int = 1,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return causal_conv_rows(
+            x,
+            self._weight(conv),
+            conv.bias,
+            dilation=self.dilation if dilation is None else dilation,
+            count=count,
+            step=step,
+            relu=True,
+            residual=residual,
+            seed=seed,
+            dropout=self.dropout.p,
+        )
+
+    def _shortcut(self, x: Tensor, count: int | None = None, step: int = 1) -> Tensor:
+        if self.downsample is not None:
+            weight = self._weight(self.downsample)
+            return causal_conv_rows(x, weight, self.downsample.bias, count=count, step=step)
+        return x if count is None else x[:, x.shape[1] - 1 - (count - 1) * step :: step]
+
+    def _weight(self, conv: nn.Conv1d) -> Tensor:
+        """Return a convolution's weight [k, Cin, Cout], weight norm folded in; in evaluation from the time before.
+
+        A change in place shows in the version of a parameter and one of storage in its address; only what is done to
+        ``parameter.data`` stays unseen until the next call of ``train()`` or ``eval()``.
+        """
+        norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
+        sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
+        fold = pack if norm is None else fold_weight_norm
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
+        if self.training or wanted or torch.compiler.is_compiling() or any(p.is_inference() for p in sources):
+            return fold(*sources)
+        device = sources[0].device.type
+        narrowed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (narrowed, tuple((p.data_ptr(), p._version, p.dtype) for p in sources))
+        held = self._folded.get(conv)
+        if held is None or held[0] != key:
+            # A tensor that was made in inference mode could not be saved for the gradient of x.
+            with torch.inference_mode(False), torch.no_grad():
+                held = self._folded[conv] = (key, autocast(fold(*sources)))
+        return held[1]
 
 
 def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:
     conv = nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation)
     return cast(nn.Conv1d, parametrizations.weight_norm(conv))
-
-
-def _valid(x: Tensor, conv: nn.Conv1d, step: int, count: int) -> Tensor:
-    """Convolve x [B, Cin, n] without dilation into the last ``count`` outputs, ``step`` apart: [B, Cout, count].
-
-    Zeros stand before the start. One product of the gathered taps: at a few positions that is what a convolution is.
-    """
-    weight = conv.weight
-    missing = (count - 1) * step + weight.shape[2] - x.shape[2]
-    x = torch.nn.functional.pad(x, (missing, 0))
-    taps = x.unfold(2, weight.shape[2], step).transpose(1, 2).flatten(2)
-    return torch.nn.functional.linear(taps, weight.flatten(1), conv.bias).transpose(1, 2)
-
-
-def _advance(x: Tensor, past: Tensor, conv: nn.Conv1d, dilation: int) -> tuple[Tensor, Tensor]:
-    """Convolve one more time step x [B, Cin]; return its output [B, Cout] and the new past."""
-    seen = torch.cat([past, x.unsqueeze(2).to(past.dtype)], 2)
-    y = torch.nn.functional.linear(seen[:, :, ::dilation].flatten(1), conv.weight.flatten(1), conv.bias)
-    return y, seen[:, :, 1:]
 
 
 class TCN(nn.Module):
@@ -99,6 +141,8 @@ class TCN(nn.Module):
 
     def __init__(self, inputs: int, channels: Sequence[int], kernel_size: int = 3, dropout: float = 0.3) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise UserError(f"TCN: dropout must lie in [0, 1), not {dropout}")
         if not channels or inputs < 1 or min(channels) < 1 or kernel_size < 1:
             raise UserError(
                 f"TCN: inputs {inputs}, channels {tuple(channels)} and kernel_size {kernel_size} must be positive"
@@ -114,9 +158,11 @@ class TCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, Cin, T] to [B, Cout, T]."""
-        for block in self.blocks():
-            x = block(x)
-        return x
+        self._check(x, "TCN")
+        x = x.transpose(1, 2)
+        for block, seeds in zip(self.blocks(), self._seeds(x), strict=True):
+            x = block(x, seeds)
+        return x.transpose(1, 2)
 
     def blocks(self) -> list[TemporalBlock]:
         """Return the blocks in order."""
@@ -132,6 +178,7 @@ class TCN(nn.Module):
         Raises:
             ValueError: The sequence is empty.
         """
+        self._check(x, "TCN.last")
         length = x.shape[2]
         if length < 1:
             raise ValueError("TCN.last: the sequence has no time step")
@@ -146,10 +193,10 @@ class TCN(nn.Module):
             read = min(reach, (length - 1) // block.dilation + 1)
             plan.append((read, step, count))
             stride, count = block.dilation, read
-        x = x[:, :, length - plan[-1][0] :]
-        for block, (_, step, wanted) in zip(blocks, reversed(plan), strict=True):
-            x = block.sparse(x, step, wanted)
-        return x[:, :, -1]
+        x = x.transpose(1, 2)[:, length - plan[-1][0] :]
+        for block, (_, step, wanted), seeds in zip(blocks, reversed(plan), self._seeds(x), strict=True):
+            x = block.sparse(x, step, wanted, seeds)
+        return x[:, -1]
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -163,8 +210,8 @@ class TCN(nn.Module):
         return tuple(
             torch.zeros(
                 batch_size,
-                conv.in_channels,
                 (conv.kernel_size[0] - 1) * block.dilation,
+                conv.in_channels,
                 device=device,
                 dtype=dtype,
             )
@@ -178,10 +225,22 @@ class TCN(nn.Module):
         Equal at every step to the network on the stream's whole sequence since its first frame.
         """
         following: list[Tensor] = []
-        for block, first, second in zip(self.blocks(), state[::2], state[1::2], strict=True):
-            x, first, second = block.step(x, first, second)
+        for block, first, second, seeds in zip(self.blocks(), state[::2], state[1::2], self._seeds(x), strict=True):
+            x, first, second = block.step(x, first, second, seeds)
             following += [first, second]
         return x, tuple(following)
+
+    def _check(self, x: Tensor, name: str) -> None:
+        if x.dim() != 3 or x.shape[1] != self.inputs:
+            raise ValueError(f"{name}: x must be [B, {self.inputs}, T], not {shape(x)}")
+
+    def _seeds(self, x: Tensor) -> list[Seeds]:
+        """Return what the dropouts of each block draw from: one draw of torch's generator for the whole network."""
+        blocks = self.blocks()
+        if not (self.training and any(block.dropout.p > 0 for block in blocks)):
+            return [(None, None)] * len(blocks)
+        drawn = torch.randint(2**63 - 1, (2 * len(blocks),), device=x.device).unbind()
+        return list(zip(drawn[::2], drawn[1::2], strict=True))
 
 
 def _accept_older_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

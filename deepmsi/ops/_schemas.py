@@ -404,3 +404,134 @@ _register(
     _attention_gradient,
     backends=("cpp",),
 )
+
+
+# --- dilated_causal_conv1d
+# Forward: rows x [B, n, Cin], weight [k, Cin, Cout], residual [B, count, Cout]; count None is n positions. `active`
+# says where h = dropout(relu(…)) is above 0, and is kept only where the backward cannot read it from y, that is with
+# relu, residual and `with_grad`; else it is empty. Backward: what is not wanted comes back empty, as grad_residual does
+# where there was none.
+
+_CONV_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, int dilation, int? count, int step, "
+    "bool relu, float dropout, bool with_grad) -> (Tensor y, Tensor active)"
+)
+_CONV_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor y, Tensor active, int dilation, int step, bool relu, "
+    "bool residual, float dropout, bool want_x, bool want_weight) -> "
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
+)
+
+
+def _conv_fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    dilation: int,
+    count: int | None,
+    step: int,
+    relu: bool,
+    dropout: float,
+    with_grad: bool,
+) -> Any:
+    size = (x.shape[0], x.shape[1] if count is None else count, weight.shape[2])
+    kept = relu and residual is not None and with_grad
+    return x.new_empty(size), x.new_empty(size if kept else (0,), dtype=torch.bool)
+
+
+def _conv_fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    active: Tensor,
+    dilation: int,
+    step: int,
+    relu: bool,
+    residual: bool,
+    dropout: float,
+    want_x: bool,
+    want_weight: bool,
+) -> Any:
+    return (
+        x.new_empty(x.shape if want_x else (0,)),
+        x.new_empty(weight.shape if want_weight else (0,)),
+        x.new_empty((weight.shape[2],)),
+        x.new_empty(grad_y.shape if residual else (0,)),
+    )
+
+
+def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, residual, _, dilation, _, step, relu, dropout, _ = inputs
+    y, active = output
+    ctx.mark_non_differentiable(active)
+    ctx.set_materialize_grads(False)
+    # A plain convolution's gradient does not read its result.
+    ctx.save_for_backward(x, weight, y if relu or residual is not None else active, active)
+    ctx.facts = (dilation, step, relu, residual is not None, dropout)
+
+
+def _conv_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None:
+        return (None,) * 11
+    want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+    grad_x, grad_weight, grad_bias, grad_residual = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_weight)
+    return (
+        grad_x if want_x else None,
+        grad_weight if want_weight else None,
+        grad_bias if want_bias else None,
+        grad_residual if want_residual else None,
+        *(None,) * 7,
+    )
+
+
+_register(
+    "dilated_causal_conv1d",
+    _CONV_FORWARD,
+    _CONV_BACKWARD,
+    _conv_fake_forward,
+    _conv_fake_backward,
+    _conv_setup_context,
+    _conv_gradient,
+)
+
+
+# --- fold_weight_norm
+# Forward: v [Cout, Cin, k] and g [Cout, 1, 1] of a weight norm to g v / |v| as [k, Cin, Cout], and the norms |v| [Cout]
+# in the type that sums.
+
+_FOLD_FORWARD = "(Tensor v, Tensor g) -> (Tensor weight, Tensor norm)"
+_FOLD_BACKWARD = "(Tensor grad_weight, Tensor v, Tensor g, Tensor norm) -> (Tensor grad_v, Tensor grad_g)"
+
+
+def _fold_fake_forward(v: Tensor, g: Tensor) -> Any:
+    outputs, inputs, taps = v.shape
+    return v.new_empty((taps, inputs, outputs)), v.new_empty((outputs,), dtype=accumulate_dtype(v.dtype))
+
+
+def _fold_fake_backward(grad_weight: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> Any:
+    return v.new_empty(v.shape), g.new_empty(g.shape)
+
+
+def _fold_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _fold_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return (None, None) if grads[0] is None else bwd(grads[0], *ctx.saved_tensors)
+
+
+_register(
+    "fold_weight_norm",
+    _FOLD_FORWARD,
+    _FOLD_BACKWARD,
+    _fold_fake_forward,
+    _fold_fake_backward,
+    _fold_setup_context,
+    _fold_gradient,
+    backends=("cpp",),
+)

@@ -1,10 +1,12 @@
-"""The public function of the dilated causal convolution: check, resolve, call."""
+"""The dilated causal convolution: the public function, and the fused form over rows that the TCN calls."""
 
 import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
+from deepmsi.ops import _schemas as _schemas
 from deepmsi.ops._arguments import autocast, check_floating, shape
+from deepmsi.reference.dilated_causal_conv1d import causal_conv_rows as reference_rows
 from deepmsi.reference.dilated_causal_conv1d import dilated_causal_conv1d as reference
 
 _OP = "dilated_causal_conv1d"
@@ -30,7 +32,7 @@ def dilated_causal_conv1d(
         backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
-        [B, Cout, T].
+        [B, Cout, T]. The kernels work on time steps and return a transposed view: its channels lie together.
 
     Raises:
         ValueError: An argument has the wrong shape, type or range.
@@ -51,6 +53,80 @@ def dilated_causal_conv1d(
         raise ValueError(f"{_OP}: bias must be [{weight.shape[0]}], not {shape(bias)}")
     if dilation < 1:
         raise ValueError(f"{_OP}: dilation must be at least 1, not {dilation}")
-    resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[2])
+    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[2])
+    if chosen == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference(x, weight, bias, dilation)
+    return causal_conv_rows(x.transpose(1, 2), pack(weight), bias, dilation=dilation, backend=chosen).transpose(1, 2)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return torch's weight [Cout, Cin, k] tap by tap [k, Cin, Cout], which is how the rows' form reads it."""
+    return weight.permute(2, 1, 0).contiguous()
+
+
+def fold_weight_norm(v: Tensor, g: Tensor) -> Tensor:
+    """Return g v / |v| of a weight norm, as :func:`pack` lays it out: one pass on the CPU, forward and backward.
+
+    Args:
+        v: [Cout, Cin, k].
+        g: [Cout, 1, 1].
+
+    Returns:
+        [k, Cin, Cout].
+    """
+    if v.device.type == "cpu" and resolve(_OP, None, "cpu", v.dtype) == "cpp":
+        return torch.ops.deepmsi.fold_weight_norm_cpp_fwd(v, g)[0]
+    return pack(torch._weight_norm(v, g, 0))
+
+
+def causal_conv_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dilation: int = 1,
+    count: int | None = None,
+    step: int = 1,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve rows of time steps with their past, at the positions that are asked for, and finish a layer in one go.
+
+    h = dropout(relu(b + Σ_i x(t - (k - 1 - i)·d) w_i)), y = relu(h + residual); each of relu, dropout and residual only
+    where it is given. Zeros stand before the start. Its arguments are trusted but for their types.
+
+    Args:
+        x: [B, n, Cin].
+        weight: [k, Cin, Cout] (see :func:`pack`).
+        bias: [Cout].
+        dilation: d, in rows of x.
+        count: Number of positions, ``step`` rows apart and the last one at the end; None takes every row.
+        step: Distance of two positions.
+        relu: Whether h is cut off at 0.
+        residual: [B, count, Cout].
+        seed: [] int64, which dropout draws from; the same seed drops the same elements on every backend.
+        dropout: Probability that an element of h becomes 0; the others are scaled by 1 / (1 - dropout). Needs relu.
+        backend: As everywhere.
+
+    Returns:
+        [B, count, Cout].
+    """
+    x, weight = autocast(x), autocast(weight)
+    bias = autocast(bias) if bias is not None else None
+    residual = residual.to(x.dtype) if residual is not None else None
+    if seed is None or dropout == 0:
+        seed, dropout = None, 0.0
+    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        return reference(x, weight, bias, dilation)
+        if chosen == "reference":
+            return reference_rows(x, weight, bias, residual, seed, dilation, count, step, relu, dropout)
+        forward = torch.ops.deepmsi.dilated_causal_conv1d_cpp_fwd
+        if chosen == "triton":
+            forward = torch.ops.deepmsi.dilated_causal_conv1d_triton_fwd
+        read = (t for t in (x, weight, bias, residual) if t is not None)
+        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+        return forward(x, weight, bias, residual, seed, dilation, count, step, relu, dropout, with_grad)[0]

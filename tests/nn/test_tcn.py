@@ -1,14 +1,23 @@
 """TCN: against torch's convolutions with weight norm; last and step equal the whole; names; receptive field."""
 
+import copy
 from collections import OrderedDict
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from deepmsi import testing
+from deepmsi.backend import use_backend
 from deepmsi.errors import UserError
 from deepmsi.nn import TCN
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 from deepmsi.testing import randn
+
+
+def need(backend: str) -> None:
+    testing.need("dilated_causal_conv1d", backend, "cpu", torch.float32)
 
 
 class Chomp(nn.Module):
@@ -93,16 +102,41 @@ def test_last_equals_the_whole(kernel: int, steps: int) -> None:
 def test_last_computes_the_cone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tcn = TCN(5, (6, 8, 8)).eval()
     positions: list[int] = []
-    linear = nn.functional.linear
 
-    def count(x: Tensor, *arguments: Tensor) -> Tensor:
-        positions.append(x.shape[1])
-        return linear(x, *arguments)
+    def count(*arguments: Any, **named: Any) -> Tensor:
+        y = causal_conv_rows(*arguments, **named)
+        positions.append(y.shape[1])
+        return y
 
-    monkeypatch.setattr(torch.nn.functional, "linear", count)
+    monkeypatch.setattr("deepmsi.nn.tcn.causal_conv_rows", count)
     tcn.last(torch.randn(2, 5, 15))
-    # conv1, conv2, shortcut of the first block; the second block has a shortcut because 6 != 8
+    # conv1, shortcut, conv2 of the first block; the second block has a shortcut because 6 != 8
     assert positions == [15, 8, 8, 8, 4, 4, 3, 1]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_every_backend_gives_the_network_its_last_step_and_its_stream(backend: str) -> None:
+    need(backend)
+    torch.manual_seed(0)
+    tcn = TCN(5, (18, 18)).eval()
+    x = randn(2, 5, 9, seed=1)
+    results = {}
+    for name in ("reference", backend):
+        with use_backend(name):
+            leaf = x.clone().requires_grad_()
+            whole = tcn(leaf)
+            grads = torch.autograd.grad(whole.square().sum(), (leaf, *tcn.parameters()))
+            last = tcn.last(x)
+            state = tcn.init_state(2)
+            steps = []
+            for t in range(9):
+                y, state = tcn.step(x[:, :, t], state)
+                steps.append(y)
+        torch.testing.assert_close(last, whole[:, :, -1])
+        torch.testing.assert_close(torch.stack(steps, 2), whole)
+        results[name] = (whole, *grads)
+    for found, exact in zip(results[backend], results["reference"], strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
@@ -164,14 +198,107 @@ def test_names_and_older_checkpoints() -> None:
 
 
 def test_dropout_follows_the_generator() -> None:
-    usual, tcn = both()
+    tcn = both()[1].train()
     x = randn(2, 5, 15, seed=8, dtype=torch.float64)
-    torch.manual_seed(1)
-    expected = usual.train()(x)
-    torch.manual_seed(1)
-    torch.testing.assert_close(tcn.train()(x), expected)
-    assert not torch.equal(tcn(x), tcn(x))
-    assert not torch.equal(tcn.last(x), tcn.last(x))
+    for run in (tcn, tcn.last):
+        drawn = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            drawn.append(run(x))
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+        assert not torch.equal(run(x), run(x))
+    before = torch.get_rng_state()
+    tcn.eval()(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_dropout_is_the_same_on_every_backend_and_keeps_the_mean(backend: str) -> None:
+    need(backend)
+    torch.manual_seed(0)
+    tcn = TCN(4, (32,), dropout=0.3)
+    x = randn(64, 4, 6, seed=1)
+    results = []
+    for name in ("reference", backend):
+        with use_backend(name):
+            torch.manual_seed(5)
+            results.append(tcn.train()(x))
+    torch.testing.assert_close(*results)
+    with use_backend(backend):
+        means = [tcn.train()(x).mean().item() for _ in range(20)]
+        exact = tcn.eval()(x).mean().item()
+    assert abs(sum(means) / 20 - exact) < 0.05 * exact
+
+
+def test_evaluation_folds_once_and_sees_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tcn = both()[1].eval()
+    x = randn(2, 5, 15, seed=9, dtype=torch.float64)
+    folds: list[int] = []
+    for name, fold in (("pack", pack), ("fold_weight_norm", fold_weight_norm)):
+
+        def count(*parts: Tensor, fold: Any = fold) -> Tensor:
+            folds.append(1)
+            return cast(Tensor, fold(*parts))
+
+        monkeypatch.setattr(f"deepmsi.nn.tcn.{name}", count)
+    with torch.inference_mode():
+        first = tcn.last(x)
+        once = len(folds)
+        assert torch.equal(tcn.last(x), first)
+        tcn(x)
+    assert once == len(folds) == 8
+    # Frozen weights: the gradient of x alone, through what inference mode folded.
+    tcn.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    tcn.last(leaf).sum().backward()
+    assert len(folds) == once
+    with torch.no_grad():
+        tcn.blocks()[1].conv2.parametrizations.weight.original0.mul_(2)
+        assert not torch.equal(tcn.last(x), first)
+    assert len(folds) == once + 1
+    other = both(3)[1].eval()
+    state = {name: value + 0.1 for name, value in other.state_dict().items()}
+    for network in (tcn, other):
+        network.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(tcn.last(x), other.last(x))
+        tcn.float()
+        torch.testing.assert_close(tcn.last(x.float()), other.last(x).float(), rtol=1e-4, atol=1e-5)
+    copied = copy.deepcopy(tcn)
+    assert all(not block._folded for block in copied.blocks())
+    tcn.train()
+    assert all(not block._folded for block in tcn.blocks())
+
+
+def test_autocast_folds_into_its_own_type() -> None:
+    tcn = TCN(5, (16, 16)).eval()
+    x = randn(2, 5, 15, seed=9)
+    with torch.inference_mode():
+        plain = tcn.last(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = tcn.last(x)
+        assert torch.equal(tcn.last(x), plain)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_whole_and_for_changing_sizes(training: bool) -> None:
+    torch._dynamo.reset()
+    tcn = TCN(5, (6, 6), dropout=0.2 if training else 0.0).train(training)
+    compiled = torch.compile(tcn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in ((2, 7), (3, 15)):
+        x = randn(batch, 5, steps, seed=steps)
+        results = []
+        for function in (compiled, tcn):
+            torch.manual_seed(1)
+            y = function(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), list(tcn.parameters()))))
+        if not training:
+            for found, exact in zip(*results, strict=True):
+                torch.testing.assert_close(found, exact)
 
 
 def test_autocast_and_mistakes() -> None:
@@ -183,3 +310,8 @@ def test_autocast_and_mistakes() -> None:
         TCN(5, ())
     with pytest.raises(ValueError, match="no time step"):
         tcn.last(torch.randn(2, 5, 0))
+    for run in (tcn, tcn.last):
+        with pytest.raises(ValueError, match=r"x must be \[B, 5, T\]"):
+            run(torch.randn(2, 4, 7))
+    with pytest.raises(UserError, match="dropout must lie"):
+        TCN(5, (6,), dropout=1.0)

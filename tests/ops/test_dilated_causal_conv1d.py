@@ -1,11 +1,28 @@
-"""dilated_causal_conv1d: against Eq. 4 in loops, gradients, types, compilation."""
+"""dilated_causal_conv1d: against Eq. 4 in loops, and every backend's fused rows against the float64 reference."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from deepmsi import testing
+from deepmsi.backend import use_backend
 from deepmsi.ops import dilated_causal_conv1d
-from deepmsi.testing import assert_within_budget, randn
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
+from deepmsi.reference.dilated_causal_conv1d import keep_mask
+from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, poisoned_memory, randn
+
+OP = "dilated_causal_conv1d"
+EXACT = [place for place in (*REFERENCES, *PLACES) if place[0] != "triton"]  # those that take float64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def need(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    testing.need(OP, backend, device, dtype)
 
 
 def naive(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -20,29 +37,348 @@ def naive(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     return torch.stack(out, 2)
 
 
+@dataclass(frozen=True)
+class Case:
+    """One layer over rows; `count` None is every row."""
+
+    batch: int = 2
+    rows: int = 9
+    inputs: int = 5
+    outputs: int = 6
+    taps: int = 3
+    dilation: int = 1
+    count: int | None = None
+    step: int = 1
+    bias: bool = True
+    relu: bool = True
+    residual: bool = False
+    dropout: float = 0.0
+
+    def run(
+        self, backend: str, device: str, dtype: torch.dtype, compute: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the output and every gradient, from inputs that are rounded to dtype and computed in `compute`."""
+        scale = (self.taps * self.inputs) ** -0.5
+        size = (self.batch, self.rows if self.count is None else self.count, self.outputs)
+        drawn = {
+            "x": randn(self.batch, self.rows, self.inputs, seed=1, dtype=dtype, device=device),
+            "weight": randn(self.taps, self.inputs, self.outputs, seed=2, dtype=dtype, device=device, scale=scale),
+            "bias": randn(self.outputs, seed=3, dtype=dtype, device=device) if self.bias else None,
+            "residual": randn(*size, seed=4, dtype=dtype, device=device) if self.residual else None,
+        }
+        leaves = {k: v.to(compute or dtype).requires_grad_() for k, v in drawn.items() if v is not None}
+        with poisoned_memory():
+            y = causal_conv_rows(
+                **{**drawn, **leaves},
+                dilation=self.dilation,
+                count=self.count,
+                step=self.step,
+                relu=self.relu,
+                seed=torch.tensor(-1234567890123456789, device=device),
+                dropout=self.dropout,
+                backend=backend,
+            )
+            weights = randn(*size, seed=5, dtype=dtype, device=device).to(y.dtype)
+            return (y, *torch.autograd.grad(y, list(leaves.values()), weights))
+
+
+CASES = {
+    "plain": Case(relu=False, bias=False),
+    "one_step": Case(rows=1, dilation=2, residual=True),
+    "fused": Case(batch=3, rows=15, inputs=17, outputs=35, dilation=4, residual=True, dropout=0.3),
+    "dropout": Case(rows=15, outputs=7, dropout=0.5),
+    "cone": Case(rows=15, inputs=19, outputs=66, count=8, step=2, residual=True, dropout=0.1),
+    "last": Case(batch=5, rows=5, count=1, dilation=2),
+    "shortcut": Case(rows=15, taps=1, count=4, step=4, relu=False),
+    "residual_alone": Case(relu=False, residual=True),
+    "long_taps": Case(rows=12, taps=5, dilation=7),
+    "above_a_block": Case(batch=1, rows=70, inputs=130, outputs=33, dilation=2, residual=True),
+    "empty": Case(batch=0, residual=True),
+    "no_row": Case(rows=0),
+}
+LARGE = {
+    "many_rows": Case(batch=2, rows=300, inputs=140, outputs=260, dilation=3, residual=True, dropout=0.3),
+    "network": Case(batch=2, rows=15, inputs=256, outputs=256, count=8, step=2, residual=True),
+}
+
+
+def assert_budget(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+    found, low, exact = (
+        case.run(backend, device, dtype),
+        case.run("reference", device, dtype),
+        case.run("reference", device, dtype, torch.float64),
+    )
+    names = ["y", *(n for n in ("x", "weight", "bias", "residual") if n in ("x", "weight") or getattr(case, n))]
+    for name, x, l, e in zip(names, found, low, exact, strict=True):
+        assert x.dtype == dtype
+        assert_within_budget(x, l, e, name)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 15])
 @pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (3, 4), (2, 7)])
-def test_equals_the_equation(steps: int, taps: int, dilation: int) -> None:
-    x = randn(2, 3, steps, seed=1, dtype=torch.float64)
-    weight, bias = randn(4, 3, taps, seed=2, dtype=torch.float64), randn(4, seed=3, dtype=torch.float64)
-    torch.testing.assert_close(dilated_causal_conv1d(x, weight, bias, dilation), naive(x, weight, bias, dilation))
-    without = naive(x, weight, torch.zeros_like(bias), dilation)
-    torch.testing.assert_close(dilated_causal_conv1d(x, weight, dilation=dilation), without)
+@pytest.mark.parametrize(("backend", "device"), EXACT)
+def test_equals_the_equation(backend: str, device: str, steps: int, taps: int, dilation: int) -> None:
+    need(backend, device, torch.float64)
+    x = randn(2, 3, steps, seed=1, dtype=torch.float64, device=device)
+    weight, bias = (
+        randn(4, 3, taps, seed=2, dtype=torch.float64, device=device),
+        randn(4, seed=3, dtype=torch.float64, device=device),
+    )
+    for b in (bias, None):
+        exact = naive(x, weight, torch.zeros_like(bias) if b is None else b, dilation)
+        torch.testing.assert_close(dilated_causal_conv1d(x, weight, b, dilation, backend=backend), exact)
+        rows = causal_conv_rows(x.transpose(1, 2), pack(weight), b, dilation=dilation, backend=backend)
+        torch.testing.assert_close(rows.transpose(1, 2), exact)
 
 
-def test_gradients() -> None:
-    x = randn(2, 3, 6, seed=1, dtype=torch.float64).requires_grad_()
-    weight = randn(4, 3, 3, seed=2, dtype=torch.float64).requires_grad_()
-    bias = randn(4, seed=3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: dilated_causal_conv1d(*a, 2), (x, weight, bias))
+@pytest.mark.parametrize(("backend", "device"), EXACT)
+def test_gradients(backend: str, device: str) -> None:
+    need(backend, device, torch.float64)
+    x = randn(2, 3, 6, seed=1, dtype=torch.float64, device=device).requires_grad_()
+    weight = randn(4, 3, 3, seed=2, dtype=torch.float64, device=device).requires_grad_()
+    bias = randn(4, seed=3, dtype=torch.float64, device=device).requires_grad_()
+    residual = randn(2, 2, 4, seed=4, dtype=torch.float64, device=device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: dilated_causal_conv1d(*a, 2, backend=backend), (x, weight, bias))
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return causal_conv_rows(
+            x.transpose(1, 2),
+            pack(weight),
+            bias,
+            residual=residual,
+            count=2,
+            step=3,
+            relu=True,
+            seed=torch.tensor(3, device=device),
+            dropout=0.25,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(layer, (x, weight, bias, residual))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_keeps_the_budget(dtype: torch.dtype) -> None:
-    x, weight, bias = randn(2, 8, 9, seed=1, dtype=dtype), randn(8, 8, 3, seed=2, dtype=dtype), None
-    got = dilated_causal_conv1d(x, weight, bias, 2)
-    low = dilated_causal_conv1d(x, weight, bias, 2, backend="reference")
-    assert_within_budget(got, low, dilated_causal_conv1d(x.double(), weight.double(), bias, 2))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_kernels_keep_the_budget(backend: str, device: str, case: str, dtype: str) -> None:
+    need(backend, device, DTYPES[dtype])
+    if (backend, device) == ("triton", "cpu") and dtype == "float16" and case not in ("fused", "cone"):
+        pytest.skip("under the interpreter two cases tell of float16")
+    assert_budget(CASES[case], backend, device, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_large_cases_keep_the_budget(backend: str, device: str, case: str, dtype: str) -> None:
+    need(backend, device, DTYPES[dtype])
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("too large for the interpreter")
+    assert_budget(LARGE[case], backend, device, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_the_public_function_in_low_precision(backend: str, device: str) -> None:
+    need(backend, device, torch.bfloat16)
+    x, weight = (
+        randn(2, 8, 9, seed=1, dtype=torch.bfloat16, device=device),
+        randn(8, 8, 3, seed=2, dtype=torch.bfloat16, device=device),
+    )
+    got = dilated_causal_conv1d(x, weight, None, 2, backend=backend)
+    low = dilated_causal_conv1d(x, weight, None, 2, backend="reference")
+    assert_within_budget(got, low, dilated_causal_conv1d(x.double(), weight.double(), None, 2, backend="reference"))
+
+
+def philox(seed: int, counter: int) -> list[int]:
+    """Philox4x32-10 in Python's integers."""
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_dropout_draws_from_philox() -> None:
+    # Random123's known answer for a counter and a key of zeros.
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    seed = -987654321987654321
+    words = [w for c in range(5) for w in philox(seed & 0xFFFFFFFFFFFFFFFF, c)][:18]
+    expected = torch.tensor([w >= int(0.4 * 2**32) for w in words])
+    assert torch.equal(keep_mask(torch.tensor(seed), torch.Size([18]), 0.4), expected)
+
+
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_dropout_drops_its_share_and_scales_the_rest(backend: str, device: str) -> None:
+    need(backend, device)
+    x, weight = torch.ones(3, 20, 1, device=device), torch.ones(1, 1, 101, device=device)
+    dropped = []
+    for seed in (1, 2, 2**62 + 5):
+        y = causal_conv_rows(
+            x, weight, None, relu=True, seed=torch.tensor(seed, device=device), dropout=0.3, backend=backend
+        )
+        kept = y != 0
+        torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.7))
+        assert torch.equal(kept, keep_mask(torch.tensor(seed, device=device), y.shape, 0.3))
+        # 6060 draws: four deviations of 0.0059.
+        assert abs(kept.float().mean().item() - 0.7) < 0.024
+        dropped.append(kept)
+    assert abs((dropped[0] == dropped[1]).float().mean().item() - 0.58) < 0.03
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_the_gradient_passes_where_dropout_kept(backend: str, device: str, residual: bool) -> None:
+    need(backend, device)
+    x = torch.ones(2, 6, 1, requires_grad=True, device=device)
+    weight, bias = torch.ones(1, 1, 37, device=device), torch.zeros(37, requires_grad=True, device=device)
+    shortcut = torch.full((2, 6, 37), 5.0, device=device) if residual else None
+    seed = torch.tensor(11, device=device)
+    y = causal_conv_rows(x, weight, bias, relu=True, residual=shortcut, seed=seed, dropout=0.4, backend=backend)
+    kept = keep_mask(seed, y.shape, 0.4).float() / 0.6
+    grads = torch.autograd.grad(y.sum(), (x, bias))
+    torch.testing.assert_close(grads[0], kept.sum(2, keepdim=True))
+    torch.testing.assert_close(grads[1], kept.sum((0, 1)))
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_only_what_is_wanted_is_computed(backend: str, device: str) -> None:
+    need(backend, device)
+    x, weight, residual = (
+        randn(2, 7, 5, seed=1, device=device),
+        randn(3, 5, 6, seed=2, device=device),
+        randn(2, 7, 6, seed=3, device=device),
+    )
+    forward, backward = (getattr(torch.ops.deepmsi, f"{OP}_{backend}_{way}") for way in ("fwd", "bwd"))
+    facts = (None, residual, None, 2, None, 1, True, 0.0)
+    y, active = forward(x, weight, *facts, False)
+    assert active.numel() == 0
+    again, active = forward(x, weight, *facts, True)
+    assert torch.equal(y, again)
+    assert active.shape == y.shape
+    whole = backward(y, x, weight, y, active, 2, 1, True, True, 0.0, True, True)
+    none = backward(y, x, weight, y, active, 2, 1, True, True, 0.0, False, False)
+    assert [t.numel() for t in none[:2]] == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(none[2:], whole[2:], strict=True))
+    # One leaf alone wants its gradient.
+    weight.requires_grad_()
+    (alone,) = torch.autograd.grad(causal_conv_rows(x, weight, None, backend=backend).sum(), weight)
+    (exact,) = torch.autograd.grad(causal_conv_rows(x, weight, None, backend="reference").sum(), weight)
+    torch.testing.assert_close(alone, exact)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_nan_shows(backend: str, device: str) -> None:
+    need(backend, device)
+    x, weight = randn(1, 9, 5, seed=1, device=device), randn(3, 5, 6, seed=2, device=device)
+    x[0, 4, 2] = torch.nan
+    y = causal_conv_rows(
+        x, weight, None, relu=True, residual=torch.zeros(1, 9, 6, device=device), dilation=2, backend=backend
+    )
+    assert y.isnan().all(2)[0].tolist() == [t in (4, 6, 8) for t in range(9)]
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("case", ["fused", "cone"])
+def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: str, case: str) -> None:
+    need(backend, device)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(CASES[case].run(backend, device, torch.float32))
+            if backend == "cpp":
+                results[-1] += LARGE["many_rows"].run(backend, device, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_strided_inputs_give_the_same(backend: str, device: str) -> None:
+    need(backend, device)
+    x, weight, residual = (
+        randn(2, 8, 5, seed=1, device=device),
+        randn(3, 5, 6, seed=2, device=device),
+        randn(2, 8, 6, seed=3, device=device),
+    )
+    strided = [t.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for t in (x, weight, residual)]
+    dense = [t.requires_grad_() for t in (x, weight, residual)]
+    results = []
+    for leaves in (strided, dense):
+        y = causal_conv_rows(*leaves[:2], None, residual=leaves[2], relu=True, backend=backend)
+        # The gradient of a sum is expanded, so it has no strides of its own.
+        results.append((y, *torch.autograd.grad(y.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize("form", ["plain", "fused", "cone", "inference", "empty", "permuted"])
+def test_opcheck(backend: str, device: str, form: str) -> None:
+    need(backend, device)
+    batch = 0 if form == "empty" else 2
+    count = 2 if form == "cone" else None
+    x, weight, bias = (
+        randn(batch, 5, 3, seed=1, device=device),
+        randn(2, 3, 4, seed=2, device=device),
+        randn(4, seed=3, device=device),
+    )
+    residual = None if form == "plain" else randn(batch, count or 5, 4, seed=4, device=device)
+    if form == "permuted":
+        x, weight, residual = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, weight, residual))
+    with_grad = form != "inference"
+    for t in (x, weight, bias, residual):
+        if t is not None:
+            t.requires_grad_(with_grad)
+    relu = form != "plain"
+    seed, dropout = (torch.tensor(5, device=device), 0.3) if relu else (None, 0.0)
+    step = 1 if count is None else 3
+    args = (x, weight, bias, residual, seed, 2, count, step, relu, dropout, with_grad)
+    forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd").default
+    torch.library.opcheck(forward, args)
+    if not with_grad:
+        return
+    with torch.no_grad():
+        y, active = forward(*args)
+    backward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_bwd").default
+    facts = (2, step, relu, residual is not None, dropout)
+    for wanted in ((True, True), (False, False)):
+        torch.library.opcheck(backward, (torch.ones_like(y), x.detach(), weight.detach(), y, active, *facts, *wanted))
+
+
+@pytest.mark.parametrize("dtype", ["float64", *DTYPES])
+@pytest.mark.parametrize("size", [(5, 3, 3), (16, 16, 1), (35, 40, 3), (1, 1, 1)], ids=str)
+def test_folding_a_weight_norm(size: tuple[int, int, int], dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    need("cpp", "cpu", kind)
+    drawn = [randn(*size, seed=1, dtype=kind), randn(size[0], 1, 1, seed=2, dtype=kind)]
+    weights = pack(randn(*size, seed=3, dtype=kind))
+    results = []
+    for name, compute in (("cpp", kind), ("reference", kind), ("reference", torch.float64)):
+        leaves = [t.to(compute).requires_grad_() for t in drawn]
+        with use_backend(name), poisoned_memory():
+            folded = fold_weight_norm(*leaves)
+            results.append((folded, *torch.autograd.grad(folded, leaves, weights.to(compute))))
+    for name, found, low, exact in zip(("weight", "v", "g"), *results, strict=True):
+        assert found.dtype == kind
+        if kind == torch.float64:
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
+            continue
+        # An element of few numbers may lie on the scale of what cancels in it.
+        assert_within_budget(found, low, exact, name, roundings=2, scale=max(exact.abs().max().item(), 0.5))
+
+
+def test_opcheck_of_the_fold() -> None:
+    need("cpp", "cpu")
+    v, g = randn(5, 3, 2, seed=1).requires_grad_(), randn(5, 1, 1, seed=2).requires_grad_()
+    turned = randn(2, 3, 5, seed=3).transpose(0, 2).requires_grad_()
+    for x in (v, turned, randn(0, 3, 2, seed=1)):
+        torch.library.opcheck(torch.ops.deepmsi.fold_weight_norm_cpp_fwd.default, (x, g[: x.shape[0]]))
+    with torch.no_grad():
+        weight, norm = torch.ops.deepmsi.fold_weight_norm_cpp_fwd(v, g)
+    torch.library.opcheck(torch.ops.deepmsi.fold_weight_norm_cpp_bwd.default, (weight, v.detach(), g.detach(), norm))
 
 
 def test_autocast_takes_x_and_weights() -> None:
@@ -55,19 +391,59 @@ def test_autocast_takes_x_and_weights() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_compiles_whole_and_for_changing_sizes() -> None:
-    weight, bias = randn(4, 3, 3, seed=2), randn(4, seed=3)
+def test_compiles_whole_and_for_changing_sizes(backend: str, device: str) -> None:
+    need(backend, device)
+    weight, bias = randn(4, 3, 3, seed=2, device=device), randn(4, seed=3, device=device)
     torch._dynamo.reset()
-    compiled = torch.compile(dilated_causal_conv1d, fullgraph=True, dynamic=True, backend="aot_eager")
-    for steps in (7, 15):
-        x = randn(2, 3, steps, seed=steps)
+
+    def step(x: Tensor) -> Tensor:
+        y = dilated_causal_conv1d(x, weight, bias, 2, backend=backend).transpose(1, 2)
+        return causal_conv_rows(y, y.new_ones(1, 4, 4), bias, relu=True, residual=y, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in ((2, 7), (3, 15)):
+        x = randn(batch, 3, steps, seed=steps)
         one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-        out, exact = compiled(one, weight, bias, 2), dilated_causal_conv1d(other, weight, bias, 2)
+        out, exact = compiled(one), step(other)
         torch.testing.assert_close(out, exact)
         out.square().sum().backward()
         exact.square().sum().backward()
         torch.testing.assert_close(one.grad, other.grad)
+
+
+_PROBE = """
+import sys, torch
+from deepmsi import _host
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows
+from deepmsi.testing import randn
+assert _host.instruction_set() == sys.argv[1], _host.instruction_set()
+for dtype in (torch.float32, torch.float64):
+    results = []
+    for backend in ("cpp", "reference"):
+        leaves = [randn(2, 31, 40, seed=1, dtype=dtype), randn(3, 40, 37, seed=2, dtype=dtype),
+                  randn(37, seed=3, dtype=dtype), randn(2, 15, 37, seed=4, dtype=dtype)]
+        x, weight, bias, residual = (t.requires_grad_() for t in leaves)
+        y = causal_conv_rows(x, weight, bias, residual=residual, count=15, step=2, dilation=3, relu=True,
+                             seed=torch.tensor(7), dropout=0.2, backend=backend)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias, residual))))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
+    need("cpp", "cpu")
+    from deepmsi import _host
+
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(_host.cpu_capability()):
+        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
+    environment = {**os.environ, "DEEPMSI_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
