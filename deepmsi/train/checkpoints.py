@@ -2,6 +2,7 @@
 
 checkpoint-STEP/
   model.safetensors       the model's weights (frozen encoders excepted)
+  average.safetensors     the average of the weights, where `train.average` keeps one
   optimizer.pt scheduler.pt scaler.pt    loaded with weights_only=True
   trainer_state.json      step, epoch, log history
   files.json              size and SHA-256 of the files above; written last

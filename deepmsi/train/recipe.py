@@ -74,6 +74,14 @@ class TrainSettings(Section):
         0.0, ge=0, description="τ·log prior of the training part added to the logits in the loss (Menon 2021)"
     )
 
+    average: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of an exponential moving average of the weights, which is what is scored and kept: steadier "
+        "where rows are few; null keeps the weights of the last step",
+    )
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"

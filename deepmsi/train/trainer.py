@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from deepmsi.models.checkpoint import stored_state
 from deepmsi.models.config import MODALITIES
 from deepmsi.nn import VSC
 from deepmsi.train import checkpoints
+from deepmsi.train.average import WeightAverage
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.inference import predict_logits, process_rank, softmax
@@ -118,7 +119,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     utterances = seconds = 0.0
     epochs_done = state.get("epoch") or 0.0
     if start is not None and _is_over(fit, curve, epochs_done):
-        load_weights(model, start / checkpoints.WEIGHTS)
+        trainer._load_from_checkpoint(str(start))
         epochs = round(epochs_done)
     else:
         begun = time.perf_counter()
@@ -130,6 +131,8 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         utterances = ((trainer.state.epoch or 0) - epochs_done) * trainer.batches.size
     trainer.kept.remove()
     model.to(trainer.args.device)
+    if trainer.average is not None:
+        trainer.average.apply()
     kept = epochs
     if fit.keep_best and curve:
         kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
@@ -234,6 +237,8 @@ class UtteranceTrainer(Trainer):
             data_collator=Collator(model.config, model.text_processor, model.audio_processor),
             train_dataset=fit.train,
         )
+        # Behind the Trainer, which puts the model on its device.
+        self.average = WeightAverage(model, settings.average) if settings.average is not None else None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
         if self.is_world_process_zero():
@@ -296,6 +301,10 @@ class UtteranceTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Score the watched rows, every row exactly once whatever the number of processes."""
+        with self.average.applied() if self.average is not None else nullcontext():
+            return self._score_watched(metric_key_prefix)
+
+    def _score_watched(self, metric_key_prefix: str) -> dict[str, float]:
         watch = self.fit.watch
         assert watch is not None
         settings = self.fit.recipe.train
@@ -355,6 +364,8 @@ class UtteranceTrainer(Trainer):
         folder = self.fit.folder / "checkpoints"
         with checkpoints.written_whole(checkpoints.checkpoint_path(folder, self.state.global_step)) as part:
             save_weights(self.core, part / checkpoints.WEIGHTS)
+            if self.average is not None:
+                self.average.save(part)
             self._save_optimizer_and_scheduler(str(part))
             self._save_scaler(str(part))
             self.state.save_to_json(str(part / checkpoints.STATE))
@@ -362,6 +373,8 @@ class UtteranceTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.core, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -389,6 +402,8 @@ class _Flow(TrainerCallback):
         batches.set_epoch(state.global_step // math.ceil(len(batches) / args.gradient_accumulation_steps))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
         every = self.trainer.fit.recipe.train.checkpoint_steps
         if every and state.global_step % every == 0 and self.trainer.fit.checkpoints:
             # The running means start anew after a log, so that a resumed history reads like an uninterrupted one.

@@ -110,21 +110,23 @@ def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("workers", "kill", "corrupt"),
-    [(0, 2, False), (2, 3, True)],
-    ids=["at an epoch's end", "inside an epoch, with loader processes and a damaged checkpoint"],
+    ("workers", "kill", "corrupt", "average"),
+    [(0, 2, False, None), (2, 3, True, 0.9)],
+    ids=["at an epoch's end", "inside an epoch, with loader processes, averaged weights and a damaged checkpoint"],
 )
 def test_resume_is_bit_for_bit(
     workers: int,
     kill: int,
     corrupt: bool,
+    average: float | None,
     video_corpus: Path,
     tmp_path: Path,
     kill_at,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = make_recipe(**VIDEO, protocol={"name": "stratified-kfold", "folds": 3})
+    described = VIDEO | {"train": VIDEO["train"] | {"average": average}}
+    recipe = make_recipe(**described, protocol={"name": "stratified-kfold", "folds": 3})
     settings = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
     # One fold only, and no final fit: what is killed and what is compared is the fit of that fold.
     whole, killed = tmp_path / "whole", tmp_path / "killed"
