@@ -4,14 +4,17 @@ The classes add no state: a block changes its class in place, and keeps its weig
 that timm does around the attention (drop path, checkpointing, changes of the input size).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers import Mlp
+from timm.layers.activations import GELU
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor
 
-from deepmsi.ops import window_attention
+from deepmsi.nn.fusing import fuses, plain
+from deepmsi.ops import residual_mlp, residual_window_attention, window_attention
 
 
 def why_not(block: Any) -> str | None:
@@ -68,6 +71,17 @@ def _runs_fused(block: Any) -> bool:
     return not dropping and why_not(block) is None
 
 
+def _drops(dropout: torch.nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+def _drawn(drop_path: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """Let timm's own module draw the factor of each frame's branch, for its rows [B, H, W]."""
+    if type(drop_path) is torch.nn.Identity or not drop_path.training:
+        return None
+    return cast(Tensor, drop_path(x.new_ones(x.shape[0], 1, 1))).expand(x.shape[:-1])
+
+
 class FusedSwinBlock(SwinTransformerBlock):
     """A block of timm's Swin V1 and S3."""
 
@@ -85,23 +99,72 @@ class FusedSwinBlock(SwinTransformerBlock):
 
 
 class FusedSwinV2Block(SwinTransformerV2Block):
-    """A block of timm's Swin V2."""
+    """A block of timm's Swin V2; where it is as timm built it, each half runs as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._transform(self._attend(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """x + drop_path(norm(attention(x)))."""
+        block: Any = self
+        attn, norm = block.attn, block.norm1
+        whole = _runs_fused(block) and not any(_padding(block, x)) and not _drops(attn.proj_drop)
+        if not (whole and fuses("residual_window_attention", x) and plain(attn, attn.qkv, attn.proj, norm)):
+            return x + block.drop_path1(norm(block._attn(x)))
+        return residual_window_attention(
+            x,
+            attn.qkv.weight,
+            self._qkv_bias(),
+            attn.proj.weight,
+            attn.proj.bias,
+            norm.weight,
+            norm.bias,
+            attn.num_heads,
+            (x.shape[1], x.shape[2]),
+            block.window_size[0],
+            block.shift_size[0],
+            bias_table=self._bias_table(),
+            logit_scale=attn.logit_scale,
+            row_scale=_drawn(block.drop_path1, x),
+            eps=norm.eps,
+        )
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """x + drop_path(norm(mlp(x)))."""
+        block: Any = self
+        mlp, norm = block.mlp, block.norm2
+        usual = (
+            type(mlp) is Mlp
+            and type(mlp.act) in (GELU, torch.nn.GELU)
+            and getattr(mlp.act, "approximate", "none") == "none"
+            and type(mlp.norm) is torch.nn.Identity
+            and not _drops(mlp.drop1)
+            and not _drops(mlp.drop2)
+        )
+        if usual and fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
+            weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
+            return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
+        rows = x.flatten(1, 2)
+        return (rows + block.drop_path2(norm(mlp(rows)))).view(x.shape)
+
+    def _qkv_bias(self) -> Tensor | None:
+        attn: Any = self.attn
+        return None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+    def _bias_table(self) -> Tensor:
+        attn: Any = self.attn
+        return 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
 
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self):
             return super()._attn(x)
         attn: Any = self.attn
-        padded = _pad_as_timm(self, x)
-        if attn.q_bias is None:
-            qkv = attn.qkv(padded)
+        padded, bias = _pad_as_timm(self, x), self._qkv_bias()
+        if bias is not None and attn.qkv_bias_separate:
+            qkv = attn.qkv(padded) + bias
         else:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            if attn.qkv_bias_separate:
-                qkv = attn.qkv(padded) + bias
-            else:
-                qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
-        table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
-        out = _attend(self, qkv, bias_table=16 * table.sigmoid(), logit_scale=attn.logit_scale)
+            qkv = attn.qkv(padded) if bias is None else torch.nn.functional.linear(padded, attn.qkv.weight, bias)
+        out = _attend(self, qkv, bias_table=self._bias_table(), logit_scale=attn.logit_scale)
         return _crop_as_timm(self, out, x)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import deepmsi
 from deepmsi.errors import UserError
-from deepmsi.testing import generator, randn, relative_error
+from deepmsi.testing import assert_within_budget, generator, randn, relative_error
 
 timm = pytest.importorskip("timm")
 
@@ -106,6 +106,46 @@ def test_survives_checkpointing_copies_and_a_second_fuse() -> None:
     plain.set_input_size(img_size=32)
     small = randn(1, 3, 32, 32, seed=3, dtype=torch.float64)
     torch.testing.assert_close(fused(small), plain(small))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_float32_keeps_the_error_budget(name: str, training: bool) -> None:
+    """Where the fused operations compute, in the numbers of the draws that timm makes."""
+    size = 56 if "window7" in name else 64
+    exact = build(name, img_size=size, drop_path_rate=0.4 if training else 0.0).train(training)
+    frames = randn(3, 3, size, size, seed=2)
+    low, fused = copy.deepcopy(exact).float(), deepmsi.fuse(copy.deepcopy(exact).float())
+    found = []
+    for model, x in ((exact, frames.double()), (low, frames), (fused, frames)):
+        out, grads = gradients(model, x, seed=11)
+        found.append({"out": out, **grads})
+    for key, wanted in found[0].items():
+        # The gradient of a logit scale is a sum that nearly cancels.
+        roundings = 128 if "logit_scale" in key else 16
+        assert_within_budget(found[2][key], found[1][key], wanted, key, roundings)
+
+
+def test_layers_that_are_replaced_or_watched_are_called() -> None:
+    """An adapter in place of a layer, or a hook on it, must not be passed over."""
+    model = deepmsi.fuse(build("swinv2_tiny_window8_256", img_size=64).float())
+    frames = randn(1, 3, 64, 64, seed=2)
+    plain_block = model.layers[0].blocks[0]
+    before = model(frames)
+    seen: list[int] = []
+    plain_block.mlp.fc1.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
+    assert seen == [1]
+
+    class Flipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(-1)
+
+    proj = plain_block.attn.proj
+    other = Flipped(proj.in_features, proj.out_features)
+    other.load_state_dict(proj.state_dict())
+    plain_block.attn.proj = other
+    assert not torch.allclose(model(frames), before, rtol=1e-3)
 
 
 def test_autocast_and_compile() -> None:
