@@ -118,9 +118,9 @@ Forward vsc_compress_fwd_cpu(Tensor x_any, std::optional<Tensor> cu_seqlens, Ten
   std::fill(pointer<int64_t>(index) + offset_out[frames], pointer<int64_t>(index) + packed, -1);
   std::fill(pointer<int32_t>(assignment) + offset[frames], pointer<int32_t>(assignment) + rows, -1);
   zero_rows(relevance, offset[frames]);
-  for (int64_t k = 0; k < 3; ++k) {
-    std::memset(pointer<char>(state) + k * step + offset[frames] * (rows ? step / rows : 0), 0,
-                (rows - offset[frames]) * (rows ? step / rows : 0));
+  for (int64_t k = 0; k < 3 && offset[frames] < rows; ++k) {
+    const int64_t row = step / rows;
+    std::memset(pointer<char>(state) + k * step + offset[frames] * row, 0, (rows - offset[frames]) * row);
   }
   return {tokens, cu_out, index, gate, relevance, assignment, state, mean};
 }

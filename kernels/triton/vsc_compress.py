@@ -552,6 +552,9 @@ class _Call:
         self.shape: dict[str, Any] = {"ROWS": _ROWS, "BLOCK_C": min(128, max(16, wide)), "num_warps": 4}
         # Products keep their operands and the next ones in shared memory and registers: narrower tiles.
         self.tile: dict[str, Any] = {"ROWS": _ROWS, "BLOCK_C": min(64, max(16, wide)), "num_warps": 4}
+        # The widths at which the nearest kept row is found without a spill on sm_80, sm_90 and sm_100.
+        warps = 8 if x.dtype == torch.float32 else 4
+        self.search: dict[str, Any] = {"ROWS": _ROWS, "BLOCK_C": min(32, max(16, wide)), "num_warps": warps}
         self.parts = self.parts_of(self.rows)
 
     def parts_of(self, rows: int) -> int:
@@ -619,11 +622,9 @@ def vsc_compress_fwd(
         gate = torch.empty(packed, device=x.device, dtype=x.dtype)
         if frames:
             upcast = _INTERPRET and x.dtype == torch.bfloat16
-            # The number of warps at which the tile of each width stays in registers.
-            warps = 4 if x.dtype == torch.float32 else 8
             _nearest_kernel[(frames * parts,)](
                 x, cu, cu_out, order, norm, assignment, closeness, *size, channels, parts, fuse_threshold,
-                UPCAST=upcast, **{**call.tile, "num_warps": warps},
+                UPCAST=upcast, **call.search,
             )  # fmt: skip
         if packed:
             _index_kernel[(frames + 1,)](cu, cu_out, order, index, gate, *size, packed, frames, ROWS=128)

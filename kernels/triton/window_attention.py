@@ -566,7 +566,10 @@ class _Call:
         self.rows, self.heads, self.window = qkv.shape[0], heads, window
         self.channels = qkv.shape[1] // 3
         depth, slots = self.channels // heads, window * window
-        self.block = min(64, max(16, triton.next_power_of_2(slots)))
+        wide = max(16, triton.next_power_of_2(depth))
+        # A window of several blocks and wide heads: what a program holds of 64 slots does not fit its registers.
+        most = 32 if slots > 64 and wide > 32 else 64
+        self.block = min(most, max(16, triton.next_power_of_2(slots)))
         self.blocks = triton.cdiv(slots, self.block)
         self.padded = self.blocks * self.block
         self.bias = bias_table.t().contiguous()
@@ -578,7 +581,7 @@ class _Call:
             "DEPTH": depth,
             "WINDOW": window,
             "BLOCK": self.block,
-            "BLOCK_D": max(16, triton.next_power_of_2(depth)),
+            "BLOCK_D": wide,
             "COSINE": head_scale is not None,
             "PACKED": positions is not None,
             # The interpreter multiplies bfloat16 as if it were integers.
@@ -600,9 +603,9 @@ class _Call:
             )
 
     def warps(self, most: int) -> int:
-        """Return the warps of a program: float32 products hold their operands in registers, so they are spread."""
-        wide = 1 if self.qkv.dtype != torch.float32 else 4 if self.constants["BLOCK_D"] > 32 else 2
-        return min(most, wide * {16: 1, 32: 2, 64: 4}[self.block])
+        """Return the warps of a program: wide heads and float32, whose products hold their operands, are spread."""
+        spread = (2 if self.qkv.dtype == torch.float32 else 1) * (2 if self.constants["BLOCK_D"] > 32 else 1)
+        return min(most, spread * {16: 1, 32: 2, 64: 4}[self.block])
 
     def zero_tail(self, *outputs: Tensor) -> None:
         """Zero the rows that are no frame's."""

@@ -1,0 +1,182 @@
+"""What holds of every operation wherever it runs: nothing left out, torch's threads, CUDA graphs, far offsets."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import backend as backends
+from deepmsi import ops, testing
+from deepmsi.testing import DEVICES, PLACES
+
+KERNELS = [(op, backend) for op, backend in backends.KERNELS]
+# The tests that each kernel must have in tests/ops/test_<op>.py, by a part of their name, with its place as parameters.
+PROOF = ("error_budget", "opcheck", "compile", "autocast", "same_bits")
+FAR = 2**29  # elements between rows, of which the fifth lies past 2^31
+
+
+def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """Return an operation's differentiable inputs, large enough for several threads, and the operation on them."""
+    if op == "vsc_compress":
+        x = testing.tokens(8 * 96, 32, seed=1, device=device).view(8, 96, 32)
+        guide, weight = testing.randn(8, 32, seed=2, device=device), torch.tensor(0.4, device=device)
+
+        def run(x: Tensor, guide: Tensor, weight: Tensor) -> Tensor:
+            out = ops.vsc_compress(x, None, guide, weight, keep=40, fuse_threshold=0.2, backend=backend)
+            return out.tokens * out.gate[:, None]
+
+        return [x, guide, weight], run
+    if op == "window_attention":
+        qkv = testing.randn(4, 16, 8, 3 * 32, seed=1, device=device)
+        table, scale = testing.randn(15**2, 2, seed=2, device=device), testing.randn(2, seed=3, device=device)
+
+        def run(qkv: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+            return ops.window_attention(qkv, 2, (16, 8), 8, 4, bias_table=table, logit_scale=scale, backend=backend)
+
+        return [qkv, table, scale], run
+    if op == "cross_modal_contrastive":
+        features = [testing.tokens(200, 16, seed=s, device=device) for s in (1, 2, 3)]
+        labels = torch.arange(200, device=device) % 7
+
+        def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return ops.cross_modal_contrastive(a, (b, c), labels, backend=backend)
+
+        return features, run
+    if op == "dilated_causal_conv1d":
+        x = testing.randn(4, 32, 15, seed=1, device=device)
+        weight, bias = testing.randn(48, 32, 3, seed=2, device=device), testing.randn(48, seed=3, device=device)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return ops.dilated_causal_conv1d(x, weight, bias, 2, backend=backend)
+
+        return [x, weight, bias], run
+    raise AssertionError(f"{op} has no call here")
+
+
+def step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return the output of a call and the gradients of its inputs."""
+    leaves = [x.requires_grad_() for x in inputs]
+    out = run(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))]
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_a_kernel_is_proven_wherever_it_can_run(request: pytest.FixtureRequest, op: str, backend: str) -> None:
+    """Read from what pytest collected: a kernel without its tests, or a type or device that they leave out, fails."""
+    options = request.config.option
+    if options.keyword or options.markexpr or any("::" in chosen for chosen in request.config.args):
+        pytest.skip("only some tests were asked for")
+    items = [i for i in request.session.items if i.path.name == f"test_{op}.py" and hasattr(i, "callspec")]
+    if not items:
+        pytest.skip(f"tests/ops/test_{op}.py is not part of this run")
+    kernel = backends.KERNELS[op, backend]
+    missing = []
+    for device in DEVICES:
+        if device not in kernel.devices:
+            continue
+        here = [
+            i for i in items if (i.callspec.params.get("backend"), i.callspec.params.get("device")) == (backend, device)
+        ]
+        missing += [f"{part} on {device}" for part in PROOF if not any(part in i.originalname for i in here)]
+        budgets = {i.callspec.params.get("dtype") for i in here if "error_budget" in i.originalname}
+        missing += [f"error_budget of {dtype} on {device}" for dtype in kernel.dtypes if dtype not in budgets]
+    assert not missing, f"tests/ops/test_{op}.py leaves out, for {backend}: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_window_attention_reads_rows_past_2_to_the_31(backend: str, device: str) -> None:
+    testing.need("window_attention", backend, device, torch.float16)
+    near = testing.randn(6, 3 * 16, seed=1, dtype=torch.float16, device=device)
+    # Memory that nothing touches is never there: six rows of a tensor of 5 GB take six pages of the CPU's.
+    far = torch.empty(5 * FAR + 48, dtype=torch.float16, device=device).as_strided((6, 48), (FAR, 1))
+    far.copy_(near)
+    places = torch.tensor([0, 1, 5, 6, 7, 14], dtype=torch.int32, device=device)
+    table = testing.randn(9, 2, seed=2, device=device)
+    layout = {"positions": places, "cu_seqlens": testing.offsets([3, 3], device)}
+
+    def run(qkv: Tensor) -> Tensor:
+        return ops.window_attention(qkv, 2, (4, 4), 2, 1, bias_table=table, backend=backend, **layout)
+
+    for actual, wanted in zip(step(run, [far]), step(run, [near]), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+# The CPU kernel refuses rows before the first offset, and to compress 4 GB takes it a minute.
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place != ("cpp", "cpu")])
+def test_vsc_compress_reads_rows_past_2_to_the_31(backend: str, device: str) -> None:
+    testing.need("vsc_compress", backend, device, torch.float16)
+    channels, rows = 2**12, 20
+    before = FAR * 4 // channels
+    x = torch.empty(before + rows, channels, dtype=torch.float16, device=device)
+    near = testing.tokens(rows, channels, seed=1, dtype=torch.float16, device=device)
+    x[before:] = near
+    guide, weight = testing.randn(1, channels, seed=2, device=device), torch.tensor(0.5, device=device)
+    forward = getattr(torch.ops.deepmsi, f"vsc_compress_{backend}_fwd")
+    fixed = (1.0, True, 0.3, None, 7, 1, 0.2, 0.9)
+    far_cu = torch.tensor([before, before + rows], dtype=torch.int32, device=device)
+    far = forward(x, far_cu, guide, weight, *fixed)
+    wanted = forward(near, testing.offsets([rows], device), guide, weight, *fixed)
+    assert torch.equal(far[0], wanted[0])
+    assert torch.equal(far[2], wanted[2] + before)
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def count_threads() -> None:
+    """Print how many threads this process has at the start, after all kernels on one thread, and after all on three."""
+    torch.set_num_threads(1)
+    found = [threads_of_this_process()]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for op, backend in KERNELS:
+            if backend == "cpp":
+                inputs, run = call(op, backend, "cpu")
+                run(*inputs).sum().item()
+                step(run, inputs)
+        found.append(threads_of_this_process())
+    print(*found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list a process's threads")
+def test_kernels_run_on_torchs_threads_and_no_others() -> None:
+    testing.need("vsc_compress", "cpp", "cpu")
+    done = subprocess.run([sys.executable, "-P", __file__], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    start, one, three = map(int, done.stdout.split())
+    # Backward runs on a thread of autograd's own in neither case: a CPU's backward stays on the caller's.
+    assert one == start
+    assert three == start + 2
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device is visible")
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_a_cuda_graph_replays_it_on_new_numbers(op: str, backend: str) -> None:
+    testing.need(op, backend, "cuda")
+    inputs, run = call(op, backend, "cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(run, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step(run, inputs)
+    for seed in (1, 2):
+        with torch.no_grad():
+            inputs[0].copy_(testing.randn(*inputs[0].shape, seed=seed))
+        for result in held:
+            result.detach().fill_(torch.nan)
+        graph.replay()
+        for replayed, eager in zip(held, step(run, inputs), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+if __name__ == "__main__":
+    count_threads()
