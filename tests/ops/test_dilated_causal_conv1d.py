@@ -160,7 +160,7 @@ def test_gradients(backend: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-def test_kernels_keep_the_budget(backend: str, device: str, case: str, dtype: str) -> None:
+def test_kernels_keep_the_error_budget(backend: str, device: str, case: str, dtype: str) -> None:
     need(backend, device, DTYPES[dtype])
     if (backend, device) == ("triton", "cpu") and dtype == "float16" and case not in ("fused", "cone"):
         pytest.skip("under the interpreter two cases tell of float16")
@@ -170,7 +170,7 @@ def test_kernels_keep_the_budget(backend: str, device: str, case: str, dtype: st
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-def test_large_cases_keep_the_budget(backend: str, device: str, case: str, dtype: str) -> None:
+def test_large_cases_keep_the_error_budget(backend: str, device: str, case: str, dtype: str) -> None:
     need(backend, device, DTYPES[dtype])
     if (backend, device) == ("triton", "cpu"):
         pytest.skip("too large for the interpreter")
@@ -381,12 +381,16 @@ def test_opcheck_of_the_fold() -> None:
     torch.library.opcheck(torch.ops.deepmsi.fold_weight_norm_cpp_bwd.default, (weight, v.detach(), g.detach(), norm))
 
 
-def test_autocast_takes_x_and_weights() -> None:
-    x, weight, bias = randn(1, 3, 5, seed=1), randn(4, 3, 3, seed=2).requires_grad_(), randn(4, seed=3)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = dilated_causal_conv1d(x, weight, bias, 1)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_autocast_takes_x_and_weights(backend: str, device: str) -> None:
+    need(backend, device, torch.bfloat16)
+    x, weight, bias = randn(1, 3, 5, seed=1).to(device), randn(4, 3, 3, seed=2).to(device), randn(4, seed=3).to(device)
+    weight.requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        y = dilated_causal_conv1d(x, weight, bias, 1, backend=backend)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, dilated_causal_conv1d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 1))
+    narrow = (x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(y, dilated_causal_conv1d(*narrow, 1, backend=backend))
     y.sum().backward()
     assert weight.grad.dtype == torch.float32
 

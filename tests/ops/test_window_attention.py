@@ -397,7 +397,7 @@ def test_kernel_keeps_the_error_budget(backend: str, device: str, name: str, cos
     grid=st.tuples(st.integers(1, 10), st.integers(1, 7)),
     window=st.integers(2, 9),
     shift=st.integers(0, 8),
-    depth=st.integers(1, 20),
+    depth=st.integers(2, 20),  # a head of one channel has no direction, and its exact gradient is 0
     share=st.none() | st.lists(st.floats(0, 1), min_size=1, max_size=2),
     tail=st.integers(0, 2),
     cosine=st.booleans(),
