@@ -1,9 +1,9 @@
-// Registration of cross_modal_contrastive under the CPU key. The scores exist a stripe of rows at a time:
-// products by torch's own matmul, everything between them in one pass over a row. The gradient of the
-// features is made with the loss, so the backward only scales it.
+// Registration of cross_modal_contrastive under the CPU key. The scores exist a stripe of rows at a time. The
+// gradient of the features is made with the loss, so the backward only scales it.
 #include "cross_modal_contrastive.h"
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <unordered_map>
 
@@ -13,7 +13,9 @@ namespace deepmsi {
 namespace {
 
 constexpr const char* kOp = "cross_modal_contrastive";
-constexpr int64_t kStripeFloats = int64_t(1) << 21;  // scores in memory at a time: 8 MB
+constexpr int64_t kStripeFloats = int64_t(1) << 20;  // scores in memory at a time, about: 4 MB
+constexpr int64_t kLowestStripe = 64, kHighestStripe = 256;
+constexpr int64_t kThreadWork = 2'000'000;  // multiply-adds below which another thread does not pay
 
 ContrastiveKernels active_kernels() {
 #if DEEPMSI_X86
@@ -29,9 +31,24 @@ ContrastiveKernels active_kernels() {
   return baseline::contrastive_kernels();
 }
 
-// Labels as small numbers from 0, the same in both lists.
-void number_labels(const Tensor& a_any, const Tensor& b_any, std::vector<int32_t>* a,
-                   std::vector<int32_t>* b) {
+int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Rows of a stripe: many, for each stripe reads all of b, but few enough that its scores stay in the cache.
+int64_t stripe_rows(int64_t columns) {
+  return std::clamp(whole(kStripeFloats / std::max<int64_t>(columns, 1), kPanel), kLowestStripe,
+                    kHighestStripe);
+}
+
+// Run over [0, count) on torch's threads where the work, in multiply-adds an item, pays for them.
+template <typename Run>
+void spread(int64_t count, int64_t work, const Run& run) {
+  if (count == 0) return;
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kThreadWork / std::max<int64_t>(work, 1)), run);
+}
+
+// Labels as small numbers from 0, the same in both lists; returns how many there are.
+int64_t number_labels(const Tensor& a_any, const Tensor& b_any, std::vector<int32_t>* a,
+                      std::vector<int32_t>* b) {
   std::unordered_map<int64_t, int32_t> numbers;
   for (auto [any, list] : {std::pair{&a_any, a}, std::pair{&b_any, b}}) {
     STD_TORCH_CHECK(any->scalar_type() == ScalarType::Long && any->dim() == 1, kOp,
@@ -43,6 +60,7 @@ void number_labels(const Tensor& a_any, const Tensor& b_any, std::vector<int32_t
                        .first->second;
     }
   }
+  return static_cast<int64_t>(numbers.size());
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_any, Tensor labels,
@@ -57,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
   const Tensor a = contiguous(a_any), b = contiguous(b_any);
   const int64_t rows = a.size(0), dim = a.size(1), pairs = b.size(0), columns = b.size(1);
   std::vector<int32_t> label, label_b;
-  number_labels(labels, labels_b, &label, &label_b);
+  const int64_t classes = number_labels(labels, labels_b, &label, &label_b);
   STD_TORCH_CHECK(static_cast<int64_t>(label.size()) == rows &&
                       static_cast<int64_t>(label_b.size()) == columns && row_offset >= 0 &&
                       row_offset + rows <= columns,
@@ -71,98 +89,121 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
       kOp, ": valid must be [P, B] bool and valid_b [P, J] bool");
 
   const ContrastiveKernels kernels = active_kernels();
-  Tensor loss = torch::stable::new_zeros(a, {});
-  Tensor grad_a =
-      with_grad ? torch::stable::new_zeros(a, {rows, dim}) : torch::stable::new_empty(a, {0, dim});
+  Tensor loss = torch::stable::new_empty(a, {});
+  Tensor grad_a = torch::stable::new_empty(a, {with_grad ? rows : 0, dim});
   Tensor grad_b = torch::stable::new_empty(a, {pairs, with_grad ? columns : 0, dim});
-  Tensor unit_a = torch::stable::new_empty(a, {rows, dim}),
-         unit_b = torch::stable::new_empty(a, {columns, dim});
-  std::vector<float> norm_a(rows), norm_b(columns);
-  std::vector<double> parts(rows);
-  const int64_t stripe = std::max<int64_t>(1, std::min(rows, kStripeFloats / std::max<int64_t>(columns, 1)));
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-  double total = 0;
+  const int64_t padded = whole(dim, kDimPad), wide = whole(columns, kPanel), panels = wide / kPanel;
+  const int64_t height = std::min(rows, stripe_rows(wide));
 
-  for (int64_t p = 0; p < pairs && rows > 0; ++p) {
+  // One allocation for all that is held meanwhile: O(J D) and one stripe of scores.
+  float *unit_a, *norm_a, *sum_a, *unit_b, *norm_b, *sum_b, *turned_b, *scores, *share;
+  auto lay_out = [&](float* memory) {
+    int64_t used = 0;
+    auto take = [&](float*& piece, int64_t count) {
+      piece = memory + used;
+      used += whole(count, 16);
+    };
+    take(unit_a, rows * padded), take(norm_a, rows), take(unit_b, wide * padded), take(norm_b, wide);
+    take(turned_b, wide * padded), take(scores, height * wide), take(share, rows);
+    take(sum_a, with_grad ? rows * padded : 0), take(sum_b, with_grad ? wide * padded : 0);
+    return used;
+  };
+  const std::unique_ptr<float[]> memory(new float[lay_out(nullptr) + 16]);
+  lay_out(memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / sizeof(float));
+
+  // A row takes part in some pair, or what it holds is nobody's business.
+  std::vector<char> anywhere;
+  if (valid) {
+    anywhere.assign(rows, 0);
+    for (int64_t k = 0; k < pairs * rows; ++k) anywhere[k % rows] |= pointer<const bool>(*valid)[k];
+  }
+  const bool* present_a = valid ? reinterpret_cast<const bool*>(anywhere.data()) : nullptr;
+  const float inverse = static_cast<float>(1.0 / temperature);
+  spread(rows, dim, [&](int64_t begin, int64_t end) {
+    // The temperature rides on a's side.
+    kernels.normalize(pointer<const float>(a) + begin * dim,
+                      present_a == nullptr ? nullptr : present_a + begin, end - begin, dim, padded, inverse,
+                      unit_a + begin * padded, norm_a + begin);
+  });
+  if (with_grad) std::fill_n(sum_a, rows * padded, 0.0f);
+
+  std::vector<double> parts(rows);
+  std::vector<int32_t> kind(wide, -1);
+  std::vector<int64_t> members;
+  double total = 0;
+  for (int64_t p = 0; p < pairs; ++p) {
     const bool* present = valid ? pointer<const bool>(*valid) + p * rows : nullptr;
     const bool* present_b = valid_b ? pointer<const bool>(*valid_b) + p * columns : nullptr;
-    std::vector<int32_t> kind(label_b);
-    int64_t count = columns;
-    for (int64_t j = 0; present_b != nullptr && j < columns; ++j) {
-      if (!present_b[j]) {
-        kind[j] = -1;
-        --count;
-      }
-    }
     float* gradient_b = with_grad ? pointer<float>(grad_b) + p * columns * dim : nullptr;
-    if (with_grad) std::fill_n(gradient_b, columns * dim, 0.0f);
-    if (count < 2) continue;
-    const double share = 1.0 / (static_cast<double>(pairs) * static_cast<double>(count) *
-                                (per_positive ? 1.0 : static_cast<double>(count - 1)));
-    const int64_t chunk = std::max<int64_t>(1, 16384 / std::max<int64_t>(dim, 1));
-    torch::stable::parallel_for(0, columns, chunk, [&](int64_t begin, int64_t end) {
-      kernels.normalize(pointer<const float>(b) + (p * columns + begin) * dim,
-                        present_b == nullptr ? nullptr : present_b + begin, end - begin, dim,
-                        pointer<float>(unit_b) + begin * dim, norm_b.data() + begin);
-    });
-    torch::stable::parallel_for(0, rows, chunk, [&](int64_t begin, int64_t end) {
-      kernels.normalize(pointer<const float>(a) + begin * dim, present == nullptr ? nullptr : present + begin,
-                        end - begin, dim, pointer<float>(unit_a) + begin * dim, norm_a.data() + begin);
-      // The temperature rides on a's side.
-      for (int64_t k = begin * dim; k < end * dim; ++k)
-        pointer<float>(unit_a)[k] /= static_cast<float>(temperature);
-    });
-    const Tensor turned = torch::stable::transpose(unit_b, 0, 1);
-    std::vector<float> gradient_a(with_grad ? rows * dim : 0);
-    for (int64_t from = 0; from < rows; from += stripe) {
-      const int64_t height = std::min(stripe, rows - from);
-      const Tensor part = torch::stable::narrow(unit_a, 0, from, height);
-      Tensor scores = torch::stable::matmul(part, turned);
-      float* score = pointer<float>(scores);
-      torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = from + r;
-          if (present != nullptr && !present[i]) {
-            std::fill_n(score + r * columns, columns, 0.0f);
-            parts[i] = 0;
-            continue;
-          }
-          parts[i] = kernels.row(
-              {label[i], kind.data(), columns, include_matched ? -1 : row_offset + i, share, per_positive},
-              score + r * columns);
-        }
-      });
-      for (int64_t i = from; i < from + height; ++i) total += parts[i];
-      if (!with_grad) continue;
-      const Tensor left = torch::stable::matmul(scores, unit_b);
-      std::copy_n(pointer<const float>(left), height * dim, gradient_a.data() + from * dim);
-      const Tensor right = torch::stable::matmul(torch::stable::transpose(scores, 0, 1), part);
-      const float* piece = pointer<const float>(right);
-      torch::stable::parallel_for(0, columns * dim, 16384, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) gradient_b[k] += piece[k];
-      });
+    members.assign(classes, 0);
+    int64_t count = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      kind[j] = present_b == nullptr || present_b[j] ? label_b[j] : -1;
+      if (kind[j] >= 0) ++members[kind[j]], ++count;
     }
-    if (!with_grad) continue;
-    torch::stable::parallel_for(0, columns, chunk, [&](int64_t begin, int64_t end) {
-      kernels.through_norm(pointer<const float>(unit_b) + begin * dim, norm_b.data() + begin, end - begin,
-                           dim, gradient_b + begin * dim);
-      for (int64_t j = begin; present_b != nullptr && j < end; ++j) {
-        if (!present_b[j]) std::fill_n(gradient_b + j * dim, dim, 0.0f);
-      }
+    if (count < 2) {
+      if (with_grad) std::fill_n(gradient_b, columns * dim, 0.0f);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t same = members[label[i]];
+      const int64_t positives = same - (!include_matched && kind[row_offset + i] == label[i]);
+      const bool terms = (present == nullptr || present[i]) && positives > 0 && same < count;
+      share[i] = terms ? static_cast<float>(1.0 / (static_cast<double>(pairs * count) *
+                                                   static_cast<double>(per_positive ? positives : count - 1)))
+                       : 0.0f;
+    }
+    spread(panels, kPanel * dim, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kPanel, last = std::min(end * kPanel, columns);
+      kernels.normalize(pointer<const float>(b) + (p * columns + first) * dim,
+                        present_b == nullptr ? nullptr : present_b + first, last - first, dim, padded, 1.0f,
+                        unit_b + first * padded, norm_b + first);
+      std::fill_n(unit_b + last * padded, (end * kPanel - last) * padded, 0.0f);
+      kernels.turn(unit_b, begin, end, padded, turned_b);
+      if (with_grad) std::fill_n(sum_b + first * padded, (end * kPanel - first) * padded, 0.0f);
     });
-    torch::stable::parallel_for(0, rows, chunk, [&](int64_t begin, int64_t end) {
-      const float scale = static_cast<float>(1.0 / temperature), back = static_cast<float>(temperature);
-      for (int64_t k = begin * dim; k < end * dim; ++k) {
-        gradient_a[k] *= scale;
-        pointer<float>(unit_a)[k] *= back;
-      }
-      kernels.through_norm(pointer<const float>(unit_a) + begin * dim, norm_a.data() + begin, end - begin,
-                           dim, gradient_a.data() + begin * dim);
-      for (int64_t i = begin; i < end; ++i) {
-        if (present != nullptr && !present[i]) continue;
-        float* to = pointer<float>(grad_a) + i * dim;
-        for (int64_t c = 0; c < dim; ++c) to[c] += gradient_a[i * dim + c];
-      }
+    for (int64_t from = 0; from < rows; from += height) {
+      const ContrastiveStripe s{std::min(height, rows - from),
+                                panels,
+                                padded,
+                                unit_a + from * padded,
+                                unit_b,
+                                turned_b,
+                                label.data() + from,
+                                kind.data(),
+                                include_matched ? -1 : row_offset + from,
+                                share + from,
+                                scores,
+                                parts.data() + from,
+                                with_grad ? sum_a + from * padded : nullptr,
+                                sum_b};
+      spread(panels, s.height * kPanel * padded,
+             [&](int64_t begin, int64_t end) { kernels.scores(s, begin, end); });
+      // In whole groups of rows, of which each is worth a thread's while sooner than its count tells.
+      const int64_t groups = whole(s.height, kPanel) / kPanel;
+      auto by_rows = [&](const auto& run, int64_t work) {
+        spread(groups, work,
+               [&](int64_t begin, int64_t end) { run(s, begin * kPanel, std::min(end * kPanel, s.height)); });
+      };
+      by_rows(kernels.rows, 64 * kPanel * wide);
+      if (!with_grad) continue;
+      by_rows(kernels.gradient_a, kPanel * wide * padded);
+      spread(panels, s.height * kPanel * padded,
+             [&](int64_t begin, int64_t end) { kernels.gradient_b(s, begin, end); });
+    }
+    for (const double part : parts) total += part;
+    if (!with_grad) continue;
+    spread(columns, dim, [&](int64_t begin, int64_t end) {
+      kernels.through_norm(unit_b + begin * padded, norm_b + begin,
+                           present_b == nullptr ? nullptr : present_b + begin, end - begin, dim, padded, 1.0f,
+                           sum_b + begin * padded, gradient_b + begin * dim);
+    });
+  }
+  if (with_grad) {
+    spread(rows, dim, [&](int64_t begin, int64_t end) {
+      kernels.through_norm(unit_a + begin * padded, norm_a + begin,
+                           present_a == nullptr ? nullptr : present_a + begin, end - begin, dim, padded,
+                           inverse, sum_a + begin * padded, pointer<float>(grad_a) + begin * dim);
     });
   }
   *pointer<float>(loss) = static_cast<float>(total);

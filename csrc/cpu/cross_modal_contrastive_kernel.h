@@ -1,32 +1,82 @@
-// The rows of the cross-modal contrastive loss (SPEC 6): from scores to loss and gradient in three passes
-// over a row that stays in the cache.
+// The cross-modal contrastive loss (SPEC 6) for a stripe of rows: scores, then loss and gradient of the
+// scores in four passes, then the gradients of both sides.
 #include "cross_modal_contrastive.h"
 #include "exponential.h"
+#include "product.h"
 #include "simd.h"
 
 namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
 constexpr float kUnitNormFloor = 1e-12f;
+constexpr int64_t kRowGroup = 16;  // rows whose running sums stay in the first-level cache
+// Rows of an operand of a product that stay in the first-level cache: sums go through partial sums over as
+// many.
+constexpr int64_t kScoreDepth = 32;
 
-inline void contrastive_normalize(const float* x, const bool* valid, int64_t rows, int64_t dim, float* unit,
-                                  float* norm) {
-  for (int64_t r = 0; r < rows; ++r, x += dim, unit += dim) {
+inline void contrastive_normalize(const float* x, const bool* valid, int64_t rows, int64_t dim,
+                                  int64_t padded, float factor, float* unit, float* norm) {
+  for (int64_t r = 0; r < rows; ++r, x += dim, unit += padded) {
     const bool present = valid == nullptr || valid[r];
     const float length = present ? root(dot(x, x, dim)) : 0.0f;
     norm[r] = length > kUnitNormFloor ? length : kUnitNormFloor;
-    const float scale = 1.0f / norm[r];
+    const float scale = factor / norm[r];
     for (int64_t c = 0; c < dim; ++c) unit[c] = present ? x[c] * scale : 0.0f;
+    for (int64_t c = dim; c < padded; ++c) unit[c] = 0.0f;
   }
 }
 
-inline void contrastive_through_norm(const float* unit, const float* norm, int64_t rows, int64_t dim,
-                                     float* grad) {
-  for (int64_t r = 0; r < rows; ++r, unit += dim, grad += dim) {
-    // Below the floor the norm is a constant, so nothing is taken away along the row.
-    const float along = norm[r] > kUnitNormFloor ? dot(unit, grad, dim) : 0.0f;
-    const float scale = 1.0f / norm[r];
-    for (int64_t c = 0; c < dim; ++c) grad[c] = (grad[c] - unit[c] * along) * scale;
+inline void contrastive_turn(const float* unit_b, int64_t begin, int64_t end, int64_t dim, float* turned) {
+  constexpr int64_t kLanesF = kLanes<float>;
+  for (int64_t p = begin; p < end; ++p) {
+    const float* from = unit_b + p * kPanel * dim;
+    float* to = turned + p * kPanel * dim;
+    for (int64_t r = 0; r < kPanel; r += kLanesF) {
+      for (int64_t c = 0; c < dim; c += kLanesF) {
+        Vec<float> square[kLanesF];
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < kLanesF; ++t) square[t] = load(from + (r + t) * dim + c);
+        transpose<float>(square);
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < kLanesF; ++t) store(to + (c + t) * kPanel + r, square[t]);
+      }
+    }
+  }
+}
+
+inline void contrastive_scores(const ContrastiveStripe& s, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    product(s.height, kPanel, s.dim, s.unit_a, s.dim, 1, s.turned_b + p * s.dim * kPanel, kPanel,
+            s.scores + p * s.height * kPanel, kPanel);
+  }
+}
+
+inline void contrastive_gradient_a(const ContrastiveStripe& s, int64_t begin, int64_t end) {
+  for (int64_t p = 0; p < s.panels; ++p) {
+    product<true>(end - begin, s.dim, kPanel, s.scores + (p * s.height + begin) * kPanel, kPanel, 1,
+                  s.unit_b + p * kPanel * s.dim, s.dim, s.grad_a + begin * s.dim, s.dim);
+  }
+}
+
+inline void contrastive_gradient_b(const ContrastiveStripe& s, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t r = 0; r < s.height; r += kScoreDepth) {
+      const int64_t depth = s.height - r < kScoreDepth ? s.height - r : kScoreDepth;
+      product<true>(kPanel, s.dim, depth, s.scores + (p * s.height + r) * kPanel, 1, kPanel,
+                    s.unit_a + r * s.dim, s.dim, s.grad_b + p * kPanel * s.dim, s.dim);
+    }
+  }
+}
+
+inline void contrastive_through_norm(const float* unit, const float* norm, const bool* valid, int64_t rows,
+                                     int64_t dim, int64_t padded, float factor, float* grad, float* grad_x) {
+  for (int64_t r = 0; r < rows; ++r, unit += padded, grad += padded, grad_x += dim) {
+    const bool present = valid == nullptr || valid[r];
+    // `unit` and the gradient each carry a factor of the temperature's inverse. Below the floor the norm is a
+    // constant, so nothing is taken away along the row.
+    const float along = norm[r] > kUnitNormFloor ? dot(unit, grad, padded) / (factor * factor) : 0.0f;
+    const float scale = factor / norm[r];
+    for (int64_t c = 0; c < dim; ++c) grad_x[c] = present ? (grad[c] - unit[c] * along) * scale : 0.0f;
   }
 }
 
@@ -43,98 +93,80 @@ DEEPMSI_INLINE Vec<float> log1p_unit(Vec<float> t) {
   return 2.0f * (z + z * w * p);
 }
 
-// A vector of scores, or the last few of a row with the rest marked as taking no part.
-struct Columns {
-  Vec<float> score;
-  VecInt label;
-};
-
-DEEPMSI_INLINE Columns columns_at(const ContrastiveRow& r, const float* scores, int64_t j) {
+// Runs over the scores of rows [begin, end) of a stripe, panel after panel: visit(row - begin, scores, other,
+// same) for each vector, where `other` and `same` say which columns are its negatives and its positives.
+template <typename Visit>
+DEEPMSI_INLINE void for_scores(const ContrastiveStripe& s, int64_t begin, int64_t end, const Visit& visit) {
   constexpr int64_t kLanesF = kLanes<float>;
-  Columns c;
-  if (j + kLanesF <= r.columns) {
-    c.score = load(scores + j);
-    __builtin_memcpy(&c.label, r.labels + j, sizeof c.label);
-  } else {
-    for (int64_t i = 0; i < kLanesF; ++i) {
-      c.score[i] = j + i < r.columns ? scores[j + i] : 0.0f;
-      c.label[i] = j + i < r.columns ? r.labels[j + i] : -1;
+  const VecInt none = VecInt{};
+  for (int64_t p = 0; p < s.panels; ++p) {
+    for (int64_t v = 0; v < kPanel; v += kLanesF) {
+      const int64_t column = p * kPanel + v;
+      VecInt label;
+      __builtin_memcpy(&label, s.label_b + column, sizeof label);
+      for (int64_t r = begin; r < end; ++r) {
+        if (!(s.share[r] > 0)) continue;
+        const VecInt row = VecInt{} + s.label[r];
+        VecInt same = label == row;
+        const VecInt other = ~same & (label >= none);
+        const int64_t self = s.self < 0 ? -1 : s.self + r - column;
+        if (self >= 0 && self < kLanesF) same[self] = 0;
+        visit(r - begin, s.scores + (p * s.height + r) * kPanel + v, other, same);
+      }
     }
   }
-  // The row itself is neither positive nor negative.
-  if (r.self >= j && r.self < j + kLanesF) c.label[r.self - j] = -1;
-  return c;
 }
 
-DEEPMSI_INLINE void put_columns(const ContrastiveRow& r, float* scores, int64_t j, Vec<float> value) {
-  if (j + kLanes<float> <= r.columns) {
-    store(scores + j, value);
-  } else {
-    for (int64_t i = 0; j + i < r.columns; ++i) scores[j + i] = value[i];
-  }
-}
-
-inline double contrastive_row(const ContrastiveRow& r, float* scores) {
-  constexpr int64_t kLanesF = kLanes<float>;
+inline void contrastive_row_group(const ContrastiveStripe& s, int64_t begin, int64_t end) {
   const Vec<float> zero = {}, one = zero + 1.0f, lowest = zero - __builtin_inff();
-  const VecInt row = VecInt{} + r.label, none = VecInt{};
-
-  // The largest score of a negative; without one the row's terms are all 0. Negatives are counted rather than
-  // told from the largest, which stays -inf where all scores are NaN: such a row must not pass for 0.
-  Vec<float> high = lowest;
-  VecInt count_same = {}, count_other = {};
-  int64_t positives = 0, negatives = 0;
-  for (int64_t j = 0; j < r.columns; j += kLanesF) {
-    const Columns c = columns_at(r, scores, j);
-    const VecInt same = c.label == row, other = (c.label != row) & (c.label >= none);
-    const Vec<float> score = other ? c.score : lowest;
-    high = score > high ? score : high;
-    count_same -= same;
-    count_other -= other;
-  }
-  for (int64_t i = 0; i < kLanesF; ++i) {
-    positives += count_same[i];
-    negatives += count_other[i];
-  }
-  const float top = lane_max(high);
-  if (negatives == 0 || positives == 0) {
-    for (int64_t j = 0; j < r.columns; ++j) scores[j] = 0.0f;
-    return 0.0;
-  }
-  Vec<float> sum = {};
-  for (int64_t j = 0; j < r.columns; j += kLanesF) {
-    const Columns c = columns_at(r, scores, j);
-    sum += (c.label != row) & (c.label >= none) ? exp_nonpositive(c.score - top) : zero;
-  }
-  const float total = lane_sum<float>(sum), log_z = top + __builtin_logf(total);
-  const float share = static_cast<float>(r.per_positive ? r.share / static_cast<double>(positives) : r.share);
-
+  Vec<float> high[kRowGroup], sum[kRowGroup], pull[kRowGroup], loss[kRowGroup];
+  float top[kRowGroup], log_z[kRowGroup], push[kRowGroup];
+  for (int64_t r = 0; r < kRowGroup; ++r) high[r] = lowest, sum[r] = pull[r] = loss[r] = zero;
+  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt other, VecInt) {
+    const Vec<float> score = other ? load(at) : lowest;
+    high[r] = score > high[r] ? score : high[r];
+  });
+  for (int64_t r = 0; r < end - begin; ++r) top[r] = lane_max(high[r]);
+  // A negative's share of Z takes its score's place; its factor is known after the row.
+  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt other, VecInt same) {
+    const Vec<float> score = load(at), e = other ? exp_nonpositive(score - top[r]) : zero;
+    sum[r] += e;
+    store(at, same ? score : e);
+  });
+  for (int64_t r = 0; r < end - begin; ++r) log_z[r] = top[r] + __builtin_logf(lane_sum<float>(sum[r]));
   // Positive: softplus(x) with x = log Z - s, whose derivative is the logistic function of x.
-  Vec<float> loss = {}, pull = {};
-  for (int64_t j = 0; j < r.columns; j += kLanesF) {
-    const Columns c = columns_at(r, scores, j);
-    const VecInt same = c.label == row;
-    const Vec<float> x = log_z - c.score, t = exp_nonpositive(x < zero ? x : -x), rest = one / (one + t);
-    const Vec<float> logistic = same ? (x < zero ? t * rest : rest) : zero;
-    loss += same ? (x < zero ? zero : x) + log1p_unit(t) : zero;
-    pull += logistic;
-    // A negative's share of Z stands where its score was; its factor is known after the row.
-    const Vec<float> other =
-        (c.label != row) & (c.label >= none) ? exp_nonpositive(c.score - top) / total : zero;
-    put_columns(r, scores, j, same ? -share * logistic : other);
+  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt, VecInt same) {
+    const Vec<float> score = load(at), x = log_z[r] - score, t = exp_nonpositive(x < zero ? x : -x);
+    const Vec<float> rest = one / (one + t), logistic = same ? (x < zero ? t * rest : rest) : zero;
+    loss[r] += same ? (x < zero ? zero : x) + log1p_unit(t) : zero;
+    pull[r] += logistic;
+    store(at, same ? -s.share[begin + r] * logistic : score);
+  });
+  for (int64_t r = 0; r < end - begin; ++r) {
+    const float share = s.share[begin + r];
+    push[r] = share * lane_sum<float>(pull[r]) / lane_sum<float>(sum[r]);
+    s.loss[begin + r] = share > 0 ? static_cast<double>(share) * lane_sum<float>(loss[r]) : 0.0;
   }
-  const float push = share * lane_sum<float>(pull);
-  for (int64_t j = 0; j < r.columns; j += kLanesF) {
-    const Columns c = columns_at(r, scores, j);
-    put_columns(r, scores, j, c.label == row ? c.score : c.score * push);
+  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt, VecInt same) {
+    const Vec<float> score = load(at);
+    store(at, same ? score : score * push[r]);
+  });
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t p = 0; p < s.panels && !(s.share[r] > 0); ++p)
+      std::memset(s.scores + (p * s.height + r) * kPanel, 0, kPanel * sizeof(float));
   }
-  return static_cast<double>(share) * lane_sum<float>(loss);
+}
+
+inline void contrastive_rows(const ContrastiveStripe& s, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r += kRowGroup)
+    contrastive_row_group(s, r, r + kRowGroup < end ? r + kRowGroup : end);
 }
 
 }  // namespace
 
 ContrastiveKernels contrastive_kernels() {
-  return {contrastive_normalize, contrastive_row, contrastive_through_norm};
+  return {contrastive_normalize,  contrastive_turn,       contrastive_scores,      contrastive_rows,
+          contrastive_gradient_a, contrastive_gradient_b, contrastive_through_norm};
 }
 
 }  // namespace deepmsi::DEEPMSI_ISA_NAMESPACE

@@ -54,21 +54,22 @@ constexpr int kTallRows = 8, kWideRows = 4, kWideVectors = 4;
 constexpr int kTallRows = 6, kWideRows = 6, kWideVectors = 2;
 #endif
 
-// c [rows, columns] = a b, where a may be read turned round (row and step) and columns is a multiple of the
-// lanes.
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step,
-                    const float* b, int64_t stride_b, float* c, int64_t stride_c) {
+// c [rows, columns] (+)= a b, where a may be read turned round (row and step) and columns is a multiple of
+// the lanes.
+template <bool kAdd = false>
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step,
+             const float* b, int64_t stride_b, float* c, int64_t stride_c) {
   constexpr int64_t kLanesF = kLanes<float>;
   int64_t j = 0;
   for (; j + kWideVectors * kLanesF <= columns; j += kWideVectors * kLanesF)
-    product_columns<false, kWideRows, kWideVectors>(rows, depth, a, row, step, b + j, stride_b, c + j,
-                                                    stride_c);
+    product_columns<kAdd, kWideRows, kWideVectors>(rows, depth, a, row, step, b + j, stride_b, c + j,
+                                                   stride_c);
   if (kWideVectors > 2 && j + 2 * kLanesF <= columns) {
-    product_columns<false, kTallRows, 2>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
+    product_columns<kAdd, kTallRows, 2>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
     j += 2 * kLanesF;
   }
   if (j < columns)
-    product_columns<false, kTallRows, 1>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
+    product_columns<kAdd, kTallRows, 1>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
 }
 
 }  // namespace
