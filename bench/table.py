@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = {"forward_backward": "forward + backward", "training_step": "training step"}
 
 
 def milliseconds(seconds: float) -> str:
@@ -27,7 +28,7 @@ def rows(document: dict[str, Any]) -> list[list[str]]:
                 [
                     f"`{info['op']}`",
                     info["case"],
-                    info["direction"].replace("_", " + "),
+                    DIRECTIONS.get(info["direction"], info["direction"]),
                     milliseconds(entry["stats"]["median"]),
                     f"{info['p20_s'] * 1e3:.3g} to {info['p80_s'] * 1e3:.3g}",
                     f"{baseline} {milliseconds(info[baseline + '_s'])}",
