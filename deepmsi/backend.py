@@ -108,6 +108,35 @@ _EXTENSIONS: dict[str, str | None] = {
     "cpu": _load_extension("_C_cpu"),
     "cuda": _load_extension("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
 }
+# What a module calls beside an operation's own operators, on one device.
+_BESIDE = {("dilated_causal_conv1d", "cpu"): ("fold_weight_norm",)}
+
+
+def _outdated(op: str, device: str) -> str | None:
+    """Return that the extension was built before an operation came to it, or None where it has all that it needs."""
+    name = f"_C_{device}"
+    if _EXTENSIONS[device] is not None:
+        return None
+    for operator in (op, *_BESIDE.get((op, device), ())):
+        for direction in ("fwd", "bwd"):
+            try:
+                found = torch._C._dispatch_has_kernel_for_dispatch_key(
+                    f"deepmsi::{operator}_cpp_{direction}", device.upper()
+                )
+            except RuntimeError:  # nothing ever registered that name
+                found = False
+            if not found:
+                return f"the extension {name} is older than this deepmsi and lacks {operator}: run `pip install -e .`"
+    return None
+
+
+# Asked once: what is registered does not change, and a lookup inside a compiled graph would break it.
+_OUTDATED: dict[tuple[str, str], str | None] = {
+    (op, device): _outdated(op, device)
+    for (op, backend), kernel in KERNELS.items()
+    if backend == "cpp"
+    for device in kernel.devices
+}
 _TRITON: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -161,15 +190,16 @@ def why_not(
         return _TRITON
     if device is None:
         reasons = [why_not(op, backend, d, dtype, **facts) for d in ("cuda", "cpu")]
-        return None if None in reasons else reasons[0 if torch.version.cuda and _TRITON is None else 1]
+        on_gpu = torch.cuda.is_available() or (backend == "triton" and torch.version.cuda)
+        return None if None in reasons else reasons[0 if on_gpu else 1]
     if device not in kernel.devices:
         return f"{backend} {op} runs on {' and '.join(kernel.devices)}, not on {device}"
     if backend == "triton" and device == "cpu" and not _INTERPRET:
         return "triton runs on the CPU only under its interpreter: set TRITON_INTERPRET=1 before the start"
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"
-    if backend == "cpp" and _EXTENSIONS[device] is not None:
-        return _EXTENSIONS[device]
+    if backend == "cpp" and (absent := _EXTENSIONS[device] or _OUTDATED[(op, device)]) is not None:
+        return absent
     if dtype is not None and dtype not in kernel.dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         return f"{backend} {op} takes {names}, not {str(dtype).removeprefix('torch.')}"

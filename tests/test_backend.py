@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,47 @@ def test_choice_is_traced_without_a_break() -> None:
     assert torch.equal(compiled(x), choose(x))
     with deepmsi.use_backend("reference"):
         assert torch.equal(compiled(x), x + len("reference"))
+
+
+def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
+    tmp_path: Path,
+) -> None:
+    if backend._EXTENSIONS["cpu"] is not None:
+        pytest.skip(backend._EXTENSIONS["cpu"])
+    # The package as it is, over an extension whose tables name none of a newer operation's kernels.
+    package = tmp_path / "deepmsi"
+    source = Path(backend.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for built in source.glob("*.so"):
+        names = (b"residual_mlp_cpp_", b"fold_weight_norm_cpp_") if built.name.startswith("_C_cpu") else ()
+        content = built.read_bytes()
+        for name in names:
+            assert name in content
+            content = content.replace(name, b"x" * len(name))
+        (package / built.name).write_bytes(content)
+    code = """if True:
+        import torch
+        from deepmsi import backend, use_backend, explain
+        from deepmsi.nn import TCN
+        from deepmsi.ops import vsc_compress
+        assert backend.resolve("vsc_compress", "cpp", "cpu", torch.float32) == "cpp"
+        assert backend.resolve("residual_mlp", None, "cpu", torch.float32) == "reference"
+        for op in ("residual_mlp", "dilated_causal_conv1d"):
+            print(backend.why_not(op, "cpp", "cpu"))
+            assert backend.why_not(op, "cpp", "cpu") in explain()
+        TCN(4, (4,)).last(torch.zeros(1, 4, 3)).sum().backward()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" and lacks ")[1] for line in lines] == [
+        "residual_mlp: run `pip install -e .`",
+        "fold_weight_norm: run `pip install -e .`",
+    ]
+    assert all("_C_cpu is older than this deepmsi" in line for line in lines)
