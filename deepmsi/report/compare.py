@@ -1,5 +1,6 @@
 """Several runs side by side: their scores with the protocols, seeds summed up, and differences in pairs."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 from deepmsi.errors import UserError
 from deepmsi.report.collect import RunFacts, collect
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, interval_of
+from deepmsi.report.text import NAMES, interval_of, leak_of
+from deepmsi.train.evaluate import METRICS
 from deepmsi.train.metrics import compare_predictions, summarize_folds
 
 
@@ -34,6 +36,15 @@ def report_comparison(runs: Sequence[str | os.PathLike[str]]) -> Path:
     return write_both(folders[0] / "comparison.html", "comparison", _context(facts))
 
 
+def protocol_of(scored: Path) -> str | None:
+    """The protocol that `metrics.json` beside the predictions tells; None where none does."""
+    try:
+        metrics = json.loads(((scored if scored.is_dir() else scored.parent) / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metrics.get("protocol") if isinstance(metrics, dict) else None
+
+
 def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:
     rows = [_row(each) for each in facts]
     seeds = {each.made.get("seed") for each in facts}
@@ -53,7 +64,7 @@ def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:
         "over_seeds": [{"name": NAMES[key], **over_seeds[key]} for key in NAMES if key in over_seeds],
         "pairs": pairs,
         "mixed": len({(row["protocol"], row["n"]) for row in rows}) > 1,
-        "leaks": [row["name"] for row in rows if row["leaks"]],
+        "leaks": [(row["name"], row["leaks"]) for row in rows if row["leaks"]],
     }
 
 
@@ -64,7 +75,7 @@ def _row(facts: RunFacts) -> dict[str, Any]:
         "recipe": facts.recipe.get("name") or "",
         "seed": facts.made.get("seed"),
         "protocol": metrics.get("protocol") or facts.made.get("protocol") or "not told",
-        "leaks": bool(metrics.get("leaks")),
+        "leaks": leak_of(metrics),
         "context": metrics.get("context") or 0,
         "complete": metrics.get("complete", True),
         "n": metrics.get("n"),

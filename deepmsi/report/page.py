@@ -9,7 +9,7 @@ from deepmsi.report import figures
 from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, canonical_label, published_for
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, chance_of, interval_of
+from deepmsi.report.text import NAMES, chance_of, interval_of, leak_of
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
 CURVES = (
@@ -66,7 +66,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "made": _made(facts),
         "scores": _scores(facts.metrics),
         "chance": _chance(facts.metrics),
-        "leaks": bool((facts.metrics or facts.made).get("leaks")),
+        "leaks": leak_of(facts.metrics or facts.made),
         "complete": (facts.metrics or {}).get("complete", True),
         "folds": _folds(facts.metrics),
         "curves": _curves(facts),

@@ -31,6 +31,13 @@ def interval_of(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | 
     return (float(pair[0]), float(pair[1])) if pair else None
 
 
+def leak_of(metrics: Mapping[str, Any]) -> str | None:
+    """What leaks, in the words of the protocol; None where nothing is known to leak."""
+    if not metrics.get("leaks"):
+        return None
+    return str(metrics.get("protocol", "")).partition("(leaks: ")[2].rstrip(")") or "not told how"
+
+
 def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
     """Accuracy of guessing evenly over the classes that occur, and of always naming the commonest one."""
     support = [int(sum(row)) for row in metrics["confusion_matrix"]]
@@ -39,8 +46,8 @@ def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def render_metrics(metrics: Mapping[str, Any]) -> str:
-    """Lay out the scores with their intervals and the per-class table."""
-    lines = []
+    """Lay out the scores with their intervals and the per-class table, below the protocol they were taken under."""
+    lines = [f"{'protocol':<12} {metrics['protocol']}"] if "protocol" in metrics else []
     for key, name in NAMES.items():
         if key in metrics:
             interval = interval_of(metrics, key)
@@ -62,8 +69,13 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
-    """Lay out what `compare_predictions` found, B against A."""
-    lines = [f"A: {a}", f"B: {b}", f"{comparison['n']} rows that both predicted", ""]
+    """Lay out what `compare_predictions` found, B against A, and by which protocols where `protocol` tells it."""
+    protocols = comparison.get("protocol", {})
+    lines = [
+        f"{key}: {run}" + (f", {told}" if (told := protocols.get(key.lower())) else "")
+        for key, run in zip("AB", (a, b), strict=True)
+    ]
+    lines += [f"{comparison['n']} rows that both predicted", ""]
     lines.append(f"{'':<12}     A      B   B - A  (95% interval, paired bootstrap)")
     for key, name in NAMES.items():
         row = comparison[key]

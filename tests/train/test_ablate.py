@@ -35,8 +35,10 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
     written = json.loads((run / "ablation" / "ablation.json").read_text())
     assert [line["name"] for line in written["lines"]] == names
     assert (run / "ablation" / "text+audio" / "metrics.json").is_file()
+    leaky = [line | {"protocol": "10-fold (leaks: speakers)"} for line in lines]
+    assert ablation_table(leaky).splitlines()[-1] == "Protocol: 10-fold (leaks: speakers)."
     table = ablation_table(lines).splitlines()
-    assert len(table) == 2 + len(lines)
+    assert len(table) == 2 + len(lines) + 2 * (mode == "retrain")
     assert table[2].startswith("| text | ")
 
 
