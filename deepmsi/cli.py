@@ -310,6 +310,12 @@ def train(
         str | None,
         typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4; into a RUN that others share."),
     ] = None,
+    auto_batch: Annotated[
+        bool,
+        typer.Option(
+            "--auto-batch", help="Take the largest batch that fits the memory, and accumulate to the recipe's."
+        ),
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a recipe by its protocol, and measure what it held out.
@@ -322,7 +328,8 @@ def train(
     from deepmsi.train.run import train as train_recipe
 
     with _reserved_stdout() as result:
-        metrics = train_recipe(load_recipe(recipe, settings or []), data, out, resume=resume, folds=_names(folds))
+        loaded = load_recipe(recipe, settings or [])
+        metrics = train_recipe(loaded, data, out, resume=resume, folds=_names(folds), auto_batch=auto_batch)
         if as_json:
             _dump(metrics, result)
         else:

@@ -85,6 +85,9 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_limit: float | None = Field(
+        None, gt=0, description="GB that a process may take, for --auto-batch; null takes what is free"
+    )
     workers: int = Field(0, ge=0, description="processes that load and augment; results do not depend on it")
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(1, ge=1, description="epochs")

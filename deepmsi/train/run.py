@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ from deepmsi.train.evaluate import (
 from deepmsi.train.inference import predict_logits, process_rank
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
 from deepmsi.train.losses import class_weights
+from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
@@ -56,13 +57,14 @@ from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
+    from deepmsi.models.memory import StepMemory
     from deepmsi.train.trainer import FitResult
 
 DEV = "the dev part"
 # What may differ between a run and its continuation: it changes no number.
 FREE = (
     {"name", "description"},
-    {"workers", "device", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints"},
+    {"workers", "device", "memory_limit", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints"},
 )
 
 
@@ -73,6 +75,7 @@ def train(
     resume: bool = False,
     folds: Sequence[str | int] | None = None,
     *,
+    auto_batch: bool = False,
     plan: Recipe | None = None,
     on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
 ) -> dict[str, Any]:
@@ -90,6 +93,8 @@ def train(
             newest checkpoint that validates.
         folds: names or numbers (from 1) of the folds to run; the others may run elsewhere or later into the same
             directory. Scores and the final fit follow when all are there.
+        auto_batch: where the recipe's batch does not fit into the memory, take the largest that does and accumulate
+            gradients to the same effective batch; a run that is continued keeps what it began with.
         plan: the recipe whose folds are taken, where this one reads fewer modalities and thus fewer rows.
         on_fold: called in the first process with the model of each fold and of the final fit, its folder, its name
             and the ids of the rows that trained it or chose its epoch.
@@ -103,7 +108,7 @@ def train(
     data, out = Path(data), Path(out)
     _start_processes(recipe)
     try:
-        return _Run(recipe, data, out, resume, folds, plan, on_fold).go()
+        return _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
     finally:
         _barrier()
 
@@ -124,6 +129,7 @@ class _Run:
         out: Path,
         resume: bool,
         folds: Sequence[str | int] | None,
+        auto_batch: bool = False,
         plan: Recipe | None = None,
         on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
     ) -> None:
@@ -135,6 +141,8 @@ class _Run:
             lambda: open_data(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels)
         )
         self.recipe = recipe = _fit_to_data(recipe, self.data)
+        if auto_batch and started is not None:
+            self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
         check_data(self.data, recipe)
         self.selection = select_rows(self.data.rows, recipe, recipe.labels, recipe.exclude_labels)
         self.rows = [self.data.rows[i] for i in self.selection.indices]
@@ -146,14 +154,16 @@ class _Run:
         _check_encoders(recipe, self.data, {fold.name: self._ids(fold)["test"] for fold in left})
         if started is not None:
             _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
+        for sentence in self.selection.notes():
+            note(sentence)
+        note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
+        self.memory = self._plan_memory(auto_batch and started is None)
+        recipe = self.recipe
         self.facts = started or self._describe(data)
         if self.main and started is None:
             recipe.save(out / RECIPE)
             write_json(out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
             write_json(out / RUN, self.facts)
-        for sentence in self.selection.notes():
-            note(sentence)
-        note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         _barrier()
 
     def go(self) -> dict[str, Any]:
@@ -178,6 +188,20 @@ class _Run:
             self.facts["finished"] = _now() if result["complete"] else None
             write_json(self.out / RUN, self.facts)
         return result
+
+    def _plan_memory(self, choose: bool) -> StepMemory | None:
+        """Say what a step takes of the memory; on request choose the batch size that fits."""
+        from deepmsi.models.deepmsi import DeepMSI
+
+        model = DeepMSI(self._config(self.folds[0].train))
+        there = room(self.recipe.train)
+        if choose:
+            self.recipe, told = fit_batch(model, self.recipe, there)
+            note(told)
+        utterances = self.recipe.train.batch_size
+        found = estimate(model, self.recipe, utterances)
+        note(memory_sentence(found, utterances, there))
+        return found
 
     def _make_folds(self, plan: Recipe) -> list[Fold]:
         if plan is self.recipe:
@@ -406,6 +430,7 @@ class _Run:
                 "used": len(self.rows),
                 "left_out": self.selection.left_out,
             },
+            "memory": None if self.memory is None else asdict(self.memory),
             "labels": self.selection.names,
             "trained_ids": [self.rows[i].id for i in kept],
             "started": _now(),
@@ -485,6 +510,13 @@ def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
             if plain[name]["encoder"] == "features"
         },
     }
+    return Recipe.model_validate(plain)
+
+
+def _with_batch_of(recipe: Recipe, started: Recipe) -> Recipe:
+    """The recipe with the batch that another run of it chose."""
+    plain = recipe.model_dump(mode="json")
+    plain["train"] |= started.train.model_dump(mode="json", include={"batch_size", "accumulation"})
     return Recipe.model_validate(plain)
 
 
@@ -578,7 +610,7 @@ def _start_processes(recipe: Recipe) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized()):
         from accelerate import PartialState
 
-        cpu = recipe.train.device == "cpu" or not torch.cuda.is_available()
+        cpu = training_device(recipe.train).type == "cpu"
         PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
 
 

@@ -38,6 +38,7 @@ from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.inference import predict_logits, process_rank, softmax
 from deepmsi.train.losses import classification_loss, log_prior
+from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import SUMMARY, compute_metrics
 from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.seeding import derive_seed, seed_torch
@@ -598,7 +599,7 @@ def _arguments(fit: Fit) -> TrainingArguments:
     settings = fit.recipe.train
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, and torch finds no CUDA device: set train.device=cpu or auto.")
-    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    cpu = training_device(settings).type == "cpu"
     if cpu and settings.precision == "fp16":
         raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on the CPU.")
     with warnings_of_transformers_off():
