@@ -7,6 +7,7 @@ interrupted.
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -80,8 +81,12 @@ class ExportBackend(StrEnum):
 def _reserved_stdout() -> Iterator[IO[str]]:
     """Send everything written to standard output, by any library or child process, to standard error.
 
-    Yields the real standard output, for the result alone.
+    Yields the real standard output, for the result alone; of several processes of a launcher that of the first.
     """
+    if os.environ.get("RANK", "0") != "0":
+        with contextlib.redirect_stdout(sys.stderr):
+            yield io.StringIO()
+        return
     real = sys.stdout
     real.flush()
     try:

@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from deepmsi.train.inference import process_rank
+from deepmsi.train.processes import process_rank
 
 
 def note(sentence: str) -> None:

@@ -20,7 +20,9 @@ from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
+from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import compute_metrics
+from deepmsi.train.processes import on_main_first, process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
 
@@ -34,6 +36,9 @@ RUN_FORMAT = 1
 
 def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a run's model on every labelled row of the data.
+
+    Where a launcher such as torchrun started several processes they share the rows, each of which is scored once;
+    all of them get the result, and the first writes it.
 
     Args:
         run: a run directory of `train`.
@@ -52,12 +57,15 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
     run, data = Path(run), Path(data)
     facts = read_run(run)
     recipe = load_recipe(run / RECIPE)
+    start_processes(training_device(recipe.train))
     model = _load_model(run)
     if out is not None:
         _make_folder(Path(out))
     with TemporaryDirectory() as temporary:
         folder = (Path(out) if out else Path(temporary)) / "prepared"
-        prepared = open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
+        prepared = on_main_first(
+            lambda: open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
+        )
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:
@@ -67,7 +75,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
     result["rows_seen_in_training"] = seen
     if seen:
         note(f"{seen} of {len(predictions)} rows have the id of a row that this run or its encoders trained on.")
-    if out is not None:
+    if out is not None and process_rank()[0] == 0:
         write_predictions(Path(out) / PREDICTIONS, predictions, model.config.names)
         write_json(Path(out) / METRICS, result)
     return result

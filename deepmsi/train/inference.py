@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 from deepmsi.train.dataset import Collator, UtteranceDataset
+from deepmsi.train.processes import process_rank
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -76,13 +77,6 @@ def predict_logits(
     for other, values in enumerate(gathered):
         logits[other::world] = values
     return logits
-
-
-def process_rank() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) where no group runs."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

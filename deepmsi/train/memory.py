@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepmsi.errors import UserError
 from deepmsi.models.memory import StepMemory, gigabytes, step_memory
 from deepmsi.nn.recompute import Recompute
-from deepmsi.train.inference import process_rank
+from deepmsi.train.processes import process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ RUN/
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import shlex
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from deepmsi._version import __version__
@@ -45,11 +43,12 @@ from deepmsi.train.evaluate import (
     write_json,
     write_predictions,
 )
-from deepmsi.train.inference import predict_logits, process_rank
+from deepmsi.train.inference import predict_logits
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
+from deepmsi.train.processes import barrier, on_main_first, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
@@ -106,11 +105,11 @@ def train(
         UserError: anything that the recipe, the data or the directory do not allow, in one sentence.
     """
     data, out = Path(data), Path(out)
-    _start_processes(recipe)
+    start_processes(training_device(recipe.train))
     try:
         return _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
     finally:
-        _barrier()
+        barrier()
 
 
 @dataclass
@@ -137,7 +136,7 @@ class _Run:
         self.trained: list[tuple[float, float]] = []
         self.main = process_rank()[0] == 0
         started = _check_directory(out, resume or folds is not None)
-        self.data = _on_main_first(
+        self.data = on_main_first(
             lambda: open_data(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels)
         )
         self.recipe = recipe = _fit_to_data(recipe, self.data)
@@ -164,7 +163,7 @@ class _Run:
             recipe.save(out / RECIPE)
             write_json(out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
             write_json(out / RUN, self.facts)
-        _barrier()
+        barrier()
 
     def go(self) -> dict[str, Any]:
         begun = time.time()
@@ -279,7 +278,7 @@ class _Run:
             if not self.single:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             write_json(folder / FOLD, facts)
-        _barrier()
+        barrier()
 
     def _final_fit(self) -> None:
         if (self.out / "model").is_dir():
@@ -337,7 +336,7 @@ class _Run:
             _, result = self._fit_part(f"{name} {part.name}", inner, fit, seed, checkpoints=False)
             if self.main:
                 write_json(done, {"epochs": result.epochs})
-            _barrier()
+            barrier()
             return result.curve
         return read_curve(inner)
 
@@ -602,32 +601,7 @@ def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] 
 def _save_model(model: DeepMSI, folder: Path) -> None:
     if process_rank()[0] == 0:
         model.save_pretrained(folder)
-    _barrier()
-
-
-def _start_processes(recipe: Recipe) -> None:
-    """Join the other processes where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized()):
-        from accelerate import PartialState
-
-        cpu = training_device(recipe.train).type == "cpu"
-        PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
-
-
-def _on_main_first(action: Callable[[], PreparedData]) -> PreparedData:
-    """Run an action in the first process, then in the others, which find its result on disk."""
-    rank, world = process_rank()
-    if world == 1 or rank == 0:
-        result = action()
-        _barrier()
-        return result
-    _barrier()
-    return action()
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def _now() -> str:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -36,10 +35,11 @@ from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
-from deepmsi.train.inference import predict_logits, process_rank, softmax
+from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.losses import classification_loss, log_prior
 from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import SUMMARY, compute_metrics
+from deepmsi.train.processes import barrier, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.seeding import derive_seed, seed_torch
 
@@ -138,7 +138,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     if fit.keep_best and curve:
         kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
         if kept != epochs:
-            _barrier()
+            barrier()
             load_weights(model, fit.folder / BEST)
     model.eval()
     return FitResult(epochs, kept, utterances, seconds, curve)
@@ -697,8 +697,3 @@ def _truncate_history(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

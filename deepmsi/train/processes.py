@@ -1,0 +1,45 @@
+"""The processes of a launcher such as torchrun: which one this is, joining them, taking turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) where no group runs."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def start_processes(device: torch.device) -> None:
+    """Join the other processes where a launcher started several, to work on a kind of device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized()):
+        from accelerate import PartialState
+
+        cpu = device.type == "cpu"
+        PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+
+
+def on_main_first(action: Callable[[], T]) -> T:
+    """Run an action in the first process, then in the others, which find its result on disk."""
+    rank, world = process_rank()
+    if world == 1 or rank == 0:
+        result = action()
+        barrier()
+        return result
+    barrier()
+    return action()
+
+
+def barrier() -> None:
+    """Wait for the other processes, where there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

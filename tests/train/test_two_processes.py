@@ -1,0 +1,107 @@
+"""Two processes of torchrun: they share the rows, score each of them once, and give what one process gives."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus
+
+from deepmsi.train.evaluate import evaluate
+from deepmsi.train.run import train
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"
+)
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run something in two processes, as `torchrun --nproc-per-node 2` does."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*launcher, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+# Evaluates as a user's call does, and leaves the rows that each process read.
+EVALUATE = """
+import os, sys
+from pathlib import Path
+from deepmsi.train.dataset import UtteranceDataset
+from deepmsi.train.evaluate import evaluate
+
+run, data, out = map(Path, sys.argv[1:])
+read, fetch = [], UtteranceDataset.__getitem__
+def recorded(self, key):
+    read.append(self.data.rows[self.indices[key]].id)
+    return fetch(self, key)
+UtteranceDataset.__getitem__ = recorded
+evaluate(run, data, out)
+Path(f"{out}-rank-{os.environ['RANK']}.txt").write_text("\\n".join(read))
+"""
+
+
+@pytest.mark.parametrize("rows", [13, 1], ids=["13 rows", "one row"])
+def test_two_processes_evaluate_to_the_bits_of_one(rows: int, split_corpus: Path, tmp_path: Path) -> None:
+    run, one, two = (tmp_path / name for name in ("run", "one", "two"))
+    # A batch of one row, so that a row's sums do not depend on its neighbours.
+    train(make_recipe(train={"epochs": 1, "eval_batch_size": 1}), split_corpus, run)
+    data = prepared_corpus(tmp_path / "data", rows=rows, noise=2.0)
+    expected = evaluate(run, data, one)
+    script = tmp_path / "script.py"
+    script.write_text(EVALUATE)
+    torchrun(script, run, data, two)
+    assert expected["n"] == rows
+    for name in ("metrics.json", "predictions.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    shares = [Path(f"{two}-rank-{rank}.txt").read_text().split() for rank in (0, 1)]
+    ids = [row["id"] for row in csv.DictReader((one / "predictions.csv").open(newline=""))]
+    assert shares == [ids[0::2], ids[1::2]]
+    truth, predicted = zip(
+        *((r["label"], r["predicted"]) for r in csv.DictReader((two / "predictions.csv").open(newline=""))), strict=True
+    )
+    written = json.loads((two / "metrics.json").read_text())
+    assert written["accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
+    weighted = f1_score(truth, predicted, average="weighted", zero_division=0)
+    assert written["weighted_f1"] == pytest.approx(weighted, abs=1e-12)
+    assert written["confusion_matrix"] == confusion_matrix(truth, predicted, labels=LABELS).tolist()
+    assert rows == 1 or 0 < written["accuracy"] < 1
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    """35 rows in three folds: no part divides by two, and neither does the last batch."""
+    data, recipe, run = prepared_corpus(tmp_path / "data", rows=35), tmp_path / "small.yaml", tmp_path / "run"
+    settings = FEATURES["train"] | {"epochs": 1, "batch_size": 3, "selection": "auto"}
+    recipe.write_text(yaml.safe_dump({**FEATURES, "protocol": {"name": "group-kfold", "folds": 3}, "train": settings}))
+    words = ("-m", "deepmsi", "train", recipe, "--data", data, "--out", run)
+    done = torchrun(*words)
+    assert done.stdout.count("accuracy") == 1
+    assert done.stderr.count("Protocol: ") == 1
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["processes"] == 2
+    assert facts["finished"]
+    assert (run / "model" / "model.safetensors").is_file()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["complete"], metrics["n"], len(metrics["folds"])) == (True, 35, 3)
+    table = list(csv.DictReader((run / "predictions.csv").open(newline="")))
+    assert Counter(row["id"] for row in table) == Counter(f"r{i:03d}" for i in range(35))
+    hits = sum(row["label"] == row["predicted"] for row in table)
+    assert metrics["accuracy"] == pytest.approx(hits / 35, abs=1e-12)
+    assert not [path.name for path in run.rglob("*.part")]
+    # Both trained: an epoch of the two is half as many steps as it would be for one.
+    history = [json.loads(line) for line in (run / "folds" / "01" / "history.jsonl").read_text().splitlines()]
+    inner = 35 - metrics["folds"][0]["test"]
+    assert max(event["step"] for event in history) <= -(-inner // 6)
+    # A second call finds everything done, and one process reads the run like its own.
+    again = torchrun(*words, "--resume", "--json")
+    assert json.loads(again.stdout) == metrics
+    assert evaluate(run, data)["n"] == 35
