@@ -1,14 +1,19 @@
-"""The full model and its video branch, one utterance: our kernels against the same model in plain PyTorch and timm's.
+"""The full model and its video branch: our kernels against what a user would take instead.
 
-Sides: `timm` is timm's eager Swin V2, uncompressed; `pytorch` is the model itself on the reference backend, all frames
-in one batch. Same weights and inputs on every side, dropout off for the check of the numbers and on for training steps.
+Sides, each with the same weights and inputs: `timm` is timm's eager Swin V2, uncompressed; `batched` the same
+compression in plain PyTorch with timm's blocks, all frames in one batch, and `frame_by_frame` one frame at a time, as
+the released code runs it; `reference` is the model itself on the reference backend. With `--compile` also `timm` and
+`batched` under torch.compile. Dropout is off for the check of the numbers and on for training steps.
 """
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from baselines import FrameByFrame, TimmVSCSwin
 from torch import Tensor, nn
 
 import deepmsi
@@ -57,39 +62,66 @@ def on_reference(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-@pytest.mark.parametrize("direction", ["forward", "training_step"])
-@pytest.mark.parametrize("schedule", [None, "released", "paper"], ids=lambda s: s or "uncompressed")
-def bench_video_branch(compare: Any, smallest: bool, gemm_rate: float, schedule: str | None, direction: str) -> None:
+def backbones(schedule: str | None) -> tuple[nn.Module, VSCSwin]:
+    """Return timm's model with every parameter moved, and ours with its weights."""
     timm = pytest.importorskip("timm")
-    frames = 1 if smallest else 15
     torch.manual_seed(0)
     theirs = timm.create_model(BACKBONE, num_classes=0)
     randomise(theirs)
     ours = VSCSwin.from_timm(BACKBONE, schedule=schedule)
     ours.load_state_dict(theirs.state_dict(), strict=schedule is None)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("direction", ["forward", "training_step"])
+@pytest.mark.parametrize("utterances", [1, 2])
+@pytest.mark.parametrize("schedule", [None, "released", "paper"], ids=lambda s: s or "uncompressed")
+def bench_video_branch(
+    compare: Any,
+    smallest: bool,
+    compiled: bool,
+    gemm_rate: float,
+    schedule: str | None,
+    utterances: int,
+    direction: str,
+) -> None:
+    if utterances > 1 and (smallest or schedule != "released"):
+        pytest.skip("several utterances are timed at the released schedule and full size")
+    frames = 1 if smallest else 15 * utterances
+    theirs, ours = backbones(schedule)
     x = testing.randn(frames, 3, 256, 256, seed=1)
     guide = testing.randn(frames, ours.guide_dim, seed=2) if ours.guide_dim else None
 
     def forward() -> Tensor:
         return ours(x, guide)
 
-    ours.eval()
-    theirs.eval()
+    # What is timed, by name: a module and its pass.
+    sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {"timm": (theirs, lambda: theirs(x))}
+    same = "timm" if schedule is None else "reference"
+    if schedule == "released":
+        batched = TimmVSCSwin(theirs, ours)
+        loop = FrameByFrame(batched)
+        sides["batched"] = (batched, lambda: batched(x, guide))
+        sides["frame_by_frame"] = (batched, lambda: loop(x, guide))
+        same = "batched"
+    if schedule == "paper":
+        sides["reference"] = (ours, on_reference(forward))
+        if compiled and utterances == 1:
+            sides["timm_compiled"] = (theirs, partial(torch.compile(theirs), x))
+            sides["batched_compiled"] = (batched, partial(torch.compile(batched), x, guide))
+    for module, _ in (*sides.values(), (ours, forward)):
+        module.eval()
     with torch.no_grad():
-        expected = theirs(x) if schedule is None else on_reference(forward)()
-        torch.testing.assert_close(forward(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(forward(), sides[same][1](), rtol=1e-3, atol=1e-3)
     floor = GFLOP[schedule] * 1e9 * frames / gemm_rate if schedule in GFLOP and direction == "forward" else None
     if direction == "forward":
         run: Callable[[], Any] = quiet(forward)
-        baselines: dict[str, Callable[[], Any]] = {
-            "timm": quiet(lambda: theirs(x)),
-            "pytorch": quiet(on_reference(forward)),
-        }
+        baselines: dict[str, Callable[[], Any]] = {name: quiet(function) for name, (_, function) in sides.items()}
     else:
-        ours.train()
-        theirs.train()
+        for module, _ in (*sides.values(), (ours, forward)):
+            module.train()
         run = step_of(ours, forward)
-        baselines = {"timm": step_of(theirs, lambda: theirs(x)), "pytorch": step_of(ours, on_reference(forward))}
+        baselines = {name: step_of(module, function) for name, (module, function) in sides.items()}
     compare(
         run,
         baselines,
@@ -102,15 +134,35 @@ def bench_video_branch(compare: Any, smallest: bool, gemm_rate: float, schedule:
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
-@pytest.mark.parametrize("preset", ["small", "released"])
-def bench_deepmsi(compare: Any, smallest: bool, preset: str, direction: str) -> None:
+def bench_fuse(compare: Any, smallest: bool, direction: str) -> None:
+    theirs, _ = backbones(None)
+    fused = deepmsi.fuse(copy.deepcopy(theirs))
+    frames = 1 if smallest else 15
+    x = testing.randn(frames, 3, 256, 256, seed=1)
+    theirs.eval()
+    fused.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), theirs(x), rtol=1e-3, atol=1e-3)
+    if direction == "forward":
+        run: Callable[[], Any] = quiet(lambda: fused(x))
+        baseline = quiet(lambda: theirs(x))
+    else:
+        theirs.train()
+        fused.train()
+        run, baseline = step_of(fused, lambda: fused(x)), step_of(theirs, lambda: theirs(x))
+    compare(run, {"timm": baseline}, rounds=5, op="fuse", case=f"{BACKBONE}, {frames} frames", direction=direction)
+
+
+@pytest.mark.parametrize("direction", ["forward", "training_step"])
+@pytest.mark.parametrize(("preset", "utterances"), [("small", 16), ("released", 1), ("released", 2)])
+def bench_deepmsi(compare: Any, smallest: bool, preset: str, utterances: int, direction: str) -> None:
     if smallest and preset != "small":
         pytest.skip("only the smallest size was asked for")
     torch.manual_seed(0)
     features: dict[str, Any] = {"text": {"encoder": "features"}, "audio": {"encoder": "features"}}
     config = deepmsi.DeepMSIConfig(num_labels=6, preset=preset, **features)
     model = deepmsi.DeepMSI(config)
-    utterances = 1 if preset == "released" else 2 if smallest else 16
+    utterances = 2 if smallest else utterances
     side, count = config.vision.image_size, config.vision.frames
     batch = {
         "pixel_values": torch.randint(256, (utterances, count, 3, side, side), dtype=torch.uint8),
@@ -134,7 +186,7 @@ def bench_deepmsi(compare: Any, smallest: bool, preset: str, direction: str) -> 
         run, baseline = step_of(model, forward), step_of(model, on_reference(forward))
     compare(
         run,
-        {"pytorch": baseline},
+        {"reference": baseline},
         rounds=5,
         op="DeepMSI",
         case=f"{utterances} utterance{'s' * (utterances > 1)} of {count} frames, {side} px, {preset}",

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("DEEPMSI_BENCH_SMALLEST", "") == "1",
         help="run each benchmark once at its smallest size (also DEEPMSI_BENCH_SMALLEST=1)",
     )
+    parser.addoption("--compile", action="store_true", help="also time baselines under torch.compile; minutes each")
     parser.addoption("--threads", type=int, default=None, help="threads of torch; default: torch's own")
 
 
@@ -54,6 +55,12 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def smallest(request: pytest.FixtureRequest) -> bool:
     """Whether only the smallest size is to run, as CI does to see that benchmarks work."""
     return bool(request.config.getoption("--smallest"))
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether baselines run under torch.compile, too."""
+    return bool(request.config.getoption("--compile"))
 
 
 def facts(device: str, dtype: torch.dtype) -> dict[str, Any]:

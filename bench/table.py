@@ -54,7 +54,8 @@ def render(document: dict[str, Any]) -> str:
         "|" + "---|" * len(head),
     ]
     lines += ["| " + " | ".join(row) + " |" for row in rows(document)]
-    return "\n".join(lines)
+    notes = [entry["extra_info"]["note"] for entry in document["benchmarks"] if "note" in entry["extra_info"]]
+    return "\n".join(lines + (["", " ".join(notes)] if notes else []))
 
 
 def main() -> None:
