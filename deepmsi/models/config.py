@@ -66,7 +66,7 @@ class VisionConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1)
     recompute: Literal["none", "light", "block", "chunk"] = Field(
         "none",
-        description="what backward computes again in place of keeping it: nothing; q, k, v and the MLPs' hidden "
+        description="what backward computes again in place of keeping it: no product; q, k, v and the MLPs' hidden "
         "layers; whole blocks; or everything, 15 frames at a time. Gradients are exact in all four, memory falls and "
         "time rises from one to the next",
     )

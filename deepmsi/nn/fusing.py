@@ -16,7 +16,16 @@ def plain(owner: nn.Module, *layers: nn.Module) -> bool:
 
     An adapter, a quantised layer or a parametrised weight makes another class of a layer; weights must be float32.
     """
-    for module in (owner, *layers):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return False
-    return all(type(layer) in (nn.Linear, nn.LayerNorm) and layer.weight.dtype == torch.float32 for layer in layers)
+    return (
+        unhooked(owner, *layers)
+        and all(type(layer) in (nn.Linear, nn.LayerNorm) for layer in layers)
+        and all(layer.weight.dtype == torch.float32 for layer in layers)
+    )
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether no hook watches or changes what modules compute."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )

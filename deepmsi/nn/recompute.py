@@ -1,7 +1,8 @@
 """What the vision backbone keeps for backward, and what it computes again there: one switch of four positions."""
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,68 @@ def checked(recompute: str) -> Recompute:
         if recompute == position:
             return position
     raise UserError(f"recompute must be one of {', '.join(get_args(Recompute))}, not {recompute!r}")
+
+
+class Source(NamedTuple):
+    """How a tensor is made again, bit for bit: a function without random numbers, and what it is a function of."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+class _Held(torch.autograd.Function):
+    """Keep tensors as autograd keeps what an operation saves: counted by hooks, guarded against changes in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("what is held has no gradient")
+
+
+def remade(value: Tensor, source: Source | None) -> AbstractContextManager[None]:
+    """Inside, an operation that saves ``value`` for backward saves what it is made from; backward makes it again.
+
+    Worth it where the inputs are saved anyway, or are smaller, and the function passes over elements only. On a CPU
+    with float32 the time counts for more than the bytes, and nothing changes; nor does it under ``torch.compile``,
+    which decides by itself, or in ``torch.func``, which has no hooks.
+    """
+    if source is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    wide = value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
+    if wide or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return _remade(value, source)
+
+
+@contextmanager
+def _remade(value: Tensor, source: Source) -> Iterator[None]:
+    device, address, unused = value.device.type, value.untyped_storage()._cdata, True
+    context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    with torch.enable_grad():
+        anchor = torch.empty(0, requires_grad=True, device=value.device)
+        held: list[Any] = [_Held.apply(anchor, *(tensor.detach() for tensor in source.inputs)).grad_fn]
+
+    def pack(tensor: Tensor) -> Any:
+        nonlocal unused
+        if tensor.untyped_storage()._cdata != address:
+            return tensor.detach()
+        unused = False
+        return (tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad(), torch.autocast(*context, cache_enabled=False):
+            return source.function(*held[0].saved_tensors).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    if unused:
+        held.clear()
 
 
 def again(function: Callable[..., Any], *tensors: Tensor | None, owners: tuple[nn.Module, ...], draws: bool) -> Any:

@@ -4,15 +4,17 @@ Parameters have timm's names. All frames run at once, in one of two layouts (:cl
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from deepmsi.nn.fusing import fuses, plain
-from deepmsi.nn.recompute import again
+from deepmsi.nn.fusing import fuses, plain, unhooked
+from deepmsi.nn.recompute import Source, again, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import residual_mlp, residual_window_attention, window_attention
+from deepmsi.ops._arguments import autocast
 
 
 class Tokens(NamedTuple):
@@ -152,8 +154,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        return again(self._transformed, x, owners=(self,), draws=False) if self.recompute else self._transformed(x)
+    def forward(self, x: Tensor, source: Source | None = None) -> Tensor:
+        """Transform x [..., C]; where its ``source`` is given, backward makes x again from that."""
+        if self.recompute:
+            with remade(x, source):
+                return again(self._transformed, x, owners=(self,), draws=False)
+        with remade(x, source):
+            hidden = self.fc1(x)
+        active = nn.functional.gelu(hidden)
+        with remade(active, Source(nn.functional.gelu, (hidden,))):
+            return self.fc2(active)
 
     def _transformed(self, x: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x)))
@@ -216,7 +226,11 @@ class Compression(nn.Module):
 
     def _gated(self, tokens: Tensor, gate: Tensor) -> Tensor:
         y = tokens if self.norm is None else self.norm(tokens)
-        return y * gate.to(y.dtype).unsqueeze(1)
+        source = None
+        if self.norm is not None and self.norm.weight.requires_grad and unhooked(self.norm):
+            source = Source(self.norm, (tokens,))
+        with remade(y, source):
+            return y * gate.to(y.dtype).unsqueeze(1)
 
 
 class Block(nn.Module):
@@ -243,8 +257,13 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tokens) -> Tokens:
         """x + LN(attn(x))."""
+        return self._attended(tokens)[0]
+
+    def _attended(self, tokens: Tokens) -> tuple[Tokens, Source | None]:
+        """x + LN(attn(x)), and what it can be made from again where all of that is kept anyway."""
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
+        source: Source | None = None
         if fuses("residual_window_attention", x) and plain(attn, attn.qkv, attn.proj, norm):
             y = residual_window_attention(
                 x,
@@ -266,23 +285,32 @@ class Block(nn.Module):
                 eps=norm.eps,
             )
         else:
-            branch = norm(attn(tokens))
-            y = x + (branch if scale is None else branch * scale.unsqueeze(-1))
-        return tokens._replace(x=y)
 
-    def transform(self, tokens: Tokens) -> Tokens:
-        """x + LN(mlp(x))."""
+            def added(x: Tensor, branch: Tensor) -> Tensor:
+                branch = norm(branch)
+                return x + (branch if scale is None else branch * scale.unsqueeze(-1))
+
+            branch = attn(tokens)
+            y = added(x, branch)
+            kept = attn.qkv.weight.requires_grad and norm.weight.requires_grad and unhooked(norm)
+            # Under autocast it is a copy of y in fewer bits that is kept.
+            if kept and autocast(y) is y:
+                source = Source(added, (x, branch))
+        return tokens._replace(x=y), source
+
+    def transform(self, tokens: Tokens, source: Source | None = None) -> Tokens:
+        """x + LN(mlp(x)); where the ``source`` of x is given, backward makes x again from that."""
         x, scale = tokens.x, self._drawn(tokens)
         mlp, norm = self.mlp, self.norm2
         if fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return tokens._replace(x=residual_mlp(x, *weights, row_scale=scale, eps=norm.eps))
-        branch = norm(mlp(x))
+        branch = norm(mlp(x, source))
         return tokens._replace(x=x + (branch if scale is None else branch * scale.unsqueeze(-1)))
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Attention and MLP, of a block that does not compress."""
-        return self.transform(self.attend(tokens))
+        return self.transform(*self._attended(tokens))
 
     def compressing(
         self, name: str, kept: list[KeptTokens] | None, attends: bool, tokens: Tokens, guide: Tensor
@@ -313,9 +341,19 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Map [F, 3, S, S] to [F, S/p, S/p, C]."""
-        return self.norm(self.proj(frames).permute(0, 2, 3, 1))
+    def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward."""
+        source = None
+        if prepare is not None:
+
+            def prepared(frames: Tensor) -> Tensor:
+                return autocast(prepare(frames))
+
+            source = Source(prepared, (frames,))
+            frames = prepared(frames)
+        with remade(frames, source):
+            x = self.proj(frames)
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

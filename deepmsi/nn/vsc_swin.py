@@ -69,7 +69,8 @@ class VSCSwin(nn.Module):
         guide_dim: Channels G of the guide; default the first compressing stage's. A stage with another number of
             channels gets its own linear projection.
         compression: Fields of the schedule that take the place of the preset's, such as ``{"threshold": 0.5}``.
-        recompute: What backward computes again in place of keeping it: ``"none"``; ``"light"``: q, k, v with the
+        recompute: What backward computes again in place of keeping it: ``"none"``: at most what passes over elements
+            (GELU, the sum behind the attention), on a GPU or in 16 bits; ``"light"``: q, k, v with the
             attention, the MLP's hidden layer, the embedding and the reductions; ``"block"``: whole blocks, of which
             only the inputs are kept; ``"chunk"``: everything, 15 frames at a time, of which only the frames themselves
             are kept. The gradients are those of ``"none"``, dropped paths included (``"chunk"`` sums over its frames in
@@ -312,7 +313,7 @@ class VSCSwin(nn.Module):
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
 
         def embed(frames: Tensor) -> Tensor:
-            return self.patch_embed(frames if prepare is None else prepare(frames))
+            return self.patch_embed(frames, prepare)
 
         if self.recompute in ("light", "block"):
             x = again(embed, frames, owners=(self.patch_embed,), draws=False)
