@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,13 +39,17 @@ COUNTS: dict[str, dict[str, int]] = {
 SESSION_COUNTS = {"erc7433": dict(zip(SESSIONS, (1373, 1356, 1569, 1512, 1623), strict=True))}
 """Turns of each session, where published."""
 
+CONSENSUS = frozenset(("ang", "dis", "exc", "fea", "fru", "hap", "neu", "oth", "sad", "sur", "xxx"))
+"""Every label that the release gives a turn."""
+
 Side = Literal["left", "right"]
 
 _DIALOGUE = r"Ses0([1-5])([FM])_(?:impro|script)\w*"
 _DIALOGUE_NAME = re.compile(_DIALOGUE)
 _TURN_LINE = re.compile(rf"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+({_DIALOGUE}_([FM])\w*)\s+(\w+)(?:\s+\[([^\]]*)\])?")
 _ANNOTATOR_LINE = re.compile(r"C-([EFM])\w*\s*:\s*([^(]*)")
-_TRANSCRIPT_LINE = re.compile(rf"({_DIALOGUE}_[FM]\w*)\s+\[\s*[\d.]+\s*-\s*[\d.]+\s*\]\s*:\s*(.*)")
+_TRANSCRIPT_LINE = re.compile(rf"({_DIALOGUE}_[FM]\w*)(\s*\[[^\]]*\])?\s*:\s*(.*)")
+_TURN_NAME = re.compile(rf"{_DIALOGUE}_[FM](?:XX)?\d+")
 # Motion capture and alignments: tens of thousands of files that a search need not visit.
 _SKIP = re.compile(r"MOCAP_\w+|ForcedAlignment", re.IGNORECASE)
 _SHEET_TURNS = 8
@@ -149,7 +153,7 @@ def read_iemocap(
     if label_set not in LABEL_SETS:
         raise UserError(f"no label set {label_set!r} for IEMOCAP: there are {', '.join(LABEL_SETS)}.")
     files = _find(raw)
-    turns = [turn for path in files.evaluations.values() for turn in read_evaluation(path)]
+    turns = _each_once((path, turn) for path in files.evaluations.values() for turn in read_evaluation(path))
     _check_sessions(raw, files, turns, partial)
     texts = {turn: text for path in files.transcripts.values() for turn, text in read_transcript(path).items()}
     wearers = _read_sides(sides) if sides else {}
@@ -206,7 +210,7 @@ def read_evaluation(path: Path) -> list[Turn]:
     """Turns of one `EmoEvaluation/<dialogue>.txt`, in the order of the file.
 
     Raises:
-        UserError: the file has no turn, or gives one turn two labels.
+        UserError: the file has no turn, gives one turn two labels, or a label that the release does not have.
     """
     turns: list[Turn] = []
     external: list[frozenset[str]] = []
@@ -238,17 +242,25 @@ def read_evaluation(path: Path) -> list[Turn]:
     finish()
     if not turns:
         raise UserError(f"{path} holds no turn of IEMOCAP: the copy of the release is incomplete.")
-    labels: dict[str, str] = {}
     for turn in turns:
-        if labels.setdefault(turn.id, turn.consensus) != turn.consensus:
-            raise UserError(f"{path} gives {turn.id} two labels, {labels[turn.id]} and {turn.consensus}.")
-    return list({turn.id: turn for turn in turns}.values())
+        if turn.consensus not in CONSENSUS:
+            raise UserError(f"{path} gives {turn.id} the label {turn.consensus!r}, which IEMOCAP does not have.")
+    return _each_once((path, turn) for turn in turns)
+
+
+def _each_once(turns: Iterable[tuple[Path, Turn]]) -> list[Turn]:
+    """Turns without repetitions; refuses one with two labels."""
+    first: dict[str, Turn] = {}
+    for path, turn in turns:
+        if (other := first.setdefault(turn.id, turn)).consensus != turn.consensus:
+            raise UserError(f"{path} gives {turn.id} two labels, {other.consensus} and {turn.consensus}.")
+    return list(first.values())
 
 
 def read_transcript(path: Path) -> dict[str, str]:
     """Text by turn of one `transcriptions/<dialogue>.txt`; lines that are no turn with text are skipped."""
     matches = (_TRANSCRIPT_LINE.match(line.strip()) for line in _read_text(path).splitlines())
-    return {match[1]: text for match in matches if match and (text := match[4].strip())}
+    return {match[1]: text for match in matches if match and (text := match[5].strip())}
 
 
 def write_contact_sheets(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -278,6 +290,7 @@ def write_contact_sheets(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _find(raw: Path) -> _Files:
     files = _Files()
+    elsewhere = []
     for folder, names in walk(raw, _SKIP):
         kind = folder.name.lower()
         for name in names:
@@ -289,20 +302,36 @@ def _find(raw: Path) -> _Files:
                 target = files.evaluations
             elif suffix == ".txt" and kind.startswith("transcription"):
                 target = files.transcripts
+            elif suffix == ".txt":
+                elsewhere.append(path)
+                continue
             elif suffix in (".avi", ".mp4"):
                 target = files.videos
-            elif suffix == ".wav" and kind == path.stem.rpartition("_")[0].lower():
-                target = files.sounds  # sentences/wav/<dialogue>/<turn>.wav; dialog/wav holds whole dialogues
+            elif _TURN_NAME.fullmatch(path.stem):
+                target = files.sounds  # dialog/wav holds whole dialogues, whose names are no turn's
             else:
                 continue
             if not path.stat().st_size:
                 files.empty.append(path)
             else:
                 target.setdefault(path.stem, path)
+    for path in elsewhere:  # folders that were renamed are known by what their files hold
+        if (kin := _kind_of(files, path)) is not None:
+            kin.setdefault(path.stem, path)
     if not files.evaluations:
         cure = f": unpack {some(found)} first" if (found := archives(raw)) else ""
         raise UserError(f"{raw} is no IEMOCAP release: there is no Session*/dialog/EmoEvaluation/Ses*.txt in it{cure}.")
     return files
+
+
+def _kind_of(files: _Files, path: Path) -> dict[str, Path] | None:
+    """Where a text file belongs by its first line of a known kind; None for annotators' own files and others."""
+    for line in _read_text(path).splitlines():
+        if _TURN_LINE.match(line.strip()):
+            return files.evaluations
+        if (match := _TRANSCRIPT_LINE.match(line.strip())) and match[4]:
+            return files.transcripts
+    return None
 
 
 def _check_sessions(raw: Path, files: _Files, turns: Sequence[Turn], partial: bool) -> None:
