@@ -50,7 +50,7 @@ class CrossModalContrastiveLoss(nn.Module):
         a: Tensor,
         b: Tensor | Sequence[Tensor],
         labels: Tensor,
-        valid_a: Tensor | None = None,
+        valid_a: Tensor | Sequence[Tensor | None] | None = None,
         valid_b: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Return the loss of a [B, D] against b [B, D], or the mean over a sequence of such b.
@@ -59,7 +59,7 @@ class CrossModalContrastiveLoss(nn.Module):
             a: [B, D], normalised inside.
             b: [B, D], or a sequence of them.
             labels: [B], integers.
-            valid_a: Whether a row has its a-side [B] bool; None means all.
+            valid_a: Whether a row has its a-side [B] bool, or a sequence of them where b is one; None means all.
             valid_b: Whether a row has its b-side [B] bool, or a sequence of them where b is one.
 
         Returns:
@@ -73,23 +73,23 @@ class CrossModalContrastiveLoss(nn.Module):
         if not self._distributed():
             return cross_modal_contrastive(a, b, labels, valid_a=valid_a, valid_b=valid_b, **options)
         others = [b] if isinstance(b, Tensor) else list(b)
-        masks = list(valid_b) if isinstance(valid_b, Sequence) else [valid_b] * len(others)
+        sides = [list(valid) if isinstance(valid, Sequence) else [valid] * len(others) for valid in (valid_a, valid_b)]
         rows, size = a.shape[0], self._joined_rows(a)
         world, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
         present = torch.ones(rows, dtype=torch.bool, device=a.device)
-        columns = [labels, present if valid_a is None else valid_a]
-        columns += [present if mask is None else mask for mask in masks]
+        columns = [labels]
+        for mask_a, mask_b in zip(*sides, strict=True):
+            both = present if mask_a is None else mask_a
+            columns.append(both if mask_b is None else both & mask_b)
         facts = _pad(torch.stack([column.long() for column in columns], 1), size)
         facts = _gather(facts, self.group)
         everything = _GatherRows.apply(_pad(torch.cat(others, 1), size), self.group)
-        has_a = facts[:, 1].bool()
         part = cross_modal_contrastive(
             _pad(a, size),
             list(everything.split([other.shape[1] for other in others], 1)),
             _pad(labels, size),
-            valid_a=has_a,
-            valid_b=[facts[:, 2 + i].bool() for i in range(len(others))],
+            valid_b=[facts[:, 1 + i].bool() for i in range(len(others))],
             labels_b=facts[:, 0].contiguous(),
             row_offset=rank * size,
             **options,

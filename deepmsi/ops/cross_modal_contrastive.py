@@ -22,7 +22,7 @@ def cross_modal_contrastive(
     temperature: float = 0.5,
     include_matched: bool = False,
     normalize: str = "batch",
-    valid_a: Tensor | None = None,
+    valid_a: Tensor | Sequence[Tensor | None] | None = None,
     valid_b: Tensor | Sequence[Tensor | None] | None = None,
     labels_b: Tensor | None = None,
     row_offset: int = 0,
@@ -42,7 +42,8 @@ def cross_modal_contrastive(
         temperature: τ > 0.
         include_matched: Whether the matched pair (i, i) is a positive, too.
         normalize: ``"batch"`` divides a row's sum by B - 1, ``"positives"`` by |P(i)|.
-        valid_a: Whether a row has its a-side [B] bool; with ``labels_b`` it may cover the joined batch [J] instead.
+        valid_a: Whether a row has its a-side [B] bool, or a sequence of P of them; with ``labels_b`` it may cover the
+            joined batch [J] instead.
         valid_b: Whether a row has its b-side [J] bool, or a sequence of P of them. A row that lacks a side is in
             neither P, N nor B of that pair. Where a is a slice and ``valid_a`` covers the slice alone, ``valid_b``
             must say for the other rows whether *both* sides are there.
@@ -132,29 +133,29 @@ def _taking_part(
     a: Tensor,
     others: Sequence[Tensor],
     row_offset: int,
-    valid_a: Tensor | None,
+    valid_a: Tensor | Sequence[Tensor | None] | None,
     valid_b: Tensor | Sequence[Tensor | None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return which rows of a [P, B] and which joined rows [P, J] take part in each pair, both bool."""
     rows, joined = a.shape[0], others[0].shape[0]
     everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
-    whole, part = everyone, everyone[:rows]
-    if valid_a is not None:
-        if not (valid_a.dtype == torch.bool and valid_a.shape in ((rows,), (joined,))):
-            raise ValueError(f"{_OP}: valid_a must be [{rows}] bool, not {shape(valid_a)} {valid_a.dtype}")
-        if valid_a.shape[0] == joined:
-            whole = valid_a
-        else:
-            part = valid_a
-    masks = [valid_b] if valid_b is None or isinstance(valid_b, Tensor) else list(valid_b)
-    if valid_b is None:
-        masks = masks * len(others)
-    if len(masks) != len(others):
-        raise ValueError(f"{_OP}: valid_b holds {len(masks)} masks for {len(others)} of b: give one for each")
-    present = []
-    for mask in masks:
-        if mask is not None and not (mask.dtype == torch.bool and mask.shape == (joined,)):
-            raise ValueError(f"{_OP}: valid_b must be [{joined}] bool, not {shape(mask)} {mask.dtype}")
-        present.append(whole if mask is None else whole & mask)
-    columns = torch.stack(present)
-    return columns[:, row_offset : row_offset + rows] & part, columns
+    # One mask of a serves every pair; b's are told one by one, so that none is left out by mistake.
+    masks_a = [valid_a] * len(others) if valid_a is None or isinstance(valid_a, Tensor) else list(valid_a)
+    masks_b = [valid_b] if isinstance(valid_b, Tensor) else [None] * len(others) if valid_b is None else list(valid_b)
+    for name, masks, sizes in (("valid_a", masks_a, (rows, joined)), ("valid_b", masks_b, (joined,))):
+        if len(masks) != len(others):
+            raise ValueError(f"{_OP}: {name} holds {len(masks)} masks for {len(others)} of b: give one for each")
+        for mask in masks:
+            if mask is not None and not (mask.dtype == torch.bool and mask.dim() == 1 and mask.shape[0] in sizes):
+                raise ValueError(f"{_OP}: {name} must be [{sizes[0]}] bool, not {shape(mask)} {mask.dtype}")
+    inside, columns = [], []
+    for mask_a, mask_b in zip(masks_a, masks_b, strict=True):
+        column = everyone if mask_b is None else mask_b
+        part = everyone[:rows]
+        if mask_a is not None and mask_a.shape[0] == joined:
+            column = column & mask_a
+        elif mask_a is not None:
+            part = mask_a
+        columns.append(column)
+        inside.append(column[row_offset : row_offset + rows] & part)
+    return torch.stack(inside), torch.stack(columns)

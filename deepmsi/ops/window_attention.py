@@ -1,5 +1,7 @@
 """The public function of window attention: check, resolve, call."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,8 +114,9 @@ def window_attention(
     Equivalent to: timm's ``window_partition``, ``WindowAttention`` without its linear layers, and ``window_reverse``.
 
     Args:
-        qkv: [B, H, W, 3C], or packed rows [R, 3C] (by frame, then by position); the channels are q, k, v, each of
-            ``heads`` equal parts. Under autocast it takes the autocast type.
+        qkv: [B, H, W, 3C], or rows [R, 3C], by frame, then by position: packed ones, or all places of whole frames
+            where ``positions`` is None; the channels are q, k, v, each of ``heads`` equal parts. Under autocast it
+            takes the autocast type.
         heads: Number of heads; it divides C.
         grid: (H, W) of the grid that the positions lie on.
         window: w, side of a window.
@@ -133,6 +136,12 @@ def window_attention(
         ValueError: An argument has the wrong shape, type or range.
         RuntimeError: The backend that was asked for cannot run this call.
     """
+    if positions is None and cu_seqlens is None and qkv.dim() == 2 and min(grid) > 0:
+        frames, rest = divmod(qkv.shape[0], grid[0] * grid[1])
+        if rest == 0:
+            whole = qkv.view(frames, *grid, qkv.shape[1])
+            options: Any = {"bias_table": bias_table, "logit_scale": logit_scale, "scale": scale, "backend": backend}
+            return window_attention(whole, heads, grid, window, shift, **options).flatten(0, 2)
     qkv = autocast(qkv)
     logit_scale, scale = check_windows(
         _OP, qkv, "qkv", 3, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens

@@ -63,6 +63,16 @@ def test_equals_the_equation(temperature: float, include_matched: bool, normaliz
     torch.testing.assert_close(pair, both, rtol=1e-12, atol=1e-14)
 
 
+def test_a_mask_of_a_for_each_pair() -> None:
+    a, b, c = features()
+    has_b, has_c = torch.rand(2, len(LABELS), generator=generator(5)) > 0.3
+    labels = torch.tensor(LABELS)
+    got = cross_modal_contrastive(a, (b, c), labels, valid_a=(has_b, has_c))
+    torch.testing.assert_close(got, cross_modal_contrastive(a, (b, c), labels, valid_b=(has_b, has_c)))
+    none = cross_modal_contrastive(a, (b, c), labels, valid_a=(has_b, None))
+    torch.testing.assert_close(none, cross_modal_contrastive(a, (b, c), labels, valid_b=(has_b, None)))
+
+
 @pytest.mark.parametrize("normalize", ["batch", "positives"])
 def test_absent_rows_take_no_part(normalize: str) -> None:
     a, b, c = features()
@@ -209,6 +219,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
         ({"labels": torch.zeros(8)}, "labels must be integers"),
         ({"row_offset": 1}, "needs labels_b"),
         ({"valid_a": torch.ones(8)}, "valid_a must be"),
+        ({"valid_a": (torch.ones(8, dtype=torch.bool),) * 2}, "valid_a holds 2 masks for 1 of b"),
         ({"b": torch.zeros(8, 4)}, "b must be"),
         ({"b": (torch.zeros(8, 5),) * 2, "valid_b": torch.ones(8, dtype=torch.bool)}, "give one for each"),
     ],

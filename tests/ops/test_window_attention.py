@@ -222,6 +222,17 @@ def test_compiles_whole_and_for_changing_sizes(backend: str, device: str, packed
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_of_whole_frames_need_no_positions(shift: int) -> None:
+    qkv = randn(2, 4, 6, 3 * HEADS * DEPTH, seed=1)
+    options = {"bias_table": table_of(2, torch.float32), "logit_scale": scale_of(True, torch.float32)}
+    rows = window_attention(qkv.flatten(0, 2), HEADS, (4, 6), 2, shift, **options)
+    grid = window_attention(qkv, HEADS, (4, 6), 2, shift, **options)
+    assert torch.equal(rows, grid.flatten(0, 2))
+    with pytest.raises(ValueError, match="for the grid 4x6"):
+        window_attention(qkv.flatten(0, 2)[1:], HEADS, (4, 6), 2, shift, **options)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
