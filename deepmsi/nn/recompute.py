@@ -63,8 +63,10 @@ def remade(value: Tensor, source: Source | None) -> AbstractContextManager[None]
 
 @contextmanager
 def _remade(value: Tensor, source: Source) -> Iterator[None]:
-    device, address, unused = value.device.type, value.untyped_storage()._cdata, True
+    function, device = source.function, value.device.type
+    address, unused = value.untyped_storage()._cdata, True
     context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    # What the graph keeps must not hold the inputs themselves, which a checkpoint around it is free to drop.
     with torch.enable_grad():
         anchor = torch.empty(0, requires_grad=True, device=value.device)
         held: list[Any] = [_Held.apply(anchor, *(tensor.detach() for tensor in source.inputs)).grad_fn]
@@ -80,7 +82,7 @@ def _remade(value: Tensor, source: Source) -> Iterator[None]:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad(), torch.autocast(*context, cache_enabled=False):
-            return source.function(*held[0].saved_tensors).as_strided(*packed)
+            return function(*held[0].saved_tensors).as_strided(*packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
