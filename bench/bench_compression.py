@@ -57,9 +57,9 @@ def early(model: VSCSwin, frames: Tensor) -> Tensor:
     return tokens.x
 
 
-def guide_of(model: VSCSwin, frames: int) -> Tensor:
+def guide_of(model: VSCSwin, frames: int, device: str) -> Tensor:
     assert model.guide_dim is not None
-    return testing.randn(frames, model.guide_dim, seed=2)
+    return testing.randn(frames, model.guide_dim, seed=2, device=device)
 
 
 def cells_of(model: VSCSwin, run: Callable[[], Any]) -> float:
@@ -81,18 +81,18 @@ def cells_of(model: VSCSwin, run: Callable[[], Any]) -> float:
 
 
 @pytest.mark.parametrize("layout", ["regrid", "packed"])
-def bench_saving(compare: Any, smallest: bool, layout: str) -> None:
+def bench_saving(compare: Any, smallest: bool, device: str, layout: str) -> None:
     frames = 1 if smallest else 15
     keep = (196, 144, 100)
-    _, plain = backbones(None)
-    _, ours = backbones("released")
+    _, plain = backbones(None, device)
+    _, ours = backbones("released", device)
     if layout == "packed":
-        ours = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep})
+        ours = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep}).to(device)
         ours.load_state_dict(plain.state_dict(), strict=False)
     plain.eval()
     ours.eval()
-    pixels = testing.randn(frames, 3, 256, 256, seed=1)
-    x, guide = early(plain, pixels), guide_of(ours, frames)
+    pixels = testing.randn(frames, 3, 256, 256, seed=1, device=device)
+    x, guide = early(plain, pixels), guide_of(ours, frames, device)
     run = quiet(lambda: late(ours, x, guide))
     with torch.inference_mode():
         torch.testing.assert_close(run(), ours(pixels, guide), rtol=1e-4, atol=1e-4)
@@ -126,16 +126,16 @@ def bench_saving(compare: Any, smallest: bool, layout: str) -> None:
     )
 
 
-def bench_threshold(compare: Any, smallest: bool) -> None:
+def bench_threshold(compare: Any, smallest: bool, device: str) -> None:
     """Packed by threshold against packed by number, at the same mean keep."""
     frames = 1 if smallest else 15
-    _, ours = backbones("paper")
+    _, ours = backbones("paper", device)
     ours.eval()
-    x, guide = testing.randn(frames, 3, 256, 256, seed=1), guide_of(ours, frames)
+    x, guide = testing.randn(frames, 3, 256, 256, seed=1, device=device), guide_of(ours, frames, device)
     with torch.inference_mode():
         _, kept = ours(x, guide, return_kept=True)
     keep = tuple(max(1, math.ceil(float(k.cu_seqlens[-1]) / frames)) for k in kept)
-    fixed = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep})
+    fixed = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep}).to(device)
     fixed.load_state_dict(ours.state_dict())
     fixed.eval()
     run, baseline = quiet(lambda: ours(x, guide)), quiet(lambda: fixed(x, guide))

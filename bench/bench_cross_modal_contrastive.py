@@ -1,77 +1,71 @@
 """cross_modal_contrastive: a small and a large batch, with balanced and with lopsided labels, against dense PyTorch."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepmsi import backend, testing
+from deepmsi import testing
 from deepmsi.ops import cross_modal_contrastive
 
 CHANNELS = 256
 CLASSES = 7
 LARGEST_CLASS = {"balanced": 1 / CLASSES, "MELD-like": 0.47}
 
+Form = Callable[..., Tensor]  # cross_modal_contrastive on some backend
+
 
 class Pair:
     """One modality against two others on fixed inputs."""
 
-    def __init__(self, rows: int, kind: str, device: str) -> None:
+    def __init__(self, place: Any, rows: int, kind: str) -> None:
+        self.place = place
         share = LARGEST_CLASS[kind]
         shares = torch.tensor([share] + [(1 - share) / (CLASSES - 1)] * (CLASSES - 1))
-        self.labels = torch.multinomial(shares, rows, replacement=True, generator=testing.generator(1)).to(device)
-        self.features = [testing.tokens(rows, CHANNELS, seed=s, device=device).requires_grad_() for s in (2, 5, 8)]
+        labels = torch.multinomial(shares, rows, replacement=True, generator=testing.generator(1))
+        self.labels = labels.to(place.device)
+        self.features = [place.tokens(rows, CHANNELS, seed=s).requires_grad_() for s in (2, 5, 8)]
+        self.ours = partial(cross_modal_contrastive, backend=place.backend)
+        self.pytorch = partial(cross_modal_contrastive, backend="reference")
         # Two pairs, each with three products: the scores and the gradient of either side.
         self.operations = 2 * 3 * 2.0 * rows * rows * CHANNELS
+        # Features in for either direction, their gradients out.
+        self.traffic = 3 * sum(x.nbytes for x in self.features)
 
-    def step(self, name: str) -> tuple[Tensor, ...]:
+    def step(self, form: Form) -> tuple[Tensor, ...]:
         a, *b = self.features
-        loss = cross_modal_contrastive(a, b, self.labels, backend=name)
+        loss = form(a, b, self.labels)
         return (loss, *torch.autograd.grad(loss, self.features))
 
-    def check(self, name: str) -> None:
-        """Both sides give the same numbers before either is timed."""
-        for ours, theirs in zip(self.step(name), self.step("reference"), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-
-
-def peak_bytes(run: Any) -> int:
-    """Return the largest amount of a GPU's memory that a run holds above what was held before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-CASES = [("cpp", "cpu"), ("cpp", "cuda"), ("triton", "cuda")]
+    def check(self, form: Form) -> None:
+        """A side gives the numbers of the PyTorch form before it is timed."""
+        for actual, wanted in zip(self.step(form), self.step(self.pytorch), strict=True):
+            self.place.close(actual, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", LARGEST_CLASS)
 @pytest.mark.parametrize("rows", [16, 4096])
-@pytest.mark.parametrize(("name", "device"), CASES, ids=["-".join(c) for c in CASES])
-def bench_pair(compare: Any, smallest: bool, gemm_rate: float, name: str, device: str, rows: int, kind: str) -> None:
-    reason = backend.why_not("cross_modal_contrastive", name, device, torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+def bench_pair(compare: Any, smallest: bool, ceilings: Any, place: Any, rows: int, kind: str) -> None:
+    place.need("cross_modal_contrastive")
     if smallest and (rows, kind) != (16, "balanced"):
         pytest.skip("only the smallest size was asked for")
-    pair = Pair(rows, kind, device)
-    pair.check(name)
-    sides = {side: (lambda side=side: pair.step(side)) for side in (name, "reference")}
-    memory = {}
-    if device == "cuda":
-        memory = {f"peak_bytes_{side}": peak_bytes(run) for side, run in sides.items()}
+    pair = Pair(place, rows, kind)
+    pair.check(pair.ours)
+    form = torch.compile(pair.pytorch)
+    baselines = {"pytorch": lambda: pair.step(pair.pytorch), **compare.compiled(lambda: pair.step(form))}
+    if "compile" in baselines:
+        pair.check(form)
     compare(
-        sides[name],
-        {"pytorch": sides["reference"]},
-        device=device,
-        floor=pair.operations / gemm_rate if device == "cpu" else None,
-        rounds=101 if rows == 16 else 3,
+        lambda: pair.step(pair.ours),
+        baselines,
+        dtype=place.dtype,
+        floor=ceilings.floor(pair.operations, pair.traffic, place.dtype),
+        rounds=101 if rows == 16 else 15 if place.device == "cuda" else 3,
+        graph=rows == 16,
         op="cross_modal_contrastive",
-        case=f"{rows} rows x {CHANNELS}, two pairs, {kind} labels" + (f", {name}" if device == "cuda" else ""),
+        case=f"{rows} rows x {CHANNELS}, two pairs, {kind} labels{place.suffix}",
         direction="forward_backward",
-        **memory,
     )

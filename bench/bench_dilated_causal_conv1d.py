@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from deepmsi import testing
+import deepmsi
 from deepmsi.nn import TCN
 
 INPUTS, CHANNELS, TAPS = 768, (1024, 1024, 1024), 3
@@ -50,77 +50,76 @@ class Usual(nn.Module):
         return self.network(x)
 
 
-def sides() -> tuple[TCN, Usual]:
-    """Return both networks with the same weights."""
-    torch.manual_seed(0)
-    ours, theirs = TCN(INPUTS, CHANNELS, TAPS, dropout=0.3), Usual()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+class Sides:
+    """Both networks with the same weights, and the second under torch.compile, on one input."""
 
+    def __init__(self, place: Any, utterances: int, steps: int, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self.place = place
+        torch.manual_seed(0)
+        self.ours, self.usual = TCN(INPUTS, CHANNELS, TAPS, dropout=0.3), Usual()
+        self.usual.load_state_dict(self.ours.state_dict())
+        for network in (self.ours, self.usual):
+            network.to(place.device, place.dtype).eval()
+        self.compiled = torch.compile(self.usual)
+        self.x = place.randn(utterances, INPUTS, steps, seed=1)
+        self.call = call
 
-def check(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-4)
+    def forward(self, network: nn.Module) -> Tensor:
+        with torch.inference_mode(), deepmsi.use_backend(self.place.backend):
+            return self.call(network, self.x)
+
+    def step(self, network: nn.Module) -> tuple[Tensor, ...]:
+        with deepmsi.use_backend(self.place.backend):
+            loss = self.call(network, self.x).square().mean()
+        return torch.autograd.grad(loss, list(network.parameters()))
+
+    def check(self, network: nn.Module) -> None:
+        """A side gives the numbers of the usual network before it is timed."""
+        self.place.close(self.forward(network), self.forward(self.usual), rtol=1e-4, atol=1e-4)
+
+    def compare(self, compare: Any, direction: str, floor: float | None, case: str) -> None:
+        """Time both networks in inference, or in a training step with dropout on."""
+        run = self.forward if direction == "forward" else self.step
+        self.check(self.ours)
+        baselines = {"conv1d": lambda: run(self.usual), **compare.compiled(lambda: run(self.compiled))}
+        if "compile" in baselines:
+            self.check(self.compiled)
+        for network in (self.ours, self.usual):
+            network.train(direction != "forward")
+        compare(
+            lambda: run(self.ours),
+            baselines,
+            dtype=self.place.dtype,
+            floor=floor,
+            graph=True,
+            op="dilated_causal_conv1d",
+            case=case + self.place.suffix,
+            direction=direction,
+        )
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("utterances", [1, 16])
-def bench_last_step(compare: Any, smallest: bool, gemm_rate: float, utterances: int, direction: str) -> None:
+def bench_last_step(compare: Any, smallest: bool, ceilings: Any, place: Any, utterances: int, direction: str) -> None:
+    place.need("dilated_causal_conv1d")
     if smallest and utterances > 1:
         pytest.skip("only the smallest size was asked for")
-    ours, theirs = sides()
-    x = testing.randn(utterances, INPUTS, 15, seed=1)
-    ours.eval(), theirs.eval()
-    check(lambda: ours.last(x), lambda: theirs(x)[:, :, -1])
-    _time(compare, ours, theirs, lambda net: _last(net, x), direction,
-          floor=2 * LAST_STEP * utterances / gemm_rate if direction == "forward" else None,
-          case=f"last step, {utterances} utterance{'s' * (utterances > 1)} of 15 frames")  # fmt: skip
+    sides = Sides(place, utterances, 15, _last)
+    floor = None
+    if direction == "forward":
+        weights = sum(p.nbytes for p in sides.usual.parameters())
+        floor = ceilings.floor(2 * LAST_STEP * utterances, weights, place.dtype)
+    sides.compare(compare, direction, floor, f"last step, {utterances} utterance{'s' * (utterances > 1)} of 15 frames")
 
 
 @pytest.mark.parametrize("steps", [15, 64, 512])
-def bench_whole_sequence(compare: Any, smallest: bool, steps: int) -> None:
+def bench_whole_sequence(compare: Any, smallest: bool, place: Any, steps: int) -> None:
+    place.need("dilated_causal_conv1d")
     if smallest and steps > 15:
         pytest.skip("only the smallest size was asked for")
-    ours, theirs = sides()
-    x = testing.randn(1, INPUTS, steps, seed=1)
-    ours.eval(), theirs.eval()
-    check(lambda: ours(x), lambda: theirs(x))
-    _time(compare, ours, theirs, lambda net: net(x), "forward", floor=None, case=f"whole sequence of {steps} steps")
+    sides = Sides(place, 1, steps, lambda network, x: network(x))
+    sides.compare(compare, "forward", None, f"whole sequence of {steps} steps")
 
 
 def _last(network: nn.Module, x: Tensor) -> Tensor:
     return network.last(x) if isinstance(network, TCN) else network(x)[:, :, -1]
-
-
-def _time(
-    compare: Any,
-    ours: TCN,
-    theirs: Usual,
-    call: Callable[[nn.Module], Tensor],
-    direction: str,
-    floor: float | None,
-    case: str,
-) -> None:
-    """Time both networks in inference, or in a training step with dropout on."""
-
-    def runner(network: nn.Module) -> Callable[[], None]:
-        def forward() -> None:
-            with torch.inference_mode():
-                call(network)
-
-        def step() -> None:
-            call(network).square().mean().backward()
-            network.zero_grad(set_to_none=True)
-
-        network.train(direction != "forward")
-        return forward if direction == "forward" else step
-
-    compare(
-        runner(ours),
-        {"conv1d": runner(theirs)},
-        floor=floor,
-        rounds=15,
-        op="dilated_causal_conv1d",
-        case=case,
-        direction=direction,
-    )

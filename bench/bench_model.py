@@ -62,7 +62,7 @@ def on_reference(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def backbones(schedule: str | None) -> tuple[nn.Module, VSCSwin]:
+def backbones(schedule: str | None, device: str = "cpu") -> tuple[nn.Module, VSCSwin]:
     """Return timm's model with every parameter moved, and ours with its weights."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def backbones(schedule: str | None) -> tuple[nn.Module, VSCSwin]:
     randomise(theirs)
     ours = VSCSwin.from_timm(BACKBONE, schedule=schedule)
     ours.load_state_dict(theirs.state_dict(), strict=schedule is None)
-    return theirs, ours
+    return theirs.to(device), ours.to(device)
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
@@ -79,6 +79,7 @@ def backbones(schedule: str | None) -> tuple[nn.Module, VSCSwin]:
 def bench_video_branch(
     compare: Any,
     smallest: bool,
+    device: str,
     compiled: bool,
     gemm_rate: float,
     schedule: str | None,
@@ -88,9 +89,9 @@ def bench_video_branch(
     if utterances > 1 and (smallest or schedule != "released"):
         pytest.skip("several utterances are timed at the released schedule and full size")
     frames = 1 if smallest else 15 * utterances
-    theirs, ours = backbones(schedule)
-    x = testing.randn(frames, 3, 256, 256, seed=1)
-    guide = testing.randn(frames, ours.guide_dim, seed=2) if ours.guide_dim else None
+    theirs, ours = backbones(schedule, device)
+    x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
+    guide = testing.randn(frames, ours.guide_dim, seed=2, device=device) if ours.guide_dim else None
 
     def forward() -> Tensor:
         return ours(x, guide)
@@ -134,11 +135,11 @@ def bench_video_branch(
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
-def bench_fuse(compare: Any, smallest: bool, direction: str) -> None:
-    theirs, _ = backbones(None)
+def bench_fuse(compare: Any, smallest: bool, device: str, direction: str) -> None:
+    theirs, _ = backbones(None, device)
     fused = deepmsi.fuse(copy.deepcopy(theirs))
     frames = 1 if smallest else 15
-    x = testing.randn(frames, 3, 256, 256, seed=1)
+    x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     theirs.eval()
     fused.eval()
     with torch.no_grad():
@@ -155,20 +156,20 @@ def bench_fuse(compare: Any, smallest: bool, direction: str) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
 @pytest.mark.parametrize(("preset", "utterances"), [("small", 16), ("released", 1), ("released", 2)])
-def bench_deepmsi(compare: Any, smallest: bool, preset: str, utterances: int, direction: str) -> None:
+def bench_deepmsi(compare: Any, smallest: bool, device: str, preset: str, utterances: int, direction: str) -> None:
     if smallest and preset != "small":
         pytest.skip("only the smallest size was asked for")
     torch.manual_seed(0)
     features: dict[str, Any] = {"text": {"encoder": "features"}, "audio": {"encoder": "features"}}
     config = deepmsi.DeepMSIConfig(num_labels=6, preset=preset, **features)
-    model = deepmsi.DeepMSI(config)
+    model = deepmsi.DeepMSI(config).to(device)
     utterances = 2 if smallest else utterances
     side, count = config.vision.image_size, config.vision.frames
     batch = {
-        "pixel_values": torch.randint(256, (utterances, count, 3, side, side), dtype=torch.uint8),
-        "text_features": testing.randn(utterances, config.text.dim, seed=1),
-        "audio_features": testing.randn(utterances, config.audio.dim, seed=2),
-        "labels": torch.arange(utterances) % 6,
+        "pixel_values": torch.randint(256, (utterances, count, 3, side, side), dtype=torch.uint8, device=device),
+        "text_features": testing.randn(utterances, config.text.dim, seed=1, device=device),
+        "audio_features": testing.randn(utterances, config.audio.dim, seed=2, device=device),
+        "labels": torch.arange(utterances, device=device) % 6,
     }
 
     def forward() -> Tensor:

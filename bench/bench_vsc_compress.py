@@ -1,100 +1,120 @@
 """vsc_compress: the released schedule's three calls, and each threshold, against vectorised PyTorch."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepmsi import backend, testing
 from deepmsi.ops import vsc_compress
 
 CHANNELS = 384
 SCHEDULE = ((256, 196), (196, 144), (144, 100))
+FRAMES = {"cpu": 15, "cuda": 240}
+
+Form = Callable[..., Any]  # vsc_compress on some backend
 
 
 class Calls:
     """Three calls of the released schedule, or one call at a threshold, on fixed inputs."""
 
-    def __init__(self, frames: int, channels: int, steps: list[tuple[int, dict[str, Any]]]) -> None:
+    def __init__(self, place: Any, frames: int, channels: int, steps: list[tuple[int, dict[str, Any]]]) -> None:
+        self.place = place
+        self.frames = frames
         self.options = [options for _, options in steps]
         self.x = [
-            testing.tokens(frames * n, channels, seed=n).view(frames, n, channels).requires_grad_() for n, _ in steps
+            place.tokens(frames * n, channels, seed=n).view(frames, n, channels).requires_grad_() for n, _ in steps
         ]
-        self.guide = testing.randn(frames, channels, seed=1).requires_grad_()
-        self.weight = torch.tensor(0.5, requires_grad=True)
-        with torch.no_grad():
-            outs = self.forward("reference")
-        self.grads = [(testing.randn(*o.tokens.shape, seed=2), testing.randn(*o.gate.shape, seed=3)) for o in outs]
+        self.guide = place.randn(frames, channels, seed=1).requires_grad_()
+        self.weight = torch.tensor(0.5, device=place.device, requires_grad=True)
+        self.ours = partial(vsc_compress, backend=place.backend)
+        self.pytorch = partial(vsc_compress, backend="reference")
+        outs = self.inference(self.pytorch)
+        self.grads = [(place.randn(*o.tokens.shape, seed=2), place.randn(*o.gate.shape, seed=3)) for o in outs]
         # Operations of the similarity that must be computed: irrelevant times relevant rows.
         self.operations = sum(
             2.0 * channels * (n * frames - len(o.tokens)) * len(o.tokens) / frames
             for (n, _), o in zip(steps, outs, strict=True)
         )
+        # Bytes that must be moved: tokens in and out, and for backward their gradients beside the tokens.
+        read, written = sum(x.nbytes for x in self.x), sum(o.tokens.nbytes for o in outs)
+        self.traffic = {"forward": read + written, "forward_backward": 3 * read + 2 * written}
 
-    def forward(self, name: str) -> list[Any]:
+    def forward(self, form: Form) -> list[Any]:
         return [
-            vsc_compress(x, None, self.guide, self.weight, backend=name, **options)
-            for x, options in zip(self.x, self.options, strict=True)
+            form(x, None, self.guide, self.weight, **options) for x, options in zip(self.x, self.options, strict=True)
         ]
 
-    def inference(self, name: str) -> list[Any]:
+    def inference(self, form: Form) -> list[Any]:
         with torch.no_grad():
-            return self.forward(name)
+            return self.forward(form)
 
-    def step(self, name: str) -> list[tuple[Tensor, ...]]:
+    def step(self, form: Form) -> list[tuple[Tensor, ...]]:
         return [
             torch.autograd.grad((o.tokens, o.gate), (x, self.guide, self.weight), grads)
-            for o, x, grads in zip(self.forward(name), self.x, self.grads, strict=True)
+            for o, x, grads in zip(self.forward(form), self.x, self.grads, strict=True)
         ]
 
-    def check(self) -> None:
-        """Both sides give the same numbers before either is timed."""
-        for ours, theirs in zip(self.inference("cpp"), self.inference("reference"), strict=True):
-            assert torch.equal(ours.index, theirs.index)
-            torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(self.step("cpp"), self.step("reference"), strict=True):
+    def check(self, form: Form) -> None:
+        """A side gives the numbers of the PyTorch form before it is timed."""
+        close = self.place.close
+        for actual, wanted in zip(self.inference(form), self.inference(self.pytorch), strict=True):
+            assert actual.index.shape == wanted.index.shape
+            if "keep" in self.options[0]:
+                same = (actual.index == wanted.index).view(self.frames, -1).all(1)
+                assert (~same).sum() <= self.frames // 200, "the sides keep different tokens"
+            close(actual.tokens, wanted.tokens, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(self.step(form), self.step(self.pytorch), strict=True):
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def need_cpp() -> None:
-    reason = backend.why_not("vsc_compress", "cpp", "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+                close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-def bench_released_schedule(compare: Any, smallest: bool, gemm_rate: float, direction: str) -> None:
-    need_cpp()
-    frames = 1 if smallest else 15
-    calls = Calls(frames, CHANNELS, [(n, {"keep": k}) for n, k in SCHEDULE])
-    calls.check()
+def bench_released_schedule(compare: Any, smallest: bool, ceilings: Any, place: Any, direction: str) -> None:
+    place.need("vsc_compress")
+    frames = 1 if smallest else FRAMES[place.device]
+    calls = Calls(place, frames, CHANNELS, [(n, {"keep": k}) for n, k in SCHEDULE])
+    calls.check(calls.ours)
     run = calls.inference if direction == "forward" else calls.step
+    form = torch.compile(calls.pytorch)
+    baselines = {"pytorch": lambda: run(calls.pytorch), **compare.compiled(lambda: run(form))}
+    if "compile" in baselines:
+        calls.check(form)
+    operations = calls.operations if direction == "forward" else 0.0
+    bounded = direction == "forward" or place.device == "cuda"
     compare(
-        lambda: run("cpp"),
-        {"pytorch": lambda: run("reference")},
-        floor=calls.operations / gemm_rate if direction == "forward" else None,
+        lambda: run(calls.ours),
+        baselines,
+        dtype=place.dtype,
+        floor=ceilings.floor(operations, calls.traffic[direction], place.dtype) if bounded else None,
+        graph=True,
         op="vsc_compress",
-        case=f"256 to 100 tokens x {CHANNELS}, {frames} frames",
+        case=f"256 to 100 tokens x {CHANNELS}, {frames} frames{place.suffix}",
         direction=direction,
     )
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
-def bench_threshold(compare: Any, smallest: bool, gemm_rate: float, tokens: int, threshold: float) -> None:
-    need_cpp()
+def bench_threshold(compare: Any, smallest: bool, place: Any, tokens: int, threshold: float) -> None:
+    place.need("vsc_compress")
     if smallest and (tokens, threshold) != (64, 0.3):
         pytest.skip("only the smallest size was asked for")
     frames = 1 if smallest else 4
-    calls = Calls(frames, CHANNELS, [(tokens, {"threshold": threshold})])
-    calls.check()
+    calls = Calls(place, frames, CHANNELS, [(tokens, {"threshold": threshold})])
+    calls.check(calls.ours)
+    form = torch.compile(calls.pytorch)
+    baselines = {"pytorch": lambda: calls.step(calls.pytorch), **compare.compiled(lambda: calls.step(form))}
+    if "compile" in baselines:
+        calls.check(form)
     compare(
-        lambda: calls.step("cpp"),
-        {"pytorch": lambda: calls.step("reference")},
+        lambda: calls.step(calls.ours),
+        baselines,
+        dtype=place.dtype,
         rounds=7,
         op="vsc_compress",
-        case=f"{tokens} tokens x {CHANNELS}, {frames} frames, threshold {threshold}",
+        case=f"{tokens} tokens x {CHANNELS}, {frames} frames, threshold {threshold}{place.suffix}",
         direction="forward_backward",
     )

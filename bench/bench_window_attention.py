@@ -4,13 +4,13 @@ timm's side holds the product that makes qkv, ours begins after it: the same pro
 Both sides make the table of the position bias from its small network.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepmsi import backend, testing
 from deepmsi.ops import window_attention
 
 WINDOW = 8
@@ -22,26 +22,31 @@ CASES = {
     "stage 3, shifted": (16, 384, 12, 4),
 }
 SMALLEST = "stage 3, shifted"
+FRAMES = {"cpu": 15, "cuda": 240}
 
 
 class Sides:
     """One block of timm without its projection, and the operation on the same weights."""
 
-    def __init__(self, frames: int, side: int, channels: int, heads: int, shift: int) -> None:
+    def __init__(self, place: Any, frames: int, side: int, channels: int, heads: int, shift: int) -> None:
         from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
-        self.heads, self.grid, self.shift = heads, (side, side), shift
+        self.place, self.heads, self.grid, self.shift = place, heads, (side, side), shift
         torch.manual_seed(0)
-        self.block = SwinTransformerV2Block(channels, self.grid, heads, window_size=WINDOW, shift_size=shift).eval()
-        self.attention = self.block.attn
-        self.attention.proj = torch.nn.Identity()
-        self.x = testing.randn(frames, side, side, channels, seed=1).requires_grad_()
+        block = SwinTransformerV2Block(channels, self.grid, heads, window_size=WINDOW, shift_size=shift).eval()
+        block.attn.proj = torch.nn.Identity()
+        self.block = block.to(place.device, place.dtype)
+        self.attention: Any = self.block.attn
+        self.x = place.randn(frames, side, side, channels, seed=1).requires_grad_()
         self.qkv = self.product().detach().requires_grad_()
-        self.grad = testing.randn(frames, side, side, channels, seed=2)
-        self.grad_qkv = testing.randn(*self.qkv.shape, seed=3)
+        self.grad = place.randn(frames, side, side, channels, seed=2)
+        self.grad_qkv = place.randn(*self.qkv.shape, seed=3)
         bias = list(self.attention.cpb_mlp.parameters())
         self.of_attention = [self.attention.logit_scale, *bias]
         self.of_product = [self.attention.qkv.weight, self.attention.q_bias, self.attention.v_bias]
+        self.compiled = torch.compile(self.block._attn)
+        # What the operation must move: qkv in, tokens out; for backward qkv and a gradient in, that of qkv out.
+        self.traffic = {"forward": 4 * self.grad.nbytes, "forward_backward": 11 * self.grad.nbytes}
 
     def product(self) -> Tensor:
         bias = torch.cat([self.attention.q_bias, self.attention.k_bias, self.attention.v_bias])
@@ -49,6 +54,9 @@ class Sides:
 
     def timm(self) -> Tensor:
         return self.block._attn(self.x)
+
+    def compile(self) -> Tensor:
+        return self.compiled(self.x)
 
     def ours(self) -> Tensor:
         table = 16 * torch.sigmoid(self.attention.cpb_mlp(self.attention.relative_coords_table))
@@ -58,9 +66,9 @@ class Sides:
             self.grid,
             WINDOW,
             self.shift,
-            bias_table=table.view(-1, self.heads),
-            logit_scale=self.attention.logit_scale,
-            backend="cpp",
+            bias_table=table.view(-1, self.heads).float(),
+            logit_scale=self.attention.logit_scale.float(),
+            backend=self.place.backend,
         )
 
     def forward(self, name: str) -> Tensor:
@@ -69,8 +77,10 @@ class Sides:
 
     def step(self, name: str) -> tuple[Tensor, ...]:
         """Forward and backward of one side: gradients of what it is made of."""
+        whole = [self.x, *self.of_product, *self.of_attention], self.grad
         inputs, grad = {
-            "timm": ([self.x, *self.of_product, *self.of_attention], self.grad),
+            "timm": whole,
+            "compile": whole,
             "product": ([self.x, *self.of_product], self.grad_qkv),
             "ours": ([self.qkv, *self.of_attention], self.grad),
         }[name]
@@ -78,40 +88,56 @@ class Sides:
 
     def check(self) -> None:
         """Both sides give the same numbers before either is timed."""
-        torch.testing.assert_close(self.forward("ours"), self.forward("timm"), rtol=1e-4, atol=1e-5)
+        self._close(self.forward("ours"), self.forward("timm"), 1e-4, 1e-5)
         ours, theirs = self.step("ours"), self.step("timm")
         for a, b in zip(ours[1:], theirs[1 + len(self.of_product) :], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+            self._close(a, b, 1e-3, 1e-4 * b.abs().max().item())
         through = torch.autograd.grad(self.product(), self.x, ours[0])[0]
-        torch.testing.assert_close(through, theirs[0], rtol=1e-3, atol=1e-4 * theirs[0].abs().max().item())
+        self._close(through, theirs[0], 1e-3, 1e-4 * theirs[0].abs().max().item())
+
+    def check_compiled(self) -> None:
+        """The compiled block gives the numbers of the block."""
+        self._close(self.forward("compile"), self.forward("timm"), 1e-4, 1e-5)
+        for a, b in zip(self.step("compile"), self.step("timm"), strict=True):
+            self._close(a, b, 1e-3, 1e-4 * b.abs().max().item())
+
+    def _close(self, actual: Tensor, wanted: Tensor, rtol: float, atol: float) -> None:
+        self.place.close(actual, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("name", CASES)
-def bench_window_attention(compare: Any, smallest: bool, gemm_rate: float, name: str, direction: str) -> None:
-    reason = backend.why_not("window_attention", "cpp", "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+def bench_window_attention(compare: Any, smallest: bool, ceilings: Any, place: Any, name: str, direction: str) -> None:
+    place.need("window_attention")
     if smallest and name != SMALLEST:
         pytest.skip("only the smallest size was asked for")
     pytest.importorskip("timm")
     side, channels, heads, shift = CASES[name]
-    frames = 1 if smallest else 15
-    sides = Sides(frames, side, channels, heads, shift)
+    frames = 1 if smallest else FRAMES[place.device]
+    sides = Sides(place, frames, side, channels, heads, shift)
     sides.check()
     run = sides.forward if direction == "forward" else sides.step
+    baselines: dict[str, Callable[[], Any]] = {"timm": lambda: run("timm"), **compare.compiled(lambda: run("compile"))}
+    if "compile" in baselines:
+        sides.check_compiled()
     # Two products forward and five backward, of every token with the tokens of its window.
     operations = 2.0 * frames * side * side * WINDOW * WINDOW * channels * (2 if direction == "forward" else 7)
     compare(
         lambda: run("ours"),
-        {"timm": lambda: run("timm"), "qkv_product": lambda: run("product")},
-        floor=operations / gemm_rate,
+        {**baselines, "qkv_product": lambda: run("product")},
+        dtype=place.dtype,
+        floor=ceilings.floor(operations, sides.traffic[direction], place.dtype),
+        graph=True,
         op="window_attention",
-        case=f"{name}: {side} x {side} x {channels}, {heads} heads, {frames} frames",
+        case=f"{name}: {side} x {side} x {channels}, {heads} heads, {frames} frames{place.suffix}",
         direction=direction,
     )
     info = compare.benchmark.extra_info
     info.pop("ratio_to_qkv_product", None)
-    if "timm_s" in info:
-        info["ratio_to_timm"] *= (info["timm_s"] - info["qkv_product_s"]) / info["timm_s"]
-        info["timm_s"] -= info["qkv_product_s"]
+    for baseline in baselines:
+        if f"{baseline}_s" in info:
+            without = info[f"{baseline}_s"] - info["qkv_product_s"]
+            info[f"ratio_to_{baseline}"] *= without / info[f"{baseline}_s"]
+            info[f"{baseline}_s"] = without
+        if "eager_s" in info:
+            info["eager_s"][baseline] -= info["eager_s"]["qkv_product"]
