@@ -3,6 +3,7 @@
 checkpoint-STEP/
   model.safetensors       the model's weights (frozen encoders excepted)
   average.safetensors     the average of the weights, where `train.average` keeps one
+  compression.json        kept counts or the capacity found, where `train.capacity_quantile` asks for one
   optimizer.pt scheduler.pt scaler.pt    loaded with weights_only=True
   trainer_state.json      step, epoch, log history
   files.json              size and SHA-256 of the files above; written last
@@ -23,6 +24,7 @@ from typing import Any
 FILES = "files.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
+COMPRESSION = "compression.json"
 REQUIRED = (WEIGHTS, "optimizer.pt", "scheduler.pt", STATE)
 
 

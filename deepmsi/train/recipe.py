@@ -82,6 +82,15 @@ class TrainSettings(Section):
         "where rows are few; null keeps the weights of the last step",
     )
 
+    capacity_quantile: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="with a schedule that keeps by a threshold: after the first epoch reserve as many rows as this "
+        "share of its frames got by with (vision.capacity), so that shapes are static; beyond them the lowest scores "
+        "are dropped, which is counted; null reserves nothing",
+    )
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"

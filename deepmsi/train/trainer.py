@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +29,9 @@ from transformers.trainer_callback import PrinterCallback
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state
 from deepmsi.models.config import MODALITIES
-from deepmsi.nn import VSC
 from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
+from deepmsi.train.compression import CompressionLog
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.inference import predict_logits, softmax
@@ -130,7 +129,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         epochs = round(trainer.state.epoch or 0)
         seconds = time.perf_counter() - begun
         utterances = ((trainer.state.epoch or 0) - epochs_done) * trainer.batches.size
-    trainer.kept.remove()
+    trainer.compression.remove()
     model.to(trainer.args.device)
     if trainer.average is not None:
         trainer.average.apply()
@@ -176,37 +175,6 @@ class _Step(nn.Module):
         return {"loss": loss, "cross_entropy": cross_entropy, "contrastive": output.contrastive}
 
 
-class _KeepRatios:
-    """Share of the tokens that each compression kept in training, summed on the device until it is asked for."""
-
-    def __init__(self, model: DeepMSI) -> None:
-        self.counts: dict[int, list[Tensor]] = {}
-        modules = [module for module in model.modules() if isinstance(module, VSC)]
-        self.hooks = [
-            module.register_forward_hook(partial(self._count, number)) for number, module in enumerate(modules)
-        ]
-
-    def _count(self, number: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if not module.training:
-            return
-        x, cu_seqlens = args[0], args[1]
-        kept = out.cu_seqlens[-1].detach().double()
-        given = torch.full_like(kept, x.shape[:-1].numel()) if cu_seqlens is None else cu_seqlens[-1].double()
-        before = self.counts.get(number)
-        self.counts[number] = [kept, given] if before is None else [before[0] + kept, before[1] + given]
-
-    def take(self) -> dict[str, float]:
-        """The shares since the last call, by compression."""
-        shares = {f"keep/{k}": float(kept / given.clamp_min(1)) for k, (kept, given) in sorted(self.counts.items())}
-        self.counts = {}
-        return shares
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self.hooks:
-            hook.remove()
-
-
 class UtteranceTrainer(Trainer):
     """The transformers Trainer over `Fit`: batches by key, seeded steps, exact evaluation, whole checkpoints."""
 
@@ -228,7 +196,7 @@ class UtteranceTrainer(Trainer):
             world=self.world,
         )
         model.contrast.batch_size = settings.batch_size if self.world > 1 else None
-        self.kept = _KeepRatios(model)
+        self.compression = CompressionLog(model, measure=settings.capacity_quantile is not None)
         self._micro = (-1, -1)
         self._parts: dict[str, Tensor] = {}
         self._parts_count = 0
@@ -295,7 +263,7 @@ class UtteranceTrainer(Trainer):
             if self._parts_count:
                 logs.update({name: float(total) / self._parts_count for name, total in self._parts.items()})
             self._parts, self._parts_count = {}, 0
-            logs.update(self.kept.take())
+            logs.update(self.compression.take())
         super().log(logs, start_time)
 
     def evaluate(
@@ -367,6 +335,8 @@ class UtteranceTrainer(Trainer):
             save_weights(self.core, part / checkpoints.WEIGHTS)
             if self.average is not None:
                 self.average.save(part)
+            if self.fit.recipe.train.capacity_quantile is not None:
+                (part / checkpoints.COMPRESSION).write_text(json.dumps(self.compression.state()), encoding="utf-8")
             self._save_optimizer_and_scheduler(str(part))
             self._save_scaler(str(part))
             self.state.save_to_json(str(part / checkpoints.STATE))
@@ -376,6 +346,19 @@ class UtteranceTrainer(Trainer):
         load_weights(self.core, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint))
+        if self.fit.recipe.train.capacity_quantile is not None:
+            measured = (Path(resume_from_checkpoint) / checkpoints.COMPRESSION).read_text(encoding="utf-8")
+            self.compression.load(json.loads(measured), self.args.device)
+
+    def reserve_capacity(self) -> None:
+        """Reserve the rows that the share `train.capacity_quantile` of the frames got by with so far."""
+        quantile = self.fit.recipe.train.capacity_quantile
+        assert quantile is not None
+        rows = self.compression.reserve(quantile)
+        note(
+            f"{self.fit.name}: vision.capacity={list(rows)} from here on: the tokens of a frame that {quantile:.4g} of "
+            "the frames of the first epoch got by with."
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -415,6 +398,8 @@ class _Flow(TrainerCallback):
     ) -> None:
         fit = self.trainer.fit
         epoch = round(state.epoch or 0)
+        if self.trainer.compression.measuring:
+            self.trainer.reserve_capacity()
         last = epoch >= fit.last_epoch
         control.should_log = True
         control.should_evaluate = fit.watch is not None
