@@ -119,9 +119,10 @@ def _find(raw: Path) -> tuple[dict[str, list[Path]], dict[Path, dict[tuple[int, 
                 if not (match[1] and key in clips.get(folder, {})):
                     clips.setdefault(folder, {})[key] = folder / name
     if not csvs:
+        cure = f": unpack {some(packed)} first" if (packed := archives(raw)) else ""
         raise UserError(
             f"{raw} is no MELD release: there is no train_sent_emo.csv, dev_sent_emo.csv or test_sent_emo.csv"
-            " in it or below."
+            f" in it or below{cure}."
         )
     return csvs, clips
 

@@ -80,6 +80,8 @@ def prepare_release(
     from deepmsi.data.prepare import PrepareOptions, prepare
 
     release = read_release(name, raw, **settings)
+    if not release.rows:
+        raise UserError(f"{raw} holds no utterance whose label is one of the set: it is not this release, or a sample.")
     for sentence in (*release.notes, *release.differences):
         note(sentence)
     manifest = write_manifest(release.rows, Path(out) / "manifest.csv")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmsi.errors import UserError
+from deepmsi.train.evaluate import check_format
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData
@@ -87,12 +88,14 @@ def collect(run: Path) -> RunFacts:
     """Read a run directory.
 
     Raises:
-        UserError: there is no such directory, or nothing in it is a run's.
+        UserError: there is no such directory, nothing in it is a run's, or another version of deepmsi wrote it.
     """
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}; `deepmsi train` writes one")
     facts = RunFacts(run)
     facts.made = _read_json(run / "run.json", facts.missing) or {}
+    if facts.made:
+        check_format(run / "run.json", facts.made)
     facts.recipe = _read_yaml(run / "recipe.yaml", facts.missing)
     facts.history = _read_history(run, facts.missing)
     facts.metrics = _read_json(run / "metrics.json", facts.missing)

@@ -168,12 +168,17 @@ def read_run(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} is no run of deepmsi train: it has no {RUN}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): the run is damaged.") from None
-    if not isinstance(facts, dict) or facts.get("format") != RUN_FORMAT:
-        found = facts.get("format") if isinstance(facts, dict) else None
+    check_format(path, facts)
+    return dict(facts)
+
+
+def check_format(path: Path, facts: object) -> None:
+    """Refuse what `run.json` holds where another version of deepmsi wrote it."""
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if found != RUN_FORMAT:
         raise UserError(
             f"{path} has format {found!r} and this deepmsi reads {RUN_FORMAT}: use the deepmsi that made the run."
         )
-    return facts
 
 
 def _load_model(run: Path) -> DeepMSI:

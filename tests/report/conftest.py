@@ -28,7 +28,13 @@ def make_run(tmp_path: Path) -> MakeRun:
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "run.json").write_text(
             json.dumps(
-                {"seed": 7, "deepmsi": "0.1.0", "torch": "2.11", "data": {"path": "/gone", "fingerprint": "abc123"}}
+                {
+                    "format": 1,
+                    "seed": 7,
+                    "deepmsi": "0.1.0",
+                    "torch": "2.11",
+                    "data": {"path": "/gone", "fingerprint": "abc123"},
+                }
             )
         )
         (run / "recipe.yaml").write_text(f"name: {json.dumps(name)}\ndescription: a test\nprotocol: split-column\n")
