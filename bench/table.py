@@ -40,15 +40,22 @@ def rows(document: dict[str, Any]) -> list[dict[str, str]]:
         if "ratio_to_compile" in info:
             seconds = info["first_call_s"]["compile"]
             compiled = {"against compile": f"**{info['ratio_to_compile']:.1f}x** (compiles in {seconds:.0f} s)"}
-        for key in sorted(k for k in info if k.startswith("ratio_to_") and k != "ratio_to_compile"):
+        measured = {
+            "operation": f"`{info['op']}`",
+            "case": info["case"],
+            "direction": DIRECTIONS.get(info["direction"], info["direction"]),
+            "median": milliseconds(entry["stats"]["median"]),
+            "20th to 80th, ms": f"{info['p20_s'] * 1e3:.3g} to {info['p80_s'] * 1e3:.3g}",
+        }
+        keys = sorted(k for k in info if k.startswith("ratio_to_") and k != "ratio_to_compile")
+        if not keys:
+            table.append(measured)
+        for key in keys:
             baseline = key.removeprefix("ratio_to_")
+            first = f" (first call {info['first_call_s'][baseline]:.0f} s)" if baseline.endswith("_compiled") else ""
             row = {
-                "operation": f"`{info['op']}`",
-                "case": info["case"],
-                "direction": DIRECTIONS.get(info["direction"], info["direction"]),
-                "median": milliseconds(entry["stats"]["median"]),
-                "20th to 80th, ms": f"{info['p20_s'] * 1e3:.3g} to {info['p80_s'] * 1e3:.3g}",
-                "baseline": f"{baseline} {milliseconds(info[baseline + '_s'])}",
+                **measured,
+                "baseline": f"{baseline} {milliseconds(info[baseline + '_s'])}{first}",
                 "ratio": f"**{info[key]:.1f}x**",
                 **compiled,
             }

@@ -235,6 +235,9 @@ def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Gen
 
     if settings.shuffle and rng.random() < settings.shuffle:
         frames = frames[torch.from_numpy(rng.permutation(len(frames)))]
+    lit = bool(settings.brightness or settings.contrast)
+    if not (scale < 1 or settings.shift or grey or lit):
+        return frames.flip(-1) if flip else frames
     pixels = frames.float()
     if scale < 1 or settings.shift:
         # In grid_sample's units the side is 2 long; "border" repeats the edge, as a shift needs.
@@ -251,9 +254,10 @@ def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Gen
     if grey:
         luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         pixels = (pixels * luma).sum(1, keepdim=True).expand_as(pixels)
-    mean = pixels.mean()
-    pixels = (pixels - mean) * (contrast * brightness) + mean * brightness
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+    if lit:
+        mean = pixels.mean()
+        pixels = (pixels - mean) * (contrast * brightness) + mean * brightness
+    return pixels.round().clamp_(0, 255).to(torch.uint8)
 
 
 def augment_audio(
