@@ -429,7 +429,7 @@ def predict(
     ] = None,
     timeline: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Go over one long recording in windows of this length."),
+        typer.Option(metavar="SECONDS", help="Go over long recordings in windows of this length."),
     ] = None,
     fmt: Annotated[
         TimelineFormat | None, typer.Option("--format", help="Of the timeline; csv, or by the name of --out.")
@@ -450,16 +450,19 @@ def predict(
         raise UserError(f"--format {fmt.value} is for a timeline; add --timeline SECONDS")
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
-    if timeline is not None and len(clips) > 1:
-        raise UserError(f"--timeline goes over one recording, and {len(clips)} clips are given")
     if as_json and fmt not in (None, TimelineFormat.json):
         raise UserError(f"--json and --format {fmt.value} exclude each other; give one of them")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"the folder of --out {out} does not exist; make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
     by_name = {".srt": TimelineFormat.srt, ".json": TimelineFormat.json}.get(out.suffix.lower() if out else "")
     chosen = TimelineFormat.json if as_json else fmt or by_name or TimelineFormat.csv
+    if chosen is TimelineFormat.srt and len(clips) > 1:
+        raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
     with _reserved_stdout() as result:
+        from deepmsi.data.files import write_bytes
         from deepmsi.models.predict import load_run
 
         model = load_run(run)
@@ -476,9 +479,7 @@ def predict(
         if out is None:
             result.write(document)
         else:
-            temporary = out.with_name(out.name + ".part")
-            temporary.write_text(document, encoding="utf-8")
-            os.replace(temporary, out)
+            write_bytes(out, document.encode("utf-8"))
             _say(f"written to {out}")
 
 
@@ -658,10 +659,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = f" while writing {error.filename}" if error.filename else ""
+            _say(f"deepmsi: the disk is full{place}; free some space and run the same command again")
+        elif error.filename and error.strerror:  # a folder without rights, a file system that is read-only
+            _say(f"deepmsi: {error.filename}: {error.strerror}")
+        else:
             raise
-        place = f" while writing {error.filename}" if error.filename else ""
-        _say(f"deepmsi: the disk is full{place}; free some space and run the same command again")
         return 2
 
 

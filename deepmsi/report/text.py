@@ -102,14 +102,16 @@ def render_predictions(predictions: Sequence[Prediction]) -> str:
 
 
 def render_timeline(predictions: Sequence[Prediction]) -> str:
-    """CSV: start, end (seconds), label, and a probability column per label."""
+    """CSV: the clip where there are several, start, end (seconds), label, and a probability column per label."""
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     labels = list(predictions[0].probabilities) if predictions else []
-    writer.writerow(["start", "end", "label", *labels])
+    several = len({item.clip for item in predictions}) > 1
+    writer.writerow([*(["clip"] if several else []), "start", "end", "label", *labels])
     for item in predictions:
         writer.writerow(
             [
+                *([item.clip] if several else []),
                 f"{item.start or 0:.3f}",
                 f"{item.end or 0:.3f}",
                 item.label,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepmsi.data.files import leaving_no_empty
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
@@ -59,10 +60,11 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
     recipe = load_recipe(run / RECIPE)
     start_processes(training_device(recipe.train))
     model = _load_model(run)
-    if out is not None:
-        _make_folder(Path(out))
-    with TemporaryDirectory() as temporary:
-        folder = (Path(out) if out else Path(temporary)) / "prepared"
+    _check_left(model.config.modalities, drop)
+    with TemporaryDirectory() as temporary, leaving_no_empty(Path(out or temporary)):
+        if out is not None:
+            _make_folder(Path(out))
+        folder = Path(out or temporary) / "prepared"
         prepared = on_main_first(
             lambda: open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
         )
@@ -90,12 +92,9 @@ def evaluate_model(
         The metrics, and the rows of `predictions.csv`.
     """
     config = model.config
-    if not set(config.modalities) - set(drop):
-        raise UserError(
-            f"The run reads {', '.join(config.modalities)} and --drop hides {', '.join(drop)}: nothing is left to read."
-        )
+    _check_left(config.modalities, drop)
     check_data(data, config)
-    selection = select_rows(data.rows, config, config.names, recipe.exclude_labels, drop)
+    selection = select_rows(data.rows, config, config.names, recipe.exclude_labels, drop, data.failures)
     for sentence in selection.notes():
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
@@ -197,6 +196,13 @@ def _check_drop(drop: Sequence[str]) -> list[str]:
         if name not in MODALITIES:
             raise UserError(f"--drop {name!r}: the modalities are {', '.join(MODALITIES)}.")
     return [name for name in MODALITIES if name in names]
+
+
+def _check_left(modalities: Sequence[str], drop: Sequence[str]) -> None:
+    if not set(modalities) - set(drop):
+        raise UserError(
+            f"The run reads {', '.join(modalities)} and --drop hides {', '.join(drop)}: nothing is left to read."
+        )
 
 
 def _make_folder(folder: Path) -> None:

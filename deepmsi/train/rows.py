@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,10 +26,14 @@ class Selection:
     indices: NDArray[np.int64]
     classes: NDArray[np.int64]
     left_out: dict[str, int] = field(default_factory=dict)
+    poorer: int = 0  # rows that take part without a modality whose file could not be read
 
     def notes(self) -> list[str]:
-        """One sentence per reason for which rows were left out."""
-        return [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
+        """One sentence per reason for which rows were left out, and one on those that lost a modality."""
+        notes = [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
+        if self.poorer:
+            notes.append(f"{self.poorer} row{'s' * (self.poorer > 1)} lost a modality whose file could not be read.")
+        return notes
 
 
 def is_prepared(path: Path) -> bool:
@@ -54,7 +58,7 @@ def open_data(
             clips are decoded. None admits every label.
 
     Raises:
-        UserError: neither, an unknown label, or nothing in it could be prepared.
+        UserError: neither, no label at all, an unknown one, or nothing in it could be prepared.
     """
     if not path.exists():
         raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
@@ -63,8 +67,11 @@ def open_data(
     from deepmsi.data.manifest import read_manifest
     from deepmsi.data.prepare import prepare
 
+    rows = read_manifest(path).rows
+    if all(row.label is None for row in rows):
+        raise UserError(f"{path}: no row has a label: training and evaluation read them from the column 'label'.")
     if names is not None:
-        for row in read_manifest(path).rows:
+        for row in rows:
             if row.label is not None and row.label not in exclude:
                 check_label(row.id, row.label, names)
     return prepare(path, prepared, options)
@@ -76,6 +83,7 @@ def select_rows(
     names: Sequence[str] | None,
     exclude: Sequence[str],
     hidden: Sequence[str] = (),
+    failures: Sequence[Mapping[str, str]] = (),
 ) -> Selection:
     """Choose the labelled rows that a model can read.
 
@@ -85,11 +93,16 @@ def select_rows(
         names: the classes, in order; None takes those of the rows, sorted.
         exclude: labels whose rows are left out.
         hidden: modalities that do not count as present.
+        failures: what could not be prepared, as `PreparedData.failures` lists it, so that it is told.
 
     Raises:
         UserError: no row is left, fewer than two classes, or a row has a label that is not among the classes.
     """
     left_out: Counter[str] = Counter()
+    failed = {failure["id"] for failure in failures}
+    if gone := len(failed - {row.id for row in rows}):
+        first = next(failure["reason"] for failure in failures)
+        left_out[f"nothing of them could be read (the first: {first})"] = gone
     indices, labels = [], []
     for i, row in enumerate(rows):
         there = present_modalities(row, config)
@@ -116,6 +129,7 @@ def select_rows(
         np.array(indices, dtype=np.int64),
         np.array([position[label] for label in labels], dtype=np.int64),
         dict(left_out),
+        len({rows[i].id for i in indices} & failed),
     )
 
 

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepmsi._version import __version__
+from deepmsi.data.files import leaving_no_empty
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig
@@ -107,7 +108,8 @@ def train(
     data, out = Path(data), Path(out)
     start_processes(training_device(recipe.train))
     try:
-        return _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
+        with leaving_no_empty(out):
+            return _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
     finally:
         barrier()
 
@@ -143,7 +145,11 @@ class _Run:
         if auto_batch and started is not None:
             self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
         check_data(self.data, recipe)
-        self.selection = select_rows(self.data.rows, recipe, recipe.labels, recipe.exclude_labels)
+        self.selection = select_rows(
+            self.data.rows, recipe, recipe.labels, recipe.exclude_labels, failures=self.data.failures
+        )
+        for sentence in self.selection.notes():
+            note(sentence)
         self.rows = [self.data.rows[i] for i in self.selection.indices]
         self.folds = self._make_folds(recipe if plan is None else plan)
         self.chosen = _choose_folds(self.folds, folds)
@@ -153,8 +159,6 @@ class _Run:
         _check_encoders(recipe, self.data, {fold.name: self._ids(fold)["test"] for fold in left})
         if started is not None:
             _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
-        for sentence in self.selection.notes():
-            note(sentence)
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe

@@ -145,8 +145,8 @@ def test_encodings_are_read(deepmsi, clip, tmp_path, encoding) -> None:
 
 def test_no_label_column(mistake, clip, tmp_path) -> None:
     manifest = write_manifest(tmp_path / "manifest.csv", {"id": "a", "video": str(clip), "emotion": "joy"})
-    assert "label" in mistake("train", "demo", "--data", manifest, "--out", tmp_path / "run")
-    assert not (tmp_path / "run" / "model").exists()
+    assert "'label'" in mistake("train", "demo", "--data", manifest, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_label_at_evaluation(mistake, trained, clip, tmp_path) -> None:
@@ -155,7 +155,24 @@ def test_unknown_label_at_evaluation(mistake, trained, clip, tmp_path) -> None:
     )
     out = tmp_path / "evaluation"
     assert "boredom" in mistake("evaluate", trained, "--data", manifest, "--out", out)
-    assert not (out / "metrics.json").exists()
+    assert not out.exists()
+
+
+def test_scores_tell_of_clips_that_could_not_be_read(deepmsi, trained, clip, tmp_path) -> None:
+    (tmp_path / "bad.mp4").write_text("this is no film")
+    manifest = write_manifest(
+        tmp_path / "manifest.csv",
+        {"id": "a", "video": str(clip), "label": "joy"},
+        {"id": "b", "video": "bad.mp4", "label": "joy"},
+        {"id": "c", "video": "bad.mp4", "text": "hm", "label": "joy"},
+    )
+    outcome = deepmsi("evaluate", trained, "--data", manifest, "--json")
+    assert outcome.code == 0, outcome
+    (reason,) = json.loads(outcome.out)["left_out"].items()
+    assert "could be read" in reason[0]
+    assert reason[1] == 1
+    assert "1 row left out: nothing of them could be read" in outcome.err
+    assert "1 row lost a modality whose file could not be read." in outcome.err
 
 
 def test_a_label_with_one_row(mistake, clips, tmp_path) -> None:
@@ -267,3 +284,20 @@ def test_unwritable_output(mistake, clips, tmp_path) -> None:
     (tmp_path / "file").write_text("here already")
     assert "file" in mistake("prepare", clips / "manifest.csv", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "here already"
+
+
+def test_unwritable_prediction(mistake, trained, clip, tmp_path) -> None:
+    assert "is a folder" in mistake("predict", trained, clip, "--out", tmp_path)
+    assert "/proc" in mistake("predict", trained, clip, "--out", "/proc/out.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder(mistake) -> None:
+    assert "/proc/demo" in mistake("demo", "--out", "/proc/demo")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_refused_command_leaves_no_empty_folder(mistake, trained, tmp_path, command) -> None:
+    words = ["train", "demo"] if command == "train" else ["evaluate", trained]
+    mistake(*words, "--data", tmp_path / "nowhere.csv", "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -112,6 +112,16 @@ def test_timeline_as_csv(deepmsi, trained, clip) -> None:
     assert set(rows[0]) == {"start", "end", "label", *LABELS}
 
 
+def test_timelines_of_several_recordings(deepmsi, trained, clips) -> None:
+    pair = [str(path) for path in sorted((clips / "clips").glob("*.mp4"))[:2]]
+    outcome = deepmsi("predict", trained, *pair, "--timeline", "0.5")
+    assert outcome.code == 0, outcome
+    rows = list(csv.DictReader(outcome.out.splitlines()))
+    assert list(dict.fromkeys(row["clip"] for row in rows)) == pair
+    outcome = deepmsi("predict", trained, *pair, "--timeline", "0.5", "--json")
+    assert [row["clip"] for row in json.loads(outcome.out)] == [row["clip"] for row in rows]
+
+
 @pytest.mark.parametrize("how", ["name", "format"])
 def test_timeline_as_subtitles(deepmsi, trained, clip, tmp_path, how) -> None:
     words = ["predict", trained, clip, "--timeline", "0.5"]

@@ -72,7 +72,7 @@ def test_module_is_the_command() -> None:
         (["evaluate", "run", "--data", "d", "--drop", "smell"], "smell"),
         (["predict", "run", "a.mp4", "--timeline", "0"], "above 0"),
         (["predict", "run", "a.mp4", "--timeline", "nan"], "above 0"),
-        (["predict", "run", "a.mp4", "b.mp4", "--timeline", "3"], "one recording"),
+        (["predict", "run", "a.mp4", "b.mp4", "--timeline", "3", "--format", "srt"], "one recording"),
         (["predict", "run", "a.mp4", "--format", "srt"], "--timeline"),
         (["predict", "run", "a.mp4", "--timeline", "3", "--json", "--format", "srt"], "exclude"),
         (["predict", "run", "a.mp4", "b.mp4", "c.mp4", "--text", "x", "--text", "y"], "2 times for 3 clips"),
