@@ -598,18 +598,48 @@ def compare(
 
 
 @app.command()
-def explain(as_json: JsonOpt = False) -> None:
-    """Show which implementation of each op runs on this machine, and why the others do not."""
+def explain(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Tell of this run's model, too: what becomes a CUDA graph.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show which implementation of each op runs on this machine, and why the others do not.
+
+    Of a RUN also whether its model is captured as CUDA graphs, in training and in inference, and if not, why.
+    """
     from deepmsi import __version__, backend
 
     with _reserved_stdout() as result:
+        graphs = None if run is None else _graphs_of(run)
         if as_json:
             ops = {
                 op: {name: backend.why_not(op, name) or "available" for name in backend.BACKENDS} for op in backend.OPS
             }
-            _dump({"deepmsi": __version__, "host": backend.host_info(), "ops": ops}, result)
+            document = {"deepmsi": __version__, "host": backend.host_info(), "ops": ops}
+            _dump(document if graphs is None else {**document, "cuda_graphs": graphs}, result)
         else:
             result.write(f"{backend.explain()}\n")
+            if graphs is not None:
+                lines = [f"CUDA graphs in {what}: {said}\n" for what, said in graphs.items()]
+                result.write("\n" + "".join(lines))
+
+
+def _graphs_of(run: Path) -> dict[str, str]:
+    """What becomes a CUDA graph of a run's model, or why it does not."""
+    import torch
+
+    from deepmsi.models.graphs import why_not_inference, why_not_training
+    from deepmsi.models.predict import load_run
+    from deepmsi.train.recipe import load_recipe
+
+    model = load_run(run)
+    accumulation = load_recipe(run / "recipe.yaml").train.accumulation if (run / "recipe.yaml").is_file() else 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "training": why_not_training(model, device, accumulation) or "captured, with train.cuda_graphs",
+        "inference": why_not_inference(model, device) or "captured, by deepmsi.models.graphs.CapturedInference",
+    }
 
 
 def _resume_hint(argv: Sequence[str]) -> str:

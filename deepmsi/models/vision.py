@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
 from deepmsi.nn import TCN, KeptTokens, VSCSwin
+
+if TYPE_CHECKING:
+    from deepmsi.models.graphs import VideoGraphs
 
 
 class VideoBranch(nn.Module):
@@ -22,6 +26,7 @@ class VideoBranch(nn.Module):
     Attributes:
         dim: width of the video feature.
         guide_dim: channels of the guide, G; None where nothing compresses, and no guide is read.
+        graphs: replays training steps where set; see `deepmsi.models.graphs`.
     """
 
     mean: Tensor
@@ -37,6 +42,7 @@ class VideoBranch(nn.Module):
         self.tcn = TCN(self.backbone.num_features, config.tcn_channels, config.tcn_kernel, config.tcn_dropout)
         self.dim = config.tcn_channels[-1]
         self.guide_dim: int | None = self.backbone.guide_dim
+        self.graphs: VideoGraphs | None = None
         self.pixel_statistics = config.pixel_statistics
         for name, values in (("mean", config.mean), ("std", config.std)):
             tensor = torch.tensor(values).view(3, 1, 1)
@@ -96,6 +102,16 @@ class VideoBranch(nn.Module):
                 f"pixel_values is {list(pixel_values.shape)}: this model reads "
                 f"[videos, frames, 3, {self.image_size}, {self.image_size}]."
             )
+        if self.graphs is not None and self.training and torch.is_grad_enabled() and not return_kept:
+            features = self.graphs(pixel_values, guide)
+            if features is not None:
+                return features, []
+        return self.encode(pixel_values, guide, return_kept)
+
+    def encode(
+        self, pixel_values: Tensor, guide: Tensor | None, return_kept: bool = False
+    ) -> tuple[Tensor, list[KeptTokens]]:
+        """As `forward`, of arguments that are as they should be and never by a graph."""
         videos, frames = pixel_values.shape[:2]
         if guide is not None:
             guide = guide.repeat_interleave(frames, 0)

@@ -92,6 +92,11 @@ class TrainSettings(Section):
     )
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cuda_graphs: bool = Field(
+        False,
+        description="capture forward and backward of the video branch on a GPU, where shapes are static; what is not "
+        "captured is told, with the reason. It has not run on a GPU yet",
+    )
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     memory_limit: float | None = Field(

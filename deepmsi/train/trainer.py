@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state
 from deepmsi.models.config import MODALITIES
+from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
 from deepmsi.train.compression import CompressionLog
@@ -130,6 +131,8 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         seconds = time.perf_counter() - begun
         utterances = ((trainer.state.epoch or 0) - epochs_done) * trainer.batches.size
     trainer.compression.remove()
+    if model.video is not None:
+        model.video.graphs = None
     model.to(trainer.args.device)
     if trainer.average is not None:
         trainer.average.apply()
@@ -208,6 +211,7 @@ class UtteranceTrainer(Trainer):
         )
         # Behind the Trainer, which puts the model on its device.
         self.average = WeightAverage(model, settings.average) if settings.average is not None else None
+        self.use_graphs()
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
         if self.is_world_process_zero():
@@ -349,6 +353,7 @@ class UtteranceTrainer(Trainer):
         if self.fit.recipe.train.capacity_quantile is not None:
             measured = (Path(resume_from_checkpoint) / checkpoints.COMPRESSION).read_text(encoding="utf-8")
             self.compression.load(json.loads(measured), self.args.device)
+            self.use_graphs()
 
     def reserve_capacity(self) -> None:
         """Reserve the rows that the share `train.capacity_quantile` of the frames got by with so far."""
@@ -359,6 +364,19 @@ class UtteranceTrainer(Trainer):
             f"{self.fit.name}: vision.capacity={list(rows)} from here on: the tokens of a frame that {quantile:.4g} of "
             "the frames of the first epoch got by with."
         )
+        self.use_graphs()
+
+    def use_graphs(self) -> None:
+        """Let the video branch be captured where `train.cuda_graphs` asks for it, or say why it is not."""
+        settings = self.fit.recipe.train
+        if not settings.cuda_graphs:
+            return
+        reason = why_not_training(self.core, self.args.device, settings.accumulation, self.world)
+        if reason is not None:
+            note(f"{self.fit.name}: the video branch is not captured as a CUDA graph: {reason}.")
+        elif self.core.video is not None:
+            self.core.video.graphs = VideoGraphs(self.core.video)
+            note(f"{self.fit.name}: the video branch is captured as CUDA graphs, one for each number of videos.")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""

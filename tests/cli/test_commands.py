@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 LABELS = {"neutral", "joy", "sadness", "anger", "surprise", "fear"}
 
@@ -160,3 +161,14 @@ def test_export(deepmsi, trained, tmp_path) -> None:
     assert told["difference"] < 1e-4
     assert set(told["labels"]) == LABELS
     assert "pixel_values" in told["inputs"]
+
+
+def test_explain_tells_of_a_run_what_becomes_a_graph(deepmsi, trained: Path) -> None:
+    outcome = deepmsi("explain", trained)
+    assert outcome.code == 0
+    assert "CUDA graphs in training: " in outcome.out
+    told = json.loads(deepmsi("explain", trained, "--json").out)["cuda_graphs"]
+    assert f"CUDA graphs in inference: {told['inference']}\n" in outcome.out
+    if not torch.cuda.is_available():
+        assert told == {"training": "no CUDA device is visible", "inference": "no CUDA device is visible"}
+    assert deepmsi("explain", trained.parent / "nowhere").code == 2

@@ -160,3 +160,11 @@ def test_the_kept_model_has_its_capacity(video_corpus: Path, tmp_path: Path) -> 
     assert isinstance(model.config.vision.capacity, tuple)
     assert model.video.backbone.schedule.capacity == model.config.vision.capacity
     assert load_file(tmp_path / "run/model/model.safetensors")
+
+
+def test_what_is_not_captured_is_told_with_the_reason(
+    video_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train(recipe(cuda_graphs=True, epochs=1), video_corpus, tmp_path / "run", folds=["1"])
+    assert "the video branch is not captured as a CUDA graph: no CUDA device is visible." in capsys.readouterr().err

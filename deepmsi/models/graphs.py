@@ -1,0 +1,194 @@
+"""CUDA graphs: what a launch costs on the host is paid once, where every shape is known beforehand.
+
+In training the video branch (backbone and TCN) is captured, forward and backward; in inference the whole model. All of
+this is written against torch's documentation and checked on a CPU as far as that goes (what is captured and what not,
+that shapes and operators do not depend on the input): it has not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
+    from deepmsi.models.vision import VideoBranch
+
+WARMUP = 3
+"""Runs before a capture: libraries choose their algorithms in them and allocate what they keep."""
+
+LIMIT = 8
+"""Shapes that are captured at most; each holds its inputs, outputs and gradients in GPU memory."""
+
+
+def why_not_training(
+    model: DeepMSI, device: torch.device | None = None, accumulation: int = 1, processes: int = 1
+) -> str | None:
+    """Return the sentence that says why a training step's video branch is not captured, or None where it can be.
+
+    Args:
+        model: the model.
+        device: where it trains; None takes the model's.
+        accumulation: micro-batches per step.
+        processes: over how many a batch is spread.
+    """
+    if model.video is None:
+        return "there is no video branch, and what is left is small"
+    reason = _no_device(model, device) or _shapes_vary(model)
+    if reason is not None:
+        return reason
+    recompute, draws = model.video.backbone.recompute, model.config.vision.drop_path > 0
+    if recompute == "chunk":
+        return "recompute=chunk computes any number of frames piece by piece, for memory and not for speed"
+    if recompute == "block" and draws:
+        return "recompute=block with drop_path reads the state of the random generator, which a capture forbids"
+    if accumulation > 1:
+        return "gradients are accumulated, and a captured backward writes them into the same buffers every time"
+    if processes > 1:
+        return "several processes exchange gradients while backward runs, which a captured one does not let them"
+    return None
+
+
+def why_not_inference(model: DeepMSI, device: torch.device | None = None) -> str | None:
+    """Return the sentence that says why the model's inference is not captured, or None where it can be."""
+    reason = _no_device(model, device)
+    if reason is not None:
+        return reason
+    for name in ("text", "audio"):
+        if getattr(model, f"{name}_encoder") is not None:
+            return f"the {name} encoder is part of the model, and its inputs differ in length: give it features"
+    return _shapes_vary(model)
+
+
+def _no_device(model: DeepMSI, device: torch.device | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    where = device or next(model.parameters()).device
+    return None if where.type == "cuda" else f"the model runs on {where.type}, and only CUDA has graphs"
+
+
+def _shapes_vary(model: DeepMSI) -> str | None:
+    schedule = None if model.video is None else model.video.backbone.schedule
+    if schedule is None or schedule.static:
+        return None
+    return (
+        "a threshold without a capacity leaves a number of tokens that only the device knows: set vision.keep or "
+        "vision.capacity, or train.capacity_quantile"
+    )
+
+
+class _Branch(nn.Module):
+    """A video branch with nothing but tensors in and out."""
+
+    def __init__(self, branch: VideoBranch) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, pixel_values: Tensor, guide: Tensor | None = None) -> Tensor:
+        return self.branch.encode(pixel_values, guide)[0]
+
+
+class VideoGraphs:
+    """Forward and backward of a video branch, a graph for each number of videos that comes.
+
+    One is captured when its shape is first seen; `LIMIT` of them at most, all others run as they are. The graphs share
+    one pool of memory, so that no second forward may come between a forward and its backward. Parameters may change in
+    place, as an optimizer does; gradients have to be dropped before the next step, not set to zero.
+
+    Args:
+        branch: in training mode; `why_not_training` has nothing against it.
+    """
+
+    def __init__(self, branch: VideoBranch) -> None:
+        self.branch = branch
+        self.graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        self.pool: Any = None
+
+    def __call__(self, pixel_values: Tensor, guide: Tensor | None) -> Tensor | None:
+        """Features `[V, dim]` of `[V, T, 3, S, S]` under `[V, G]`; None where this shape has no graph and gets none."""
+        given = (pixel_values,) if guide is None else (pixel_values, guide)
+        key = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in given)
+        if key not in self.graphs:
+            if len(self.graphs) == LIMIT:
+                return None
+            self.graphs[key] = self._capture(given)
+        return self.graphs[key](*given)
+
+    def _capture(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        # The graph keeps these as its inputs, and later ones are copied there.
+        samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        options: dict[str, Any] = {"num_warmup_iters": WARMUP, "allow_unused_input": True, "pool": self.pool}
+        if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+            # A loader's thread may pin memory meanwhile.
+            options["capture_error_mode"] = "thread_local"
+        device = given[0].device
+        # A module, for only a module's parameters get gradients from a graph; autocast may not keep copies of weights.
+        with torch.random.fork_rng([device]), _autocast_without_cache(device):
+            return cast(
+                Callable[..., Tensor],
+                torch.cuda.make_graphed_callables(_Branch(self.branch).train(), samples, **options),
+            )
+
+
+class CapturedInference:
+    """The inference of a model, replayed: a graph for each combination of its inputs' shapes.
+
+    Equivalent to: `model(**inputs).logits` under `torch.inference_mode()`. The weights are read as they are at the
+    capture: make a new one after they have changed. Where the model cannot be captured (`why_not`), it runs as it is.
+
+    Args:
+        model: put in eval mode, with what is constant computed once.
+
+    Attributes:
+        why_not: the sentence that says why nothing is captured, or None.
+    """
+
+    def __init__(self, model: DeepMSI) -> None:
+        self.model = model.eval()
+        if model.video is not None:
+            model.video.backbone.fix_bias_tables()
+        self.why_not = why_not_inference(model)
+        self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
+        self.pool: Any = None
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        """Logits `[U, K]` for the arguments of `DeepMSI.forward`, all on the model's device; a tensor of its own."""
+        key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+        if self.why_not is not None or (key not in self.graphs and len(self.graphs) == LIMIT):
+            return self.model(**inputs).logits
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(inputs)
+        graph, held, logits = self.graphs[key]
+        for name, tensor in inputs.items():
+            held[name].copy_(tensor)
+        graph.replay()
+        return logits.clone()
+
+    def _capture(self, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor]:
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with _autocast_without_cache(next(self.model.parameters()).device):
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP):
+                    self.model(**held)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = self.model(**held).logits
+        return graph, held, logits
+
+
+def _autocast_without_cache(device: torch.device) -> torch.autocast:
+    """The autocast that is on, without copies of weights, which a graph would go on reading after they have changed."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
