@@ -159,6 +159,7 @@ def bench_fuse(compare: Any, smallest: bool, device: str, direction: str) -> Non
 def bench_deepmsi(compare: Any, smallest: bool, device: str, preset: str, utterances: int, direction: str) -> None:
     if smallest and preset != "small":
         pytest.skip("only the smallest size was asked for")
+    pytest.importorskip("pydantic")  # the model's configuration
     torch.manual_seed(0)
     features: dict[str, Any] = {"text": {"encoder": "features"}, "audio": {"encoder": "features"}}
     config = deepmsi.DeepMSIConfig(num_labels=6, preset=preset, **features)

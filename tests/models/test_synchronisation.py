@@ -81,3 +81,21 @@ def test_what_does_wait_is_counted(tiny: Callable[..., DeepMSI], batch: dict[str
     mask = torch.ones(4, 3, dtype=torch.bool)
     counts = step(tiny(vision=STATIC["keep"]), {**batch, "modality_mask": mask}, "auto")
     assert counts == {"aten::_local_scalar_dense": 3}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("case", STATIC)
+def test_a_cuda_device_is_waited_for_nowhere(
+    case: str, backend: str, tiny: Callable[..., DeepMSI], batch: dict[str, torch.Tensor]
+) -> None:
+    """The same, told by the device's own calls rather than by the operators."""
+    model = tiny(vision={**STATIC[case], "drop_path": 0.1}, fusion={"dropout": 0.1}).cuda().train()
+    placed = {name: value.cuda() for name, value in {**batch, "labels": torch.tensor([0, 1, 0, 2])}.items()}
+    with deepmsi.use_backend(backend):
+        model(**placed).loss.backward()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**placed).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

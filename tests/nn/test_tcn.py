@@ -13,11 +13,7 @@ from deepmsi.backend import use_backend
 from deepmsi.errors import UserError
 from deepmsi.nn import TCN
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
-from deepmsi.testing import randn
-
-
-def need(backend: str) -> None:
-    testing.need("dilated_causal_conv1d", backend, "cpu", torch.float32)
+from deepmsi.testing import PLACES, REFERENCES, randn
 
 
 class Chomp(nn.Module):
@@ -114,12 +110,12 @@ def test_last_computes_the_cone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert positions == [15, 8, 8, 8, 4, 4, 3, 1]
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_every_backend_gives_the_network_its_last_step_and_its_stream(backend: str) -> None:
-    need(backend)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_every_backend_gives_the_network_its_last_step_and_its_stream(backend: str, device: str) -> None:
+    testing.need("dilated_causal_conv1d", backend, device, torch.float32)
     torch.manual_seed(0)
-    tcn = TCN(5, (18, 18)).eval()
-    x = randn(2, 5, 9, seed=1)
+    tcn = TCN(5, (18, 18)).to(device).eval()
+    x = randn(2, 5, 9, seed=1, device=device)
     results = {}
     for name in ("reference", backend):
         with use_backend(name):
@@ -213,12 +209,13 @@ def test_dropout_follows_the_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_dropout_is_the_same_on_every_backend_and_keeps_the_mean(backend: str) -> None:
-    need(backend)
+# The interpreter's 21 runs would take a minute.
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *(p for p in PLACES if p != ("triton", "cpu"))])
+def test_dropout_is_the_same_on_every_backend_and_keeps_the_mean(backend: str, device: str) -> None:
+    testing.need("dilated_causal_conv1d", backend, device, torch.float32)
     torch.manual_seed(0)
-    tcn = TCN(4, (32,), dropout=0.3)
-    x = randn(64, 4, 6, seed=1)
+    tcn = TCN(4, (32,), dropout=0.3).to(device)
+    x = randn(64, 4, 6, seed=1, device=device)
     results = []
     for name in ("reference", backend):
         with use_backend(name):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import deepmsi
 from deepmsi.errors import UserError
 from deepmsi.nn import KeptTokens, Schedule, VSCSwin
-from deepmsi.testing import assert_within_budget, generator, randn, relative_error
+from deepmsi.testing import PLACES, assert_within_budget, generator, need, randn, relative_error
 
 timm = pytest.importorskip("timm")
 NAME = "swinv2_tiny_window8_256"
@@ -48,7 +48,7 @@ def gradients(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tens
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     model.zero_grad()
     out = model(*leaves)
-    (out * randn(*out.shape, seed=99, dtype=out.dtype)).sum().backward()
+    (out * randn(*out.shape, seed=99, dtype=out.dtype, device=out.device)).sum().backward()
     found = {f"input {n}": leaf.grad for n, leaf in enumerate(leaves)}
     found |= {name: parameter.grad for name, parameter in model.named_parameters()}
     missing = [name for name, grad in found.items() if grad is None]
@@ -119,6 +119,22 @@ def test_equals_timm_in_float32_within_the_budget(backend: str) -> None:
         assert error < 1e-4, f"{name}: {error:.1e} against {own:.1e}"
     # The errors of the one and the other order of summation differ by luck from tensor to tensor, not over all of them.
     assert math.exp(sum(ratios) / len(ratios)) < 2
+
+
+@pytest.mark.parametrize("case", ["paper", "released"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_every_backend_gives_the_model_of_the_reference(backend: str, device: str, case: str) -> None:
+    """Packed by threshold, and regridded: every operation of one backend inside the model, with every gradient."""
+    need("vsc_compress", backend, device, torch.float32)
+    model = small(case).float().to(device)
+    frames, guide = randn(2, 3, 32, 32, seed=1, device=device), randn(2, model.guide_dim, seed=2, device=device)
+    results = []
+    for name in ("reference", backend):
+        with deepmsi.use_backend(name):
+            out, found = gradients(model, frames, guide)
+        results.append({"output": out, **{key: grad.clone() for key, grad in found.items()}})
+    for name, exact in results[0].items():
+        assert relative_error(results[1][name], exact) < 1e-3, name
 
 
 def test_the_whole_model_at_its_own_size() -> None:

@@ -181,5 +181,18 @@ def test_a_cuda_graph_replays_it_on_new_numbers(op: str, backend: str) -> None:
             assert torch.equal(replayed, eager)
 
 
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device is visible")
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_a_cuda_device_is_waited_for_nowhere(op: str, backend: str) -> None:
+    testing.need(op, backend, "cuda")
+    inputs, run = call(op, backend, "cuda")
+    step(run, inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(run, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 if __name__ == "__main__":
     count_threads()
