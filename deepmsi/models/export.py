@@ -67,7 +67,7 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
     if video is not None:
         if video.backbone.schedule is not None and not video.backbone.schedule.static:
             video.backbone.reserve()
-        video.backbone.fix_bias_tables()
+        video.fold()
     batch = {0: torch.export.Dim("utterances")}
     with backends.use_backend(backend), torch.no_grad():
         inputs = _example(program.model, 2)

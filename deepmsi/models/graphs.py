@@ -152,7 +152,7 @@ class CapturedInference:
     def __init__(self, model: DeepMSI) -> None:
         self.model = model.eval()
         if model.video is not None:
-            model.video.backbone.fix_bias_tables()
+            model.video.fold()
         self.why_not = why_not_inference(model)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
         self.pool: Any = None

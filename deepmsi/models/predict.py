@@ -71,7 +71,7 @@ class _Item:
 
 
 def load_run(run: str | Path) -> DeepMSI:
-    """Load the model of a run directory, or of a checkpoint folder, with its constant tables computed once.
+    """Load the model of a run directory, or of a checkpoint folder, with what is constant computed once.
 
     Raises:
         UserError: there is neither in it.
@@ -84,7 +84,7 @@ def load_run(run: str | Path) -> DeepMSI:
         raise UserError(f"{folder} holds no model: give a directory that deepmsi train has finished.")
     model = DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve())
     if model.video is not None:
-        model.video.backbone.fix_bias_tables()
+        model.video.fold()
     return model
 
 

@@ -46,6 +46,7 @@ class EmotionStream:
         if streams < 1:
             raise UserError(f"streams is {streams}: give at least 1.")
         self.model, self.branch, self.streams = model.eval(), model.video, streams
+        self.branch.fold()
         self.state = self.branch.tcn.init_state(streams)
         self.sight = self.branch.tcn.receptive_field
         self.seen = torch.zeros(streams, dtype=torch.long, device=self.state[0].device)

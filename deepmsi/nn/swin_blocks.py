@@ -334,15 +334,42 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches, embed and normalise them."""
+    """Cut an image into patches, embed and normalise them.
+
+    Attributes:
+        pixel_weight, pixel_bias: The embedding of uint8 pixels, their normalisation folded in; None outside inference.
+    """
+
+    pixel_weight: Tensor | None
+    pixel_bias: Tensor | None
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
+        self.register_buffer("pixel_weight", None, persistent=False)
+        self.register_buffer("pixel_bias", None, persistent=False)
+
+    @torch.no_grad()
+    def fold(self, mean: Tensor, std: Tensor) -> None:
+        """Fold (pixel / 255 - mean) / std [3, 1, 1] into the embedding of uint8 frames, for inference.
+
+        W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is.
+        """
+        weight, bias = self.proj.weight.double(), cast(Tensor, self.proj.bias).double()
+        scaled = weight / std.double()
+        self.pixel_weight = (scaled / 255).to(self.proj.weight.dtype)
+        self.pixel_bias = (bias - (scaled * mean.double()).sum((1, 2, 3))).to(self.proj.weight.dtype)
 
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward."""
+        """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
+
+        Where that is folded in, uint8 frames are embedded as they are.
+        """
+        if self.pixel_weight is not None and frames.dtype == torch.uint8:
+            pixels = frames.to(self.pixel_weight.dtype)
+            x = nn.functional.conv2d(pixels, self.pixel_weight, self.pixel_bias, self.proj.stride)
+            return self.norm(x.permute(0, 2, 3, 1))
         source = None
         if prepare is not None:
 

@@ -146,7 +146,7 @@ class VSCSwin(nn.Module):
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features)
         self.recompute = checked(recompute)
-        self.register_load_state_dict_pre_hook(_forget_tables)
+        self.register_load_state_dict_pre_hook(_forget_constants)
         self._initialise()
 
     @property
@@ -458,9 +458,18 @@ class VSCSwin(nn.Module):
                     module.fixed_table = module.bias_table()
         return self
 
+    def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":
+        """Take uint8 frames as they are in inference, (pixel / 255 - mean) / std [3, 1, 1] folded into the embedding.
+
+        They are then not given to ``prepare``. Undone as :meth:`fix_bias_tables` is.
+        """
+        self.eval()
+        self.patch_embed.fold(mean, std)
+        return self
+
     def train(self, mode: bool = True) -> "VSCSwin":
         if mode:
-            _forget_tables(self)
+            _forget_constants(self)
         super().train(mode)
         return self
 
@@ -484,11 +493,13 @@ class VSCSwin(nn.Module):
         return _IncompatibleKeys(result.missing_keys, [*result.unexpected_keys, *derived])
 
 
-def _forget_tables(module: nn.Module, *_: Any) -> None:
-    """Drop the position-bias tables that :meth:`VSCSwin.fix_bias_tables` computed."""
+def _forget_constants(module: nn.Module, *_: Any) -> None:
+    """Drop what :meth:`VSCSwin.fix_bias_tables` and :meth:`VSCSwin.fold_pixels` computed."""
     for part in module.modules():
         if isinstance(part, WindowAttention):
             part.fixed_table = None
+        elif isinstance(part, PatchEmbed):
+            part.pixel_weight = part.pixel_bias = None
 
 
 def regrid_window(side: int) -> int:

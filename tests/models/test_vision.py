@@ -9,6 +9,7 @@ from torch import Tensor
 from deepmsi import DeepMSI, DeepMSIConfig
 from deepmsi.models.config import VisionConfig
 from deepmsi.models.vision import VideoBranch
+from deepmsi.testing import assert_within_budget
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depths": [1, 1, 1], "heads": [1, 1, 1], "window": 4}
 
@@ -76,3 +77,67 @@ def test_pixel_statistics_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     again = DeepMSI.from_pretrained(tmp_path / "model").eval()
     pixels = torch.stack(clips)
     assert torch.equal(again(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
+def test_folding_keeps_the_error_budget(dtype: torch.dtype, autocast: bool) -> None:
+    """White, black and noise: the embedding of pixels against that of normalised frames, both against float64."""
+    video = branch()
+    frames = torch.cat(
+        [torch.stack(videos()).flatten(0, 1), torch.full((1, 3, 32, 32), 255), torch.zeros(1, 3, 32, 32)]
+    )
+    frames = frames.to(torch.uint8)
+    with torch.no_grad():
+        video.backbone.patch_embed.proj.bias.normal_()
+        wide = branch().double()
+        if not autocast:
+            video.to(dtype)
+        wide.load_state_dict(video.state_dict())
+        mean, std = (value.double().view(3, 1, 1) for value in (video.mean, video.std))
+        exact = wide.backbone.patch_embed.proj((frames.double() / 255 - mean) / std)
+        conv = video.backbone.patch_embed.proj
+        with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
+            plain = conv(video.normalize(frames))
+            video.fold()
+            embed = video.backbone.patch_embed
+            folded = torch.nn.functional.conv2d(
+                frames.to(embed.pixel_weight.dtype), embed.pixel_weight, embed.pixel_bias, conv.stride
+            )
+    assert folded.dtype == plain.dtype
+    assert_within_budget(folded, plain, exact, "embedding")
+
+
+def test_folding_changes_no_feature_and_goes_in_training() -> None:
+    video = branch(schedule="paper")
+    pixels = torch.stack(videos())
+    guide = torch.randn(4, video.guide_dim)
+    names = set(video.state_dict())
+    calls: list[int] = []
+    normalize = video.normalize
+    video.normalize = lambda frames: calls.append(1) or normalize(frames)  # type: ignore[method-assign]
+    with torch.no_grad():
+        expected = video(pixels, guide)[0]
+        given = video.normalize(pixels.flatten(0, 1)).view(4, 3, 3, 32, 32)
+        video.fold()
+        calls.clear()
+        torch.testing.assert_close(video(pixels, guide)[0], expected)
+        assert not calls
+        torch.testing.assert_close(video(given, guide)[0], expected)  # what is normalised already stays so
+    assert set(video.state_dict()) == names
+    video.load_state_dict(video.state_dict())
+    assert video.backbone.patch_embed.pixel_weight is None
+    video.fold()
+    video.train()(pixels, guide)[0].sum().backward()
+    assert video.backbone.patch_embed.proj.weight.grad.abs().max() > 0
+
+
+def test_statistics_of_each_position_are_not_folded() -> None:
+    video = branch(pixel_statistics=True)
+    video.fit_pixel_statistics(videos())
+    pixels = torch.stack(videos())
+    with torch.no_grad():
+        expected = video(pixels, None)[0]
+        video.fold()
+        torch.testing.assert_close(video(pixels, None)[0], expected)
+    assert video.backbone.patch_embed.pixel_weight is None
