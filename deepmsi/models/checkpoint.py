@@ -11,6 +11,7 @@ Nothing in it is a pickle, and nothing else than these formats is ever read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -192,6 +193,27 @@ def _load(model: DeepMSI, weights: dict[str, Tensor], folder: Path) -> None:
 
 
 @contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system, safetensors and `torch.save` raise where a file cannot be written into one sentence.
+
+    Raises:
+        UserError: the disk is full, or `target` cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Neither library says ENOSPC: the one has it in words, torch.save only that its writer's check failed.
+        torch_save = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        if isinstance(error, RuntimeError) and not torch_save:
+            raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        reason = "the disk is full" if full or torch_save else getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{target} could not be written ({reason}).") from error
+
+
+@contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target`; when the block ends well, put it in target's place.
 
@@ -211,12 +233,10 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}).") from None
     try:
-        try:
+        with writing(target):
             yield staging
-        except OSError as error:
-            raise UserError(f"{target} could not be written ({error.strerror or error}).") from None
-        _sync(staging)
-        _put(staging, target)
+            _sync(staging)
+            _put(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

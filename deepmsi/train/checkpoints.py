@@ -21,6 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from deepmsi.models.checkpoint import writing
+
 FILES = "files.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
@@ -39,21 +41,26 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     Sizes and digests are recorded and everything is flushed before the rename, so that a checkpoint either is
     whole or does not exist; what a full or failing disk damages later is found by `problem_of`.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     try:
-        yield part
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(part.iterdir())}
-        (part / FILES).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        for path in (*part.iterdir(), part):
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
-        _sync(target.parent)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            yield part
+            paths = sorted(part.iterdir())
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+            (part / FILES).write_text(json.dumps(files, indent=1), encoding="utf-8")
+            for path in (*part.iterdir(), part):
+                _sync(path)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(part, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from deepmsi.errors import UserError
-from deepmsi.models.checkpoint import stored_state
+from deepmsi.models.checkpoint import stored_state, writing
 from deepmsi.models.config import MODALITIES
 from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.train import checkpoints
@@ -549,8 +549,12 @@ def save_weights(model: DeepMSI, path: Path) -> None:
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     temporary = path.with_name(f".{path.name}.part")
-    save_file(weights, temporary)
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            save_file(weights, temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: DeepMSI, path: Path) -> None:

@@ -280,6 +280,26 @@ def test_full_disk(mistake, clips, small_disk) -> None:
     assert not (out / "index.json").exists()
 
 
+def test_full_disk_while_training(mistake, prepared, small_disk) -> None:
+    words = ["--data", prepared, "--out", small_disk / "run", "--set", "train.epochs=1", "--set", "train.batch_size=8"]
+    assert "the disk is full" in mistake("train", "demo", *words)
+    assert not (small_disk / "run" / "model").exists()
+    assert not list(small_disk.rglob("*.part"))
+
+
+@pytest.mark.parametrize("kilobytes", [20, 60])
+def test_full_disk_under_torch_save(small_disk, kilobytes) -> None:
+    import torch
+
+    from deepmsi.errors import UserError
+    from deepmsi.train.checkpoints import written_whole
+
+    (small_disk / "fill").write_bytes(bytes((1 << 20) - kilobytes * 1024))
+    with pytest.raises(UserError, match="the disk is full"), written_whole(small_disk / "checkpoint-1") as part:
+        torch.save({"a": torch.zeros(100_000)}, part / "optimizer.pt")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["fill"]
+
+
 def test_unwritable_output(mistake, clips, tmp_path) -> None:
     (tmp_path / "file").write_text("here already")
     assert "file" in mistake("prepare", clips / "manifest.csv", "--out", tmp_path / "file")
