@@ -60,7 +60,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tiny, batch, saved, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", no_space)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         tiny(seed=5).save_pretrained(saved)
     assert torch.equal(DeepMSI.from_pretrained(saved)(**batch).logits, before)
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
