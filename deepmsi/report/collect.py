@@ -3,12 +3,13 @@
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepmsi.errors import UserError
+from deepmsi.report.paper import SUBSETS
 from deepmsi.train.evaluate import check_format
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class RunFacts:
         history: the events of history.jsonl, and those of the folds with their name as `fold`.
         metrics: metrics.json, or None.
         predictions: the labelled rows of predictions.csv.
-        ablation: what the model had ("T+A", "without VSC") and the metrics measured with it, the fullest last.
+        ablation: what the model had ("T+A", "without VSC") and the metrics measured with it, in the order of
+            Table 3.
         retrained: whether a model was trained for each line of the ablation.
         data: the prepared data of the run, where it is still there.
         missing: one sentence per part that is not there.
@@ -200,14 +202,19 @@ def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
     lines = [line for line in table.get("lines") or () if isinstance(line, dict) and "name" in line]
     if lines:
         named = [(_letters(str(line["name"]).split("+")) or str(line["name"]), line) for line in lines]
-        return named, table.get("mode") == "retrain"
+        return _in_order(named), table.get("mode") == "retrain"
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(run.glob("ablation/*/metrics.json")):
         metrics = _read_json(path, [])
         used = (metrics or {}).get("modalities")
         if metrics is not None and isinstance(used, list) and used:
             found[_letters(used)] = metrics
-    return sorted(found.items(), key=lambda item: (len(item[0]), item[0])), False
+    return _in_order(found.items()), False
+
+
+def _in_order(lines: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The subsets of the modalities as Table 3 has them, then the lines that leave out parts of the model."""
+    return sorted(lines, key=lambda line: SUBSETS.index(line[0]) if line[0] in SUBSETS else len(SUBSETS))
 
 
 def _letters(modalities: Sequence[str]) -> str:

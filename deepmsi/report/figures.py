@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 INK, GRID, ACCENT = "#2b2f36", "#e4e6ea", ("#2f6db5", "#d0663a", "#4c9a6a", "#8a63b0", "#b59a2f", "#5d7783")
 CLASSES = (*ACCENT, "#c2508a", "#3aa5b3", "#7d5a3c", "#9aa53a")
+SHAPES = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("*", "★"))
 DISPLAY_SIZE = 192  # pixels; small frames are enlarged to it by whole factors
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
@@ -56,13 +58,31 @@ def tokens_over_frame(frame: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDAr
     return out.clip(0, 255).astype(np.uint8)
 
 
-def scatter_uri(points: NDArray[np.float64], classes: Sequence[str], right: NDArray[np.bool_]) -> str:
-    """Plot points [n, 2] coloured by class as an SVG data URI; wrongly predicted ones are hollow.
+@dataclass(frozen=True)
+class Mark:
+    """How a map shows a class: its colour, and its shape as matplotlib and as text name it."""
+
+    name: str
+    colour: str
+    marker: str
+    glyph: str
+
+
+def class_marks(names: Sequence[str]) -> list[Mark]:
+    """A colour and a shape for each class, together different for thirty, so that colour alone decides nothing."""
+    return [Mark(name, CLASSES[k % len(CLASSES)], *SHAPES[k % len(SHAPES)]) for k, name in enumerate(names)]
+
+
+def scatter_uri(
+    points: NDArray[np.float64], classes: Sequence[str], right: NDArray[np.bool_], marks: Sequence[Mark]
+) -> str:
+    """Plot points [n, 2] by class as an SVG data URI; wrongly predicted ones are hollow. The page has the legend.
 
     Args:
         points: [n, 2].
         classes: the true class of each.
         right: [n], whether it was predicted.
+        marks: how each class is shown.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -71,56 +91,55 @@ def scatter_uri(points: NDArray[np.float64], classes: Sequence[str], right: NDAr
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
     names = np.asarray(classes)
-    for number, name in enumerate(dict.fromkeys(classes)):
-        colour = CLASSES[number % len(CLASSES)]
-        for mine, face in (((names == name) & right, colour), ((names == name) & ~right, "none")):
+    size = float(np.clip(12000 / max(len(points), 1), 34, 90))
+    for mark in marks:
+        for mine, face in (((names == mark.name) & right, mark.colour), ((names == mark.name) & ~right, "none")):
             axes.scatter(
                 points[mine, 0],
                 points[mine, 1],
-                s=22,
-                linewidths=1.0,
-                edgecolors=colour,
+                s=size,
+                linewidths=1.5,
+                edgecolors=mark.colour,
                 facecolors=face,
                 alpha=0.85,
-                marker="o" if number < len(CLASSES) else "s",
+                marker=mark.marker,
             )
-        axes.scatter([], [], s=26, color=colour, label=name.replace("$", r"\$"))
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return _uri("image/svg+xml", buffer.getvalue())
 
 
 def curve_uri(lines: Series) -> str:
-    """Plot one quantity over the epochs, one line per split, as an SVG data URI.
+    """Plot one quantity over the epochs, a colour for each split, as an SVG data URI.
 
     Args:
-        lines: {split: [(epoch, value), ...]}; many (the folds of a protocol) are drawn faint and unnamed.
+        lines: {split: [(epoch, value), ...]}; the folds of a protocol, "train, fold 3", are faint lines of one colour.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     # A figure of its own, not pyplot: no global state, no display.
-    figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+    figure = Figure(figsize=(3.5, 2.4), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
-    many = len(lines) > len(ACCENT)
-    for number, (name, points) in enumerate(lines.items()):
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot(
-            x,
-            y,
-            color=ACCENT[0] if many else ACCENT[number % len(ACCENT)],
-            alpha=0.35 if many else 1,
-            linewidth=1.0 if many else 1.6,
-            marker="o" if len(x) == 1 else None,
-            label=name.replace("$", r"\$"),  # or matplotlib reads $...$ as a formula
-        )
+    splits: dict[str, list[Sequence[tuple[float, float]]]] = {}
+    for name, points in lines.items():
+        splits.setdefault(name.partition(", fold")[0], []).append(points)
+    order = [*dict.fromkeys(["train", "dev", *splits])]
+    for split, folds in splits.items():
+        colour = ACCENT[order.index(split) % len(ACCENT)]
+        for points in folds:
+            x, y = zip(*sorted(points), strict=True)
+            one = len(folds) == 1
+            marker = "o" if len(x) == 1 else None
+            axes.plot(x, y, color=colour, alpha=1 if one else 0.45, linewidth=1.6 if one else 1.1, marker=marker)
+        # A name of its own: matplotlib reads $...$ as a formula.
+        axes.plot([], [], color=colour, linewidth=1.6, label=split.replace("$", r"\$"))
     axes.set_xlabel("epoch", fontsize=9, color=INK)
     axes.tick_params(labelsize=8, colors=INK, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -128,8 +147,10 @@ def curve_uri(lines: Series) -> str:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if not many and len(lines) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    if [*splits] != ["train"]:
+        # Above the plot, where it covers no line.
+        box = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(splits), "borderaxespad": 0.2}
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4, columnspacing=1.2, **box)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return _uri("image/svg+xml", buffer.getvalue())

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepmsi.report import figures
 from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
-from deepmsi.report.paper import PROTOCOL, canonical_label, published_for
+from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, chance_of, interval_of, leak_of
 
@@ -210,8 +210,10 @@ def _embeddings(facts: RunFacts) -> tuple[dict[str, Any] | None, str | None]:
     found, reason = embedding_map(facts)
     if found is None:
         return None, reason
-    uri = figures.scatter_uri(found.points, found.labels, found.right)
-    return {"uri": uri, "n": len(found.labels), "of": found.of, "trained": found.trained}, None
+    known = (facts.metrics or {}).get("labels") or ()
+    marks = figures.class_marks([name for name in dict.fromkeys([*known, *found.labels]) if name in found.labels])
+    uri = figures.scatter_uri(found.points, found.labels, found.right, marks)
+    return {"uri": uri, "marks": marks, "n": len(found.labels), "of": found.of, "trained": found.trained}, None
 
 
 def _errors(facts: RunFacts) -> list[dict[str, Any]]:
@@ -265,10 +267,5 @@ def _table_3(facts: RunFacts, published: Sequence[tuple[str, float, float]]) -> 
     """The rows of Table 3, and those that the paper leaves out, with this run's ablation beside them."""
     printed = {name: (accuracy, f1) for name, accuracy, f1 in published}
     own = {name: (100 * line["accuracy"], 100 * line["weighted_f1"]) for name, line in facts.ablation}
-    names = list(dict.fromkeys([*("T", "A", "V", "T+A", "T+V", "A+V", "T+A+V"), *printed]))
     none = (None, None)
-    return [
-        {"name": name, "published": printed.get(name, none), "own": own.get(name, none)}
-        for name in names
-        if name in printed or name in own
-    ]
+    return [{"name": name, "published": printed.get(name, none), "own": own.get(name, none)} for name in SUBSETS]

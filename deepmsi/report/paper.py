@@ -100,6 +100,9 @@ TABLE_3_ABLATION: dict[str, tuple[tuple[str, float, float], ...]] = {
 }
 """Modalities, accuracy and weighted F1 in per cent; the paper prints no row for V alone and for T+A."""
 
+SUBSETS = ("T", "A", "V", "T+A", "T+V", "A+V", "T+A+V")
+"""The rows of an ablation in the order of Table 3, the two that it leaves out in their places."""
+
 
 @dataclass(frozen=True)
 class Published:

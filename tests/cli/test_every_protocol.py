@@ -111,6 +111,11 @@ def test_a_protocol_from_training_to_its_report(name: str, corpus: Path, deepmsi
         assert ("leaks" in text) == (name == "paper-kfold10"), where
         assert title in text, where
     assert metrics["leaks"] == (name == "paper-kfold10")
+    # The one protocol here that keeps a model has a map of its embeddings, with a legend of the classes.
+    legend = re.search(r'<p class="legend">(.*?)</p>', pages["report.html"])
+    assert (legend is not None) == (name == "meld")
+    if legend is not None:
+        assert re.findall(r"</i>(\w+)</span>", legend[1]) == metrics["labels"]
 
 
 def test_a_leak_is_told_by_its_own_reason(corpus: Path, deepmsi, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from deepmsi.errors import UserError
-from deepmsi.report import report
+from deepmsi.report import figures, report
 from deepmsi.report.collect import collect, worst_errors
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
@@ -157,6 +158,35 @@ def test_ablation_is_read_from_evaluations_inside_the_run(make_run) -> None:
     page = Page(report(run).read_text(encoding="utf-8"))
     assert "ablation" in page.ids
     assert "0.125" in " ".join(page.words)
+
+
+def test_an_ablation_stands_in_the_order_of_table_3(make_run) -> None:
+    run = make_run(("hap", "sad", "neu", "ang", "exc", "fru"), n=60)
+    metrics = json.loads((run / "metrics.json").read_text())
+    names = ["without VSC", "text+audio+video", "video", "audio+video", "text", "text+video", "audio", "keep 25%"]
+    lines = [{"name": name, **metrics} for name in names]
+    (run / "ablation").mkdir()
+    (run / "ablation" / "ablation.json").write_text(json.dumps({"mode": "retrain", "lines": lines}))
+    expected = ["T", "A", "V", "T+V", "A+V", "T+A+V", "without VSC", "keep 25%"]
+    assert [name for name, _ in collect(run).ablation] == expected
+    text = report(run).with_suffix(".md").read_text(encoding="utf-8").replace("\\", "")
+    beside = text.partition("Table 3, IEMOCAP")[2]
+    assert re.findall(r"^\| ([TAV+]+) \|", beside, re.MULTILINE) == ["T", "A", "V", "T+A", "T+V", "A+V", "T+A+V"]
+    assert re.search(r"^\| T\+A \| – \| – \| – \| – \|", beside, re.MULTILINE)  # neither printed nor measured
+
+
+def test_the_marks_of_thirty_classes_differ() -> None:
+    marks = figures.class_marks([str(k) for k in range(30)])
+    assert (
+        len({(mark.colour, mark.glyph) for mark in marks}) == len({(mark.colour, mark.marker) for mark in marks}) == 30
+    )
+    points, classes = np.random.default_rng(0).normal(size=(30, 2)), [mark.name for mark in marks]
+    right, wrong = (figures.scatter_uri(points, classes, np.full(30, value), marks) for value in (True, False))
+    svg = [base64.b64decode(uri.partition(",")[2]).decode() for uri in (right, wrong)]
+    for mark in marks:
+        assert f"fill: {mark.colour}" in svg[0]
+        assert f"fill: {mark.colour}" not in svg[1]  # hollow
+        assert f"stroke: {mark.colour}" in svg[1]
 
 
 def test_worst_errors_are_wrong_and_most_confident(make_run) -> None:
