@@ -61,33 +61,54 @@ def remade(value: Tensor, source: Source | None) -> AbstractContextManager[None]
     return _remade(value, source)
 
 
-@contextmanager
-def _remade(value: Tensor, source: Source) -> Iterator[None]:
-    function, device = source.function, value.device.type
-    address, unused = value.untyped_storage()._cdata, True
-    context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-    # What the graph keeps must not hold the inputs themselves, which a checkpoint around it is free to drop.
-    with torch.enable_grad():
-        anchor = torch.empty(0, requires_grad=True, device=value.device)
-        held: list[Any] = [_Held.apply(anchor, *(tensor.detach() for tensor in source.inputs)).grad_fn]
+class _Remade:
+    """The hooks of :func:`remade` for one tensor; what it is made from goes with the last thing that was saved."""
 
-    def pack(tensor: Tensor) -> Any:
-        nonlocal unused
-        if tensor.untyped_storage()._cdata != address:
+    def __init__(self, value: Tensor, source: Source) -> None:
+        device = value.device.type
+        self.address = value.untyped_storage()._cdata
+        self.function = source.function
+        self.context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        # What the graph keeps must not hold the inputs themselves, which a checkpoint around it is free to drop.
+        self.inputs: Any = _hold(*source.inputs)
+        self.used = False
+
+    def pack(self, tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata == self.address:
+            self.used = True
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
+        if isinstance(tensor, nn.Parameter):
             return tensor.detach()
-        unused = False
-        return (tensor.size(), tensor.stride(), tensor.storage_offset())
+        # Kept as it would be without this: by the hooks around, which have to be the innermost for that.
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            return _hold(tensor)
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        with torch.no_grad(), torch.autocast(*context, cache_enabled=False):
-            return function(*held[0].saved_tensors).as_strided(*packed)
+        if not isinstance(packed, tuple):
+            return packed.saved_tensors[0]
+        with torch.no_grad(), torch.autocast(*self.context, cache_enabled=False):
+            return self.function(*self.inputs.saved_tensors).as_strided(*packed)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+
+@contextmanager
+def _remade(value: Tensor, source: Source) -> Iterator[None]:
+    made = _Remade(value, source)
+    with torch.autograd.graph.saved_tensors_hooks(made.pack, made.unpack):
         yield
-    if unused:
-        held.clear()
+    if not made.used:
+        made.inputs = None
+
+
+def _hold(*tensors: Tensor) -> Any:
+    """Keep tensors as autograd would, until what is returned goes: its ``saved_tensors``."""
+    with torch.enable_grad():
+        anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
+        return _Held.apply(anchor, *(tensor.detach() for tensor in tensors)).grad_fn
 
 
 def again(function: Callable[..., Any], *tensors: Tensor | None, owners: tuple[nn.Module, ...], draws: bool) -> Any:

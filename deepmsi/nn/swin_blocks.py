@@ -64,6 +64,16 @@ def frame_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], row, right=True)
 
 
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Return norm(x). CUDA's autocast norms a float32 copy of x: x is kept, and backward makes that copy again."""
+    narrow = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+    if not (narrow and torch.is_autocast_enabled(x.device.type)):
+        return norm(x)
+    wide = x.float()
+    with remade(wide, Source(Tensor.float, (x,))):
+        return norm(wide)
+
+
 class WindowAttention(nn.Module):
     """Cosine window attention with log-spaced continuous position bias (Swin V2).
 
@@ -124,7 +134,8 @@ class WindowAttention(nn.Module):
         def attended(x: Tensor, table: Tensor) -> Tensor:
             return self._attended(Tokens(x, grid, place, cu_seqlens), table)
 
-        return self.proj(again(attended, x, table, owners=(self,), draws=False))
+        # What is kept is the copy that the product reads.
+        return self.proj(again(attended, autocast(x), table, owners=(self,), draws=False))
 
     def _attended(self, tokens: Tokens, table: Tensor) -> Tensor:
         packed = tokens.cu_seqlens is not None
@@ -156,6 +167,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, source: Source | None = None) -> Tensor:
         """Transform x [..., C]; where its ``source`` is given, backward makes x again from that."""
+        x = autocast(x)
         if self.recompute:
             with remade(x, source):
                 return again(self._transformed, x, owners=(self,), draws=False)
@@ -225,7 +237,7 @@ class Compression(nn.Module):
         return Tokens(y, grid, place, out.cu_seqlens, left)
 
     def _gated(self, tokens: Tensor, gate: Tensor) -> Tensor:
-        y = tokens if self.norm is None else self.norm(tokens)
+        y = tokens if self.norm is None else normed(self.norm, tokens)
         source = None
         if self.norm is not None and self.norm.weight.requires_grad and unhooked(self.norm):
             source = Source(self.norm, (tokens,))
@@ -287,7 +299,7 @@ class Block(nn.Module):
         else:
 
             def added(x: Tensor, branch: Tensor) -> Tensor:
-                branch = norm(branch)
+                branch = normed(norm, branch)
                 return x + (branch if scale is None else branch * scale.unsqueeze(-1))
 
             branch = attn(tokens)
@@ -305,7 +317,7 @@ class Block(nn.Module):
         if fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return tokens._replace(x=residual_mlp(x, *weights, row_scale=scale, eps=norm.eps))
-        branch = norm(mlp(x, source))
+        branch = normed(norm, mlp(x, source))
         return tokens._replace(x=x + (branch if scale is None else branch * scale.unsqueeze(-1)))
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -369,7 +381,7 @@ class PatchEmbed(nn.Module):
         if self.pixel_weight is not None and frames.dtype == torch.uint8:
             pixels = frames.to(self.pixel_weight.dtype)
             x = nn.functional.conv2d(pixels, self.pixel_weight, self.pixel_bias, self.proj.stride)
-            return self.norm(x.permute(0, 2, 3, 1))
+            return normed(self.norm, x.permute(0, 2, 3, 1))
         source = None
         if prepare is not None:
 
@@ -380,7 +392,7 @@ class PatchEmbed(nn.Module):
             frames = prepared(frames)
         with remade(frames, source):
             x = self.proj(frames)
-        return self.norm(x.permute(0, 2, 3, 1))
+        return normed(self.norm, x.permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -410,11 +422,11 @@ class PatchMerging(nn.Module):
             x = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
             merged = Tokens(x, grid)
         if self.recompute:
-            return merged._replace(x=again(self._reduced, merged.x, owners=(self,), draws=False))
+            return merged._replace(x=again(self._reduced, autocast(merged.x), owners=(self,), draws=False))
         return merged._replace(x=self._reduced(merged.x))
 
     def _reduced(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x))
+        return normed(self.norm, self.reduction(x))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:
         x, place, cu_seqlens = tokens.x, tokens.place, tokens.cu_seqlens

@@ -1,5 +1,6 @@
 """The recompute switch: the gradients of `none` in every position, random draws included, for fewer kept bytes."""
 
+import copy
 import gc
 from contextlib import nullcontext
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.models.memory import _Live, saved_bytes
 from deepmsi.nn import VSCSwin, swin_blocks
@@ -142,6 +145,44 @@ def test_nothing_lives_but_what_is_counted(position: str) -> None:
             assert live.now in (0, given)
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts on tensors of a GPU that is not there")
+@pytest.mark.parametrize("position", ["none", "light"])
+def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
+    """CUDA's autocast norms in float32, and adds up there: what is kept of a block is in 16 bits all the same."""
+    takes = backend.why_not
+
+    def why_not(op: str, name: str, *rest: Any, **facts: int) -> str | None:
+        return None if name == "triton" and (op, name) in backend.KERNELS else takes(op, name, *rest, **facts)
+
+    monkeypatch.setattr(backend, "why_not", why_not)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    model = build("none", embed_dim=64).train().float()
+    model.recompute = position
+    mode = FakeTensorMode()
+    hollow: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = mode.from_tensor(tensor.detach())
+        with mode:
+            fake = fake.to("cuda")
+        hollow[id(tensor)] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+    twin = copy.deepcopy(model, hollow)
+    kept: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in (*twin.parameters(), *twin.buffers())}
+    sizes = {torch.float16: 0, torch.float32: 0}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
+            sizes[tensor.dtype] += storage.nbytes()
+        kept[storage._cdata] = tensor
+        return tensor
+
+    with mode, torch.autocast("cuda", torch.float16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        twin(torch.empty(64, 3, 32, 32, device="cuda"))
+    assert sizes[torch.float16] > 30e6
+    # Statistics of norms, sums of exponentials, the last norm's input and the tables of the biases.
+    assert sizes[torch.float32] < 0.1 * sizes[torch.float16], sizes
 
 
 def test_hooks_are_called_once() -> None:
