@@ -584,13 +584,13 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Compare two runs row by row: differences of the scores with intervals, and McNemar's test."""
-    from deepmsi.report.compare import protocol_of
+    from deepmsi.report.compare import measured
     from deepmsi.report.text import render_comparison
     from deepmsi.train.metrics import compare_predictions
 
     with _reserved_stdout() as result:
         comparison = compare_predictions(first, second)
-        comparison["protocol"] = {"a": protocol_of(first), "b": protocol_of(second)}
+        comparison["measured"] = {"a": measured(first), "b": measured(second)}
         if as_json:
             _dump(comparison, result)
         else:

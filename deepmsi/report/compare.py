@@ -36,13 +36,13 @@ def report_comparison(runs: Sequence[str | os.PathLike[str]]) -> Path:
     return write_both(folders[0] / "comparison.html", "comparison", _context(facts))
 
 
-def protocol_of(scored: Path) -> str | None:
-    """The protocol that `metrics.json` beside the predictions tells; None where none does."""
+def measured(scored: Path) -> dict[str, Any]:
+    """The protocol and the text context that `metrics.json` beside the predictions tells; empty where none does."""
     try:
         metrics = json.loads(((scored if scored.is_dir() else scored.parent) / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return metrics.get("protocol") if isinstance(metrics, dict) else None
+        return {}
+    return {key: metrics[key] for key in ("protocol", "context") if isinstance(metrics, dict) and key in metrics}
 
 
 def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from deepmsi.report import figures
 from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, chance_of, interval_of, leak_of
+from deepmsi.report.text import NAMES, chance_of, context_of, interval_of, leak_of
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
 CURVES = (
@@ -65,6 +65,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "description": recipe.get("description") or "",
         "made": _made(facts),
         "scores": _scores(facts.metrics),
+        "context": context_of(facts.metrics or facts.made),
         "chance": _chance(facts.metrics),
         "leaks": leak_of(facts.metrics or facts.made),
         "complete": (facts.metrics or {}).get("complete", True),
@@ -73,7 +74,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "confusion": _confusion(facts.metrics),
         "per_class": _per_class(facts.metrics),
         "ablation": [
-            {"name": name, **{key: metrics.get(key) for key in NAMES}, "n": metrics.get("n")}
+            {"name": name, **{key: metrics.get(key) for key in (*NAMES, "n", "context")}}
             for name, metrics in facts.ablation
         ],
         "retrained": facts.retrained,
@@ -100,7 +101,7 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("protocol", protocol),
         ("rows scored", metrics.get("n")),
         ("rows left out", data.get("left_out")),
-        ("text context", f"{made['context']} previous utterances" if made.get("context") else None),
+        ("text context", context_of(made) if "context" in made else None),
         ("seed", made.get("seed", recipe.get("seed"))),
         ("data", data.get("path")),
         ("data fingerprint", data.get("fingerprint")),

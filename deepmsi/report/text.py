@@ -38,6 +38,12 @@ def leak_of(metrics: Mapping[str, Any]) -> str | None:
     return str(metrics.get("protocol", "")).partition("(leaks: ")[2].rstrip(")") or "not told how"
 
 
+def context_of(metrics: Mapping[str, Any]) -> str:
+    """How many previous utterances the text encoder read with each, in words."""
+    count = metrics.get("context") or 0
+    return f"{count} previous utterance{'s' * (count > 1)}" if count else "none"
+
+
 def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
     """Accuracy of guessing evenly over the classes that occur, and of always naming the commonest one."""
     support = [int(sum(row)) for row in metrics["confusion_matrix"]]
@@ -48,6 +54,7 @@ def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
 def render_metrics(metrics: Mapping[str, Any]) -> str:
     """Lay out the scores with their intervals and the per-class table, below the protocol they were taken under."""
     lines = [f"{'protocol':<12} {metrics['protocol']}"] if "protocol" in metrics else []
+    lines += [f"{'text context':<12} {context_of(metrics)}"] if "context" in metrics else []
     for key, name in NAMES.items():
         if key in metrics:
             interval = interval_of(metrics, key)
@@ -69,12 +76,12 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
-    """Lay out what `compare_predictions` found, B against A, and by which protocols where `protocol` tells it."""
-    protocols = comparison.get("protocol", {})
-    lines = [
-        f"{key}: {run}" + (f", {told}" if (told := protocols.get(key.lower())) else "")
-        for key, run in zip("AB", (a, b), strict=True)
-    ]
+    """Lay out what `compare_predictions` found, B against A, and how each was measured where `measured` tells it."""
+    lines = []
+    for key, run in zip("AB", (a, b), strict=True):
+        told = comparison.get("measured", {}).get(key.lower()) or {}
+        lines.append(f"{key}: {run}" + (f", {told['protocol']}" if told.get("protocol") else ""))
+        lines[-1] += f", text context: {context_of(told)}" if "context" in told else ""
     lines += [f"{comparison['n']} rows that both predicted", ""]
     lines.append(f"{'':<12}     A      B   B - A  (95% interval, paired bootstrap)")
     for key, name in NAMES.items():

@@ -133,12 +133,13 @@ def ablate(
 
 def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """The lines as a Markdown table, scores in percent with the 95% interval of the accuracy, protocol below."""
-    rows = ["| modalities | n | accuracy (95%) | UAR | weighted F1 | macro F1 |", "|---|---|---|---|---|---|"]
+    head = ("modalities", "n", "accuracy (95%)", "UAR", "weighted F1", "macro F1", "text context")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines:
         low, high = line["intervals"]["accuracy_wilson"]
         scores = [f"{100 * line[name]:.1f}" for name in SUMMARY]
         scores[0] += f" ({100 * low:.1f} to {100 * high:.1f})"
-        rows.append(f"| {line['name']} | {line['n']} | {' | '.join(scores)} |")
+        rows.append(f"| {line['name']} | {line['n']} | {' | '.join(scores)} | {line.get('context') or 'none'} |")
     if protocols := dict.fromkeys(line["protocol"] for line in lines if "protocol" in line):
         rows += ["", f"Protocol: {'; '.join(protocols)}."]
     return "\n".join(rows)

@@ -110,6 +110,8 @@ def test_a_protocol_from_training_to_its_report(name: str, corpus: Path, deepmsi
     for where, text in printed.items():
         assert ("leaks" in text) == (name == "paper-kfold10"), where
         assert title in text, where
+        if where not in ("progress", "metrics.json", "run.json"):
+            assert re.search(r"text context:?\s+(</dt><dd>)?none", text), where
     assert metrics["leaks"] == (name == "paper-kfold10")
     # The one protocol here that keeps a model has a map of its embeddings, with a legend of the classes.
     legend = re.search(r'<p class="legend">(.*?)</p>', pages["report.html"])

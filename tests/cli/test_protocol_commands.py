@@ -138,3 +138,21 @@ def test_ablate_trains_each_line(deepmsi, mistake, tmp_path_factory, tmp_path) -
     assert deepmsi("report", run).code == 0
     text = (run / "report.md").read_text()
     assert "without VSC" in text
+
+
+def test_ablate_counts_of_frames_from_a_manifest(deepmsi, clips, tmp_path) -> None:
+    """Prepared clips hold a fixed number of frames, so each count prepares the manifest for itself."""
+    run = tmp_path / "run"
+    changes = ("drop=[text,audio]", "train.epochs=1", "train.batch_size=8", "protocol.final_fit=true")
+    settings = [word for change in changes for word in ("--set", change)]
+    manifest = clips / "manifest.csv"
+    assert deepmsi("train", "demo", "--data", manifest, "--out", run, *settings).code == 0
+    outcome = deepmsi("ablate", run, "--data", manifest, "--retrain", "--frames", "2", "--json")
+    assert outcome.code == 0, outcome
+    lines = json.loads(outcome.out)
+    assert [line["name"] for line in lines] == ["video", "without VSC", "2 frames"]
+    assert all("protocol" in line and line["context"] == 0 for line in lines)
+    index = json.loads((run / "ablation" / "2-frames" / "prepared" / "index.json").read_text())
+    assert index["options"]["frames"] == 2
+    assert deepmsi("report", run).code == 0
+    assert "| 2 frames |" in (run / "report.md").read_text()
