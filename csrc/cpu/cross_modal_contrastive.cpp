@@ -166,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
       const ContrastiveStripe s{std::min(height, rows - from),
                                 panels,
                                 padded,
+                                columns,
                                 unit_a + from * padded,
                                 unit_b,
                                 turned_b,

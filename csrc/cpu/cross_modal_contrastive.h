@@ -13,6 +13,7 @@ constexpr int64_t kDimPad = 16;  // channels are padded to whole vectors of any 
 // product that makes them, the passes over the rows and the two products that read them all walk forwards.
 struct ContrastiveStripe {
   int64_t height, panels, dim;  // rows; columns / kPanel; channels, padded
+  int64_t columns;              // how many of the panels' columns are there
   const float* unit_a;          // [height, dim], over the temperature
   const float* unit_b;          // [panels * kPanel, dim]
   const float* turned_b;        // [panels, dim, kPanel]

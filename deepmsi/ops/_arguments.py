@@ -1,6 +1,8 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ def autocast(x: Tensor) -> Tensor:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which autocast leaves types alone; one that is off already costs nothing."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check(condition: bool, sentence: Callable[[], str]) -> None:

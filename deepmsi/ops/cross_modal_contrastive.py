@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_floating, shape
+from deepmsi.ops._arguments import check_floating, shape, without_autocast
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
 _OP = "cross_modal_contrastive"
@@ -91,7 +91,7 @@ def cross_modal_contrastive(
         raise ValueError(f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}")
 
     chosen = resolve(_OP, backend, a.device.type, a.dtype, rows=rows, joined=joined, dim=dim)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device.type):
         if chosen == "reference":
             return reference(
                 a,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas
-from deepmsi.ops._arguments import autocast, check_floating, shape
+from deepmsi.ops._arguments import autocast, check_floating, shape, without_autocast
 from deepmsi.reference.dilated_causal_conv1d import causal_conv_rows as reference_rows
 from deepmsi.reference.dilated_causal_conv1d import dilated_causal_conv1d as reference
 
@@ -55,7 +55,7 @@ def dilated_causal_conv1d(
         raise ValueError(f"{_OP}: dilation must be at least 1, not {dilation}")
     chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[2])
     if chosen == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return reference(x, weight, bias, dilation)
     return causal_conv_rows(x.transpose(1, 2), pack(weight), bias, dilation=dilation, backend=chosen).transpose(1, 2)
 
@@ -121,7 +121,7 @@ def causal_conv_rows(
     if seed is None or dropout == 0:
         seed, dropout = None, 0.0
     chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if chosen == "reference":
             return reference_rows(x, weight, bias, residual, seed, dilation, count, step, relu, dropout)
         forward = torch.ops.deepmsi.dilated_causal_conv1d_cpp_fwd

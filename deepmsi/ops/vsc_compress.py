@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas
-from deepmsi.ops._arguments import autocast, check, check_floating, shape
+from deepmsi.ops._arguments import autocast, check, check_floating, shape, without_autocast
 from deepmsi.reference.vsc_compress import vsc_compress as reference
 
 _OP = "vsc_compress"
@@ -142,7 +142,7 @@ def vsc_compress(
     )
     chosen = resolve(_OP, backend, x.device.type, x.dtype)
     if chosen == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return CompressedTokens(*reference(x, cu_seqlens, guide, weight, *options, max_seqlen))
     forward = torch.ops.deepmsi.vsc_compress_cpp_fwd
     if chosen == "triton":

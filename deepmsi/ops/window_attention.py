@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_floating, shape
+from deepmsi.ops._arguments import autocast, check_floating, shape, without_autocast
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 from deepmsi.reference.window_attention import window_attention as reference
 
@@ -148,7 +148,7 @@ def window_attention(
     )
     depth = qkv.shape[-1] // (3 * heads)
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device.type):
         if chosen == "reference":
             return reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
         head_scale = None
