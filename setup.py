@@ -121,10 +121,12 @@ class NinjaBuild(build_ext):
                 if os.environ.get("DEEPMSI_CUDA") == "1":
                     raise
                 say(f"built without the CUDA extension: nvcc of {home} failed ({error})")
-        elif name == "_C_cpu":
-            self.build_cpu(output)
-        else:
-            self.build_host(output)
+            return
+        try:
+            (self.build_cpu if name == "_C_cpu" else self.build_host)(output)
+        except subprocess.CalledProcessError as error:
+            output.unlink(missing_ok=True)  # what an earlier build left is not of these sources
+            say(f"built without {name}: the C++ compiler {self.compiler_command()!r} failed ({error})")
 
     def build_host(self, output: Path) -> None:
         import pybind11

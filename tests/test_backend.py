@@ -153,3 +153,24 @@ def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
         "fold_weight_norm: run `pip install -e .`",
     ]
     assert all("_C_cpu is older than this deepmsi" in line for line in lines)
+
+
+def test_a_compiler_that_fails_leaves_the_extensions_out(tmp_path: Path) -> None:
+    for module in ("setuptools", "ninja", "pybind11"):
+        pytest.importorskip(module)
+    root = Path(__file__).parents[1]
+    for name in ("csrc", "kernels"):
+        shutil.copytree(root / name, tmp_path / name)
+    shutil.copytree(root / "deepmsi", tmp_path / "deepmsi", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    environment = {**os.environ, "CXX": shutil.which("false") or "false", "DEEPMSI_CUDA": "0"}
+    words = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "deepmsi: built without _C_cpu: the C++ compiler" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    code = "import deepmsi; print(deepmsi.explain())"
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "extension _C_cpu: the extension _C_cpu is not built" in done.stdout, done.stderr

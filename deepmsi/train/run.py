@@ -604,6 +604,8 @@ def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] 
 
 def _save_model(model: DeepMSI, folder: Path) -> None:
     if process_rank()[0] == 0:
+        for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a try that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         model.save_pretrained(folder)
     barrier()
 

@@ -21,7 +21,7 @@ from deepmsi.train import trainer as trainer_module
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import read_predictions
 from deepmsi.train.recipe import AugmentSettings, load_recipe
-from deepmsi.train.run import best_epoch, train
+from deepmsi.train.run import _save_model, best_epoch, train
 
 VIDEO: dict[str, Any] = {
     "preset": "small",
@@ -499,3 +499,13 @@ def test_frames_of_another_shape_are_refused(video_corpus: Path, tmp_path: Path)
         train(make_recipe(**changes | {"vision": VIDEO["vision"] | {"frames": 4}}), video_corpus, tmp_path / "a")
     with pytest.raises(UserError, match="frames of 64 pixels and the model reads 128"):
         train(make_recipe(**changes | {"vision": VIDEO["vision"] | {"image_size": 128}}), video_corpus, tmp_path / "b")
+
+
+def test_what_a_kill_left_of_the_saved_model_goes(tmp_path):
+    class Model:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+
+    (tmp_path / ".model.0a1b2c3d.part").mkdir()
+    _save_model(Model(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
