@@ -20,6 +20,7 @@ from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.run import train
 
 TABLE = "ablation.json"
+OTHER_ROWS = "Lines of different n were scored on different rows: a row with none of a line's modalities is left out."
 COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
 FUSION = ("fuse_threshold", "fuse_alpha")
 PARTS = {
@@ -140,6 +141,8 @@ def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
         scores = [f"{100 * line[name]:.1f}" for name in SUMMARY]
         scores[0] += f" ({100 * low:.1f} to {100 * high:.1f})"
         rows.append(f"| {line['name']} | {line['n']} | {' | '.join(scores)} | {line.get('context') or 'none'} |")
+    if len({line["n"] for line in lines}) > 1:
+        rows += ["", OTHER_ROWS]
     if protocols := dict.fromkeys(line["protocol"] for line in lines if "protocol" in line):
         rows += ["", f"Protocol: {'; '.join(protocols)}."]
     return "\n".join(rows)

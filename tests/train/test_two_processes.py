@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
     """Run something in two processes, as `torchrun --nproc-per-node 2` does."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     command = [*launcher, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 
 
@@ -105,3 +105,16 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     again = torchrun(*words, "--resume", "--json")
     assert json.loads(again.stdout) == metrics
     assert evaluate(run, data)["n"] == 35
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_mistake_is_told_and_leaves_no_process_waiting(command: str, split_corpus: Path, tmp_path: Path) -> None:
+    recipe, run, nowhere = tmp_path / "small.yaml", tmp_path / "run", tmp_path / "nowhere"
+    recipe.write_text(yaml.safe_dump(FEATURES))
+    words: tuple[object, ...] = ("train", recipe, "--data", nowhere, "--out", run)
+    if command == "evaluate":
+        train(make_recipe(train={"epochs": 1}), split_corpus, run)
+        words = ("evaluate", run, "--data", nowhere)
+    said = torchrun("-m", "deepmsi", *words, fails=True).stderr
+    assert f"deepmsi: There is no data at {nowhere}" in said
+    assert "[rank" not in said  # no traceback of ours; the launcher adds its own summary
