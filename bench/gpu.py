@@ -274,7 +274,8 @@ def main() -> int:
             )
             if built and part.name != "extensions":
                 # What was built is what is imported, not the checkout that lies beside it.
-                environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(built[0].parent)}
+                paths = [str(built[0].parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
             report, records = Path(scratch) / f"{len(done)}.xml", Path(scratch) / f"{len(done)}.json"
             if "pytest" in part.command:
                 part.command += [f"--junitxml={report}"]

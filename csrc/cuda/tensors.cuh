@@ -62,7 +62,9 @@ class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    // Checked by hand: torch 2.11 has no macro for it under the name that later releases give it.
+    const auto code = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+    STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "torch has no current stream for the device of a tensor");
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
