@@ -65,7 +65,7 @@ def memory_sentence(found: StepMemory | None, utterances: int, there: tuple[int,
     """What a step takes, as `deepmsi train` says it."""
     step = f"a step of {utterances} utterance{'s' * (utterances > 1)}"
     if found is None:
-        return f"The memory of {step} is not known beforehand: an encoder's sizes depend on the recordings."
+        return f"The memory of {step} is not known beforehand: its sizes depend on what is read."
     text = f"Memory of {step}, at most: {found}; {gigabytes(there[0])} GB are {there[1]}."
     if found.total > SHARE * there[0]:
         text += (
@@ -96,7 +96,7 @@ def fit_batch(model: DeepMSI, recipe: Recipe, there: tuple[int, str]) -> tuple[R
         found = estimate(model, recipe, utterances)
         if found is None:
             raise UserError(
-                "--auto-batch cannot tell what a step takes: an encoder's sizes depend on the recordings; set "
+                "--auto-batch cannot tell what a step takes, for its sizes depend on what is read: set "
                 "train.batch_size yourself."
             )
         return found.total

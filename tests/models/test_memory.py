@@ -102,17 +102,26 @@ def test_encoders_count_at_their_longest(tiny: Callable[..., DeepMSI]) -> None:
     assert long.saved > short.saved + 2 * 3 * 16_000 * 4
 
 
-def test_encoders_of_transformers(tmp_path: Path, tiny: Callable[..., DeepMSI]) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path)
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
-    transformers.BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path)
-    model = tiny(text={"encoder": str(tmp_path), "dim": None, "max_length": 24})
+def test_encoders_of_text_count_too(tiny: Callable[..., DeepMSI], bert_folder: Path) -> None:
+    model = tiny(text={"encoder": str(bert_folder), "dim": None, "max_length": 24})
     found = step_memory(model, 3)
     assert found is not None
     assert found.saved > step_memory(tiny(), 3).saved + 3 * 2 * 24 * 16 * 4
+
+
+def test_encoders_of_sound_count_too(tiny: Callable[..., DeepMSI], wav2vec2_folder: Callable[..., Path]) -> None:
+    model = tiny(audio={"encoder": str(wav2vec2_folder()), "dim": None, "max_seconds": 0.5})
+    found = step_memory(model, 2)
+    assert found is not None
+    assert found.saved > step_memory(tiny(), 2).saved + 2 * 8000 * 4
+
+
+def test_what_reads_a_value_is_not_known_beforehand(tiny: Callable[..., DeepMSI]) -> None:
+    model = tiny()
+    reads = model.classifier.register_forward_hook(lambda module, args, out: out * float(out.sum() > 0))
+    assert step_memory(model, 2) is None
+    reads.remove()
+    assert step_memory(model, 2) is not None
 
 
 def test_gigabytes() -> None:
