@@ -82,6 +82,30 @@ def leaving_no_empty(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other process works in the folder; it is this one's for the block, however the process ends."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield True
+        finally:
+            # Processes forked in the meantime hold the handle too: closing it here would not be enough.
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
 def sweep(folder: Path) -> None:
     """Remove what interrupted writers left."""
     for leftover in folder.glob(f"{TEMPORARY}*"):

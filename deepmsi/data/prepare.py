@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deepmsi.data import features
-from deepmsi.data.files import DiskFullError, digest, sweep, write_bytes, write_json
+from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_bytes, write_json
 from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import run_tasks, usable_cpus
@@ -67,7 +67,9 @@ def prepare(
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: the folder cannot be made ({error.strerror})") from error
-    with _locked(folder):
+    with claimed(folder) as free:
+        if not free:
+            raise UserError(f"{folder}: another deepmsi prepare is at work here; wait for it")
         _start(folder, options)
         try:
             media = _decode(manifest, folder, options, workers, progress)
@@ -89,24 +91,6 @@ def _check_options(manifest: Manifest, options: PrepareOptions) -> None:
         from deepmsi.data.face import shared_detector
 
         shared_detector(options.face_model)  # says now, and not once per clip, what is missing
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder; the lock ends with the process, however it ends."""
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another deepmsi prepare is at work here; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
 
 
 def _start(folder: Path, options: PrepareOptions) -> None:

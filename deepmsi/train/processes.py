@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from deepmsi.data.files import claimed
 from deepmsi.errors import UserError
 
 T = TypeVar("T")
@@ -49,6 +52,20 @@ def on_main_first(action: Callable[[], T]) -> T:
     if sentence[0] is not None:
         raise UserError(sentence[0])
     return result if rank == 0 else action()
+
+
+@contextmanager
+def claimed_by_all(folder: Path) -> Iterator[bool]:
+    """Whether no other call works in the folder (made where it is missing); it is this call's for the block."""
+    rank, world = process_rank()
+    with ExitStack() as stack:
+        free = [True]
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = [stack.enter_context(claimed(folder))]
+        if world > 1:
+            dist.broadcast_object_list(free, src=0)
+        yield free[0]
 
 
 def barrier() -> None:

@@ -49,7 +49,7 @@ from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
-from deepmsi.train.processes import barrier, on_main_first, process_rank, start_processes
+from deepmsi.train.processes import barrier, claimed_by_all, on_main_first, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import open_data, select_rows
@@ -244,6 +244,14 @@ class _Run:
         folder = self._folder(fold)
         if (folder / FOLD).is_file():
             return
+        with claimed_by_all(folder) as free:
+            if not free:
+                note(f"Fold {fold.name} is being run by another call: it is left to that one.")
+            elif not (folder / FOLD).is_file():
+                self._measure(fold, folder)
+
+    def _measure(self, fold: Fold, folder: Path) -> None:
+        """Fit a fold, score its reported part, and write both down."""
         if not self.single:
             note(f"Fold {fold.name} ({self.folds.index(fold) + 1} of {len(self.folds)}).")
         begun = time.time()
@@ -285,8 +293,13 @@ class _Run:
         barrier()
 
     def _final_fit(self) -> None:
-        if (self.out / "model").is_dir():
-            return
+        with claimed_by_all(self.out) as free:
+            if not free:
+                note("The final fit is being run by another call: it is left to that one.")
+            elif not (self.out / "model").is_dir():
+                self._fit_everything()
+
+    def _fit_everything(self) -> None:
         note("Final fit on all rows.")
         everything = np.arange(len(self.rows))
         seed = derive_seed(self.recipe.seed, "final")

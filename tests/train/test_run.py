@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
 from transformers import TrainerCallback
 
+from deepmsi.data.files import claimed
 from deepmsi.errors import UserError
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.train import trainer as trainer_module
@@ -259,6 +260,27 @@ def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
     assert_same_bits(apart, whole)
     with pytest.raises(UserError, match="There is no fold '9': the folds are 01, 02, 03"):
         train(recipe, corpus, apart, folds=[9])
+
+
+def test_calls_at_the_same_time_share_the_folds(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What another call is at work on is left to it: here this test stands for that call."""
+    recipe, run = make_recipe(protocol={"name": "stratified-kfold", "folds": 3}, train={"epochs": 1}), tmp_path / "run"
+    other = run / "folds" / "02"
+    train(recipe, corpus, run, folds=[1])
+    other.mkdir()
+    with claimed(other) as free:
+        assert free
+        assert not train(recipe, corpus, run, resume=True)["complete"]
+    assert "Fold 02 is being run by another call: it is left to that one." in capsys.readouterr().err
+    assert not (run / "model").exists()
+    with claimed(run):
+        assert train(recipe, corpus, run, resume=True)["complete"]
+    assert "The final fit is being run by another call" in capsys.readouterr().err
+    assert not (run / "model").exists()
+    train(recipe, corpus, run, resume=True)
+    assert (run / "model").is_dir()
 
 
 @pytest.mark.parametrize(
