@@ -45,7 +45,9 @@ def written(folder: Path, rows: int) -> PreparedData:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> PreparedData:
+def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, device: str) -> PreparedData:
+    if device == "cuda":
+        pytest.skip("reading and augmenting run on the CPU: --device cpu")
     return written(tmp_path_factory.mktemp("input"), 4 if request.config.getoption("--smallest") else 16)
 
 

@@ -58,7 +58,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     output_json.pop("commit_info", None)
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
-        entry["params"].pop("place", None)  # no type of JSON's; `param` names it
+        (entry["params"] or {}).pop("place", None)  # no type of JSON's; `param` names it
 
 
 @dataclass(frozen=True)
