@@ -46,6 +46,21 @@ class _Held(torch.autograd.Function):
         raise RuntimeError("what is held has no gradient")
 
 
+class _Hold:
+    """Keeps tensors as autograd would, for as long as it lives."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        with torch.enable_grad():
+            anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
+            # The output, since up to torch 2.11 a node lets its tensors go with the last output that it made.
+            self._output = _Held.apply(anchor, *(tensor.detach() for tensor in tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, as they were."""
+        return self._output.grad_fn.saved_tensors
+
+
 def remade(value: Tensor, source: Source | None) -> AbstractContextManager[None]:
     """Inside, an operation that saves ``value`` for backward saves what it is made from; backward makes it again.
 
@@ -70,7 +85,7 @@ class _Remade:
         self.function = source.function
         self.context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         # What the graph keeps must not hold the inputs themselves, which a checkpoint around it is free to drop.
-        self.inputs: Any = _hold(*source.inputs)
+        self.inputs: _Hold | None = _Hold(*source.inputs)
         self.used = False
 
     def pack(self, tensor: Tensor) -> Any:
@@ -82,17 +97,18 @@ class _Remade:
         # Kept as it would be without this: by the hooks around, which have to be the innermost for that.
         torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
-            return _hold(tensor)
+            return _Hold(tensor)
         finally:
             torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if not isinstance(packed, tuple):
-            return packed.saved_tensors[0]
+        if isinstance(packed, _Hold):
+            return packed.tensors[0]
+        assert self.inputs is not None
         with torch.no_grad(), torch.autocast(*self.context, cache_enabled=False):
-            return self.function(*self.inputs.saved_tensors).as_strided(*packed)
+            return self.function(*self.inputs.tensors).as_strided(*packed)
 
 
 @contextmanager
@@ -102,13 +118,6 @@ def _remade(value: Tensor, source: Source) -> Iterator[None]:
         yield
     if not made.used:
         made.inputs = None
-
-
-def _hold(*tensors: Tensor) -> Any:
-    """Keep tensors as autograd would, until what is returned goes: its ``saved_tensors``."""
-    with torch.enable_grad():
-        anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
-        return _Held.apply(anchor, *(tensor.detach() for tensor in tensors)).grad_fn
 
 
 def again(function: Callable[..., Any], *tensors: Tensor | None, owners: tuple[nn.Module, ...], draws: bool) -> Any:
