@@ -327,7 +327,8 @@ def train(
 
     Folds may run one by one, in any order, at the same time or on other machines: give each call the same recipe,
     data and seed, bring the folders RUN/folds/* together, and `deepmsi report RUN` joins them. The call without
-    --folds and with --resume runs what is left, and fits the model that is kept.
+    --folds and with --resume runs what is left, and fits the model that is kept. Several such calls at the same time
+    share the folds of one RUN.
     """
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.run import train as train_recipe

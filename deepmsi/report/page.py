@@ -10,7 +10,7 @@ from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table,
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, chance_of, context_of, interval_of, leak_of
-from deepmsi.train.ablate import OTHER_ROWS
+from deepmsi.train.ablate import caveats
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
 CURVES = (
@@ -79,7 +79,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
             for name, metrics in facts.ablation
         ],
         "retrained": facts.retrained,
-        "other_rows": OTHER_ROWS if len({metrics.get("n") for _, metrics in facts.ablation}) > 1 else None,
+        "caveats": caveats([metrics for _, metrics in facts.ablation]),
         "tokens": tokens,
         "embeddings": embeddings,
         "errors": _errors(facts),

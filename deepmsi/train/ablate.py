@@ -20,7 +20,6 @@ from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.run import train
 
 TABLE = "ablation.json"
-OTHER_ROWS = "Lines of different n were scored on different rows: a row with none of a line's modalities is left out."
 COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
 FUSION = ("fuse_threshold", "fuse_alpha")
 PARTS = {
@@ -141,11 +140,22 @@ def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
         scores = [f"{100 * line[name]:.1f}" for name in SUMMARY]
         scores[0] += f" ({100 * low:.1f} to {100 * high:.1f})"
         rows.append(f"| {line['name']} | {line['n']} | {' | '.join(scores)} | {line.get('context') or 'none'} |")
-    if len({line["n"] for line in lines}) > 1:
-        rows += ["", OTHER_ROWS]
+    rows += [line for sentence in caveats(lines) for line in ("", sentence)]
     if protocols := dict.fromkeys(line["protocol"] for line in lines if "protocol" in line):
         rows += ["", f"Protocol: {'; '.join(protocols)}."]
     return "\n".join(rows)
+
+
+def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the lines must know: rows that differ between them, rows that the model was trained on."""
+    sentences = []
+    if len({line.get("n") for line in lines}) > 1:
+        sentences.append(
+            "Lines of different n were scored on different rows: a row with none of a line's modalities is left out."
+        )
+    if seen := max((line.get("rows_seen_in_training") or 0 for line in lines), default=0):
+        sentences.append(f"Up to {seen} rows of a line were seen in training: its figures do not hold for new data.")
+    return sentences
 
 
 def _retrain(run: Path, data: Path, out: Path, settings: Mapping[str, str]) -> dict[str, Any]:
@@ -155,5 +165,5 @@ def _retrain(run: Path, data: Path, out: Path, settings: Mapping[str, str]) -> d
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "left_out")
+    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "left_out", "rows_seen_in_training")
     return {"name": name, "mode": mode, **{key: scores[key] for key in kept if key in scores}}

@@ -99,9 +99,12 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     train(make_recipe(train={"epochs": 1}), data, run)
     outcome = deepmsi("ablate", run, "--data", data)
     assert outcome.code == 0, outcome
-    assert [line.split(" | ")[0] for line in outcome.out.splitlines()[2:]] == ["| text", "| audio", "| text+audio"]
+    assert [line.split(" | ")[0] for line in outcome.out.splitlines()[2:5]] == ["| text", "| audio", "| text+audio"]
+    assert "18 rows of a line were seen in training" in outcome.out
     assert deepmsi("report", run).code == 0
-    assert "## Ablation" in (run / "report.md").read_text()
+    text = (run / "report.md").read_text()
+    assert "## Ablation" in text
+    assert "18 rows of a line were seen in training" in text
     assert "add --retrain" in mistake("ablate", run, "--data", data, "--keep", "0.5")
     assert "separated by commas" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "few")
     assert "has no video branch" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "4")
