@@ -320,7 +320,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, ValueError):  # ValueError: no decoder knows the codec (PyAV 19)
             continue
         yield from frames
 

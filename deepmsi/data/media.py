@@ -81,6 +81,10 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
         )
 
 
+# Titles in another code page are no reason to refuse a clip; from version 19 on PyAV thinks so, too.
+_ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextmanager
 def open_media(path: Path) -> Iterator[Any]:
     """Open a local file for demuxing; FFmpeg's errors inside the block leave as UserError."""
@@ -90,7 +94,7 @@ def open_media(path: Path) -> Iterator[Any]:
         with av.open(
             f"file:{path.absolute()}",
             options={"protocol_whitelist": "file"},
-            metadata_errors="replace",  # titles in another code page are no reason to refuse a clip
+            **_ANY_TITLE,
         ) as container:
             if not len(container.streams):
                 raise UserError(f"{path}: the file has no streams, neither video nor audio")
