@@ -13,7 +13,7 @@ from deepmsi.backend import use_backend
 from deepmsi.errors import UserError
 from deepmsi.nn import TCN
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
-from deepmsi.testing import PLACES, REFERENCES, randn
+from deepmsi.testing import DEVICES, PLACES, REFERENCES, randn
 
 
 class Chomp(nn.Module):
@@ -226,6 +226,43 @@ def test_dropout_is_the_same_on_every_backend_and_keeps_the_mean(backend: str, d
         means = [tcn.train()(x).mean().item() for _ in range(20)]
         exact = tcn.eval()(x).mean().item()
     assert abs(sum(means) / 20 - exact) < 0.05 * exact
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device is visible")
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_a_cuda_graph_of_a_training_step_draws_anew(backend: str) -> None:
+    """Each replay drops others, and from one state of the generator what an eager step drops."""
+    testing.need("dilated_causal_conv1d", backend, "cuda", torch.float32)
+    torch.manual_seed(0)
+    tcn = TCN(5, (18, 18), dropout=0.3).cuda().train()
+    x = randn(2, 5, 9, seed=1, device="cuda")
+    parameters = list(tcn.parameters())
+
+    def step() -> list[Tensor]:
+        loss = tcn.last(x).square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    with use_backend(backend):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = step()
+        losses = []
+        for _ in range(2):
+            graph.replay()
+            losses.append(held[0].item())
+        assert losses[0] != losses[1]
+        torch.manual_seed(5)
+        graph.replay()
+        replayed = [result.clone() for result in held]
+        torch.manual_seed(5)
+        for found, eager in zip(replayed, step(), strict=True):
+            assert torch.equal(found, eager)
 
 
 def test_evaluation_folds_once_and_sees_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
