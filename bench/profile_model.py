@@ -38,6 +38,12 @@ def gflop(name: str, event: Any) -> float | None:
     """Count the operations of a call from its shapes, a multiply-add as two; None where no product is behind it."""
     rows, channels = rows_of(event)
     backward = "bwd" in name
+    if "project_cells" in name:
+        # Backward: of the weights, and of the cells where they come from tokens.
+        cells = next(s for s in event.input_shapes if len(s) == 6)
+        rows, depth = cells[0] * cells[1] * cells[2], cells[3] * cells[4] * cells[5]
+        weight = next(s for s in event.input_shapes if len(s) == 2 and s[1] == depth)
+        return (2 if not backward else 2 if cells[5] <= 16 else 4) * rows * depth * weight[0] / 1e9
     if "residual_mlp" in name:
         # Backward makes the hidden rows again: five products for two.
         return (40 if backward else 16) * rows * channels**2 / 1e9

@@ -29,6 +29,7 @@ OPS = (
     "window_attention",
     "dilated_causal_conv1d",
     "cross_modal_contrastive",
+    "project_cells",
     "residual_mlp",
     "residual_window_attention",
 )
@@ -85,6 +86,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("dilated_causal_conv1d", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
+    ("project_cells", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
     ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
     ("residual_window_attention", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
 }

@@ -10,15 +10,17 @@ import torch
 from timm.layers import Mlp
 from timm.layers.activations import GELU
 from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
 
 from deepmsi.nn.fusing import fuses, plain
-from deepmsi.ops import residual_mlp, residual_window_attention, window_attention
+from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
 
 
 def why_not(block: Any) -> str | None:
     """Return why a block's attention cannot run as the operation, or None where it can."""
+    if isinstance(block, PatchMerging):
+        return None
     if block.window_size[0] != block.window_size[1] or block.shift_size[0] != block.shift_size[1]:
         window, shift = tuple(block.window_size), tuple(block.shift_size)
         return f"its windows are {window} with shift {shift}, and only square ones are fused: use square images"
@@ -168,4 +170,20 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         return _crop_as_timm(self, out, x)
 
 
-FUSED: dict[type, type] = {SwinTransformerBlock: FusedSwinBlock, SwinTransformerV2Block: FusedSwinV2Block}
+class FusedPatchMerging(PatchMerging):
+    """The merging of timm's Swin V2, as one operation where the grid is even."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduction, norm = self.reduction, self.norm
+        even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+        if not (even and fuses("project_cells", x) and plain(self, reduction, norm)):
+            return super().forward(x)
+        cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+        return project_cells(cells, reduction.weight, reduction.bias, norm.weight, norm.bias, eps=norm.eps)
+
+
+FUSED: dict[type, type] = {
+    SwinTransformerBlock: FusedSwinBlock,
+    SwinTransformerV2Block: FusedSwinV2Block,
+    PatchMerging: FusedPatchMerging,
+}

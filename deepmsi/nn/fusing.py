@@ -18,7 +18,7 @@ def plain(owner: nn.Module, *layers: nn.Module) -> bool:
     """
     return (
         unhooked(owner, *layers)
-        and all(type(layer) in (nn.Linear, nn.LayerNorm) for layer in layers)
+        and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in layers)
         and all(layer.weight.dtype == torch.float32 for layer in layers)
     )
 

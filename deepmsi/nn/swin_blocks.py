@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, remade
 from deepmsi.nn.vsc import VSC
-from deepmsi.ops import residual_mlp, residual_window_attention, window_attention
+from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
 from deepmsi.ops._arguments import autocast
 
 
@@ -379,9 +379,7 @@ class PatchEmbed(nn.Module):
         Where that is folded in, uint8 frames are embedded as they are.
         """
         if self.pixel_weight is not None and frames.dtype == torch.uint8:
-            pixels = frames.to(self.pixel_weight.dtype)
-            x = nn.functional.conv2d(pixels, self.pixel_weight, self.pixel_bias, self.proj.stride)
-            return normed(self.norm, x.permute(0, 2, 3, 1))
+            return self._embedded(frames.to(self.pixel_weight.dtype), self.pixel_weight, self.pixel_bias)
         source = None
         if prepare is not None:
 
@@ -391,8 +389,19 @@ class PatchEmbed(nn.Module):
             source = Source(prepared, (frames,))
             frames = prepared(frames)
         with remade(frames, source):
-            x = self.proj(frames)
-        return normed(self.norm, x.permute(0, 2, 3, 1))
+            return self._embedded(frames)
+
+    def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Embed and norm frames, by the layer's own weights or by others."""
+        proj, norm = self.proj, self.norm
+        if fuses("project_cells", frames) and plain(self, proj, norm):
+            (height, width), (_, _, rows, columns) = proj.kernel_size, frames.shape
+            cells = frames.unflatten(2, (rows // height, height)).unflatten(4, (columns // width, width))
+            cells = cells.permute(0, 2, 4, 1, 3, 5)
+            weight, bias = (proj.weight, proj.bias) if weight is None else (weight, bias)
+            return project_cells(cells, weight.flatten(1), bias, norm.weight, norm.bias, eps=norm.eps)
+        x = proj(frames) if weight is None else nn.functional.conv2d(frames, weight, bias, proj.stride)
+        return normed(norm, x.permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -415,18 +424,25 @@ class PatchMerging(nn.Module):
         grid = ((height + 1) // 2, (width + 1) // 2)
         if tokens.cu_seqlens is not None:
             merged = self._packed(tokens, grid)
+            cells = merged.x.view(1, 1, -1, 1, 1, merged.x.shape[1])
         else:
             x = tokens.x
             if height % 2 or width % 2:
                 x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-            x = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+            cells = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5)
             merged = Tokens(x, grid)
         if self.recompute:
-            return merged._replace(x=again(self._reduced, autocast(merged.x), owners=(self,), draws=False))
-        return merged._replace(x=self._reduced(merged.x))
+            y = again(self._reduced, autocast(cells), owners=(self,), draws=False)
+        else:
+            y = self._reduced(cells)
+        return merged._replace(x=y if merged.cu_seqlens is None else y.flatten(0, 2))
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        return normed(self.norm, self.reduction(x))
+    def _reduced(self, cells: Tensor) -> Tensor:
+        """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
+        if fuses("project_cells", cells) and plain(self, self.reduction, self.norm):
+            norm = self.norm
+            return project_cells(cells, self.reduction.weight, None, norm.weight, norm.bias, eps=norm.eps)
+        return normed(self.norm, self.reduction(cells.flatten(3)))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:
         x, place, cu_seqlens = tokens.x, tokens.place, tokens.cu_seqlens

@@ -297,6 +297,59 @@ _register(
 )
 
 
+# --- project_cells
+# Forward: x [F, H, W, A, B, c], read where it lies, and all else in float32; y [R, C] for R = F·H·W. `branch` [R, C]
+# is what the norm reads, kept with `with_grad`, else [0, C]. Backward: the gradient of x lies as x does, and is empty
+# where it is not wanted.
+
+_CELLS_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, float eps, bool with_grad) -> "
+    "(Tensor y, Tensor branch)"
+)
+_CELLS_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, float eps, bool wants_x) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _cells_fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], weight.shape[0]
+    return x.new_empty((rows, channels)), x.new_empty((rows if rest[-1] else 0, channels))
+
+
+def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
+    grad_x = torch.empty_like(x) if rest[-1] else x.new_empty((0,) * 6)
+    return (grad_x, weight.new_empty(weight.shape), *(weight.new_empty(weight.shape[0]) for _ in range(3)))
+
+
+def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, norm_weight, _, ctx.eps, ctx.with_grad = inputs
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight, norm_weight)
+
+
+def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None or not ctx.with_grad:
+        return (None,) * 7
+    wants_x = ctx.needs_input_grad[0]
+    grad_x, grad_weight, grad_bias, *norm = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
+    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm, None, None)
+
+
+_register(
+    "project_cells",
+    _CELLS_FORWARD,
+    _CELLS_BACKWARD,
+    _cells_fake_forward,
+    _cells_fake_backward,
+    _cells_setup_context,
+    _cells_gradient,
+    backends=("cpp",),
+)
+
+
 # --- residual_mlp
 # Forward: rows x [R, C] and all else in float32. `branch` [R, C] is what the norm reads, kept with `with_grad`, else
 # [0, C]; the hidden rows are made again. row_scale [R] gets no gradient.

@@ -1,0 +1,62 @@
+"""The public function of the projection of cells: check, resolve, call."""
+
+import torch
+from torch import Tensor
+
+from deepmsi.backend import resolve
+from deepmsi.ops import _schemas as _schemas  # registers the operators
+from deepmsi.ops._arguments import check_floating, needs_grad, shape
+from deepmsi.reference.project_cells import project_cells as reference
+
+_OP = "project_cells"
+
+
+def project_cells(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Project the cells of a grid and norm them: y = LN(W cell + b), as Swin V2 embeds patches and merges tokens.
+
+    x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first.
+
+    Equivalent to: ``layer_norm(linear(x.flatten(3), weight, bias))``.
+
+    Args:
+        x: [F, H, W, A, B, c]. Patches of p x p of frames [F, 3, S, S] are
+            ``frames.view(F, 3, H, p, W, p).permute(0, 2, 4, 1, 3, 5)``.
+        weight: [C, A·B·c].
+        bias: [C], or None.
+        norm_weight, norm_bias: [C].
+        eps: Added to the variance.
+        backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+
+    Returns:
+        [F, H, W, C].
+
+    Raises:
+        ValueError: An argument has the wrong shape or type.
+        RuntimeError: The backend that was asked for cannot run this call.
+    """
+    check_floating(x, _OP, "x")
+    if x.dim() != 6:
+        raise ValueError(f"{_OP}: x must be [F, H, W, A, B, c], not {shape(x)}")
+    depth = x.shape[3] * x.shape[4] * x.shape[5]
+    if weight.dim() != 2 or weight.shape[1] != depth:
+        raise ValueError(f"{_OP}: weight must be [C, {depth}], not {shape(weight)}")
+    channels = weight.shape[0]
+    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
+    if resolve(_OP, backend, x.device.type, x.dtype) == "reference":
+        return reference(x, weight, bias, norm_weight, norm_bias, eps)
+    if x.stride(5) != 1:
+        x = x.contiguous()
+    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
+    y, _ = torch.ops.deepmsi.project_cells_cpp_fwd(x, weight, bias, norm_weight, norm_bias, eps, with_grad)
+    return y.view(*x.shape[:3], channels)

@@ -1,0 +1,12 @@
+"""The projection of cells in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+
+def project_cells(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """Return LN(W x + b) [F, H, W, C] for cells x [F, H, W, A, B, c], each read in that order."""
+    y = torch.nn.functional.linear(x.flatten(3), weight, bias)
+    return torch.nn.functional.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)

@@ -1,0 +1,140 @@
+"""project_cells: the compiled kernel against the reference, in numbers and gradients, on views of every kind."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import backend as backends
+from deepmsi.ops import project_cells
+from deepmsi.testing import assert_within_budget, poisoned_memory, randn
+
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_kernel() -> None:
+    reason = backends.why_not("project_cells", "cpp", "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def patches(frames: Tensor, side: int) -> Tensor:
+    """Return the patches of frames [F, 3, S, S] as a view [F, S/p, S/p, 3, p, p]."""
+    return frames.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+
+
+def merged(x: Tensor) -> Tensor:
+    """Return the 2x2 cells of tokens [F, H, W, C] as a view [F, H/2, W/2, 2, 2, C]."""
+    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+
+
+# The shape of what is drawn, the view of it, and the channels that come out.
+CASES: dict[str, tuple[tuple[int, ...], Any, int]] = {
+    "patches": ((2, 3, 24, 24), lambda x: patches(x, 4), 48),
+    "odd_patches": ((1, 3, 15, 15), lambda x: patches(x, 3), 7),
+    "tokens": ((3, 8, 6, 32), merged, 64),
+    "odd_tokens": ((2, 6, 4, 5), merged, 9),
+    "rows": ((50, 96), lambda x: x.view(1, 1, 50, 1, 1, 96), 33),
+    "one_cell": ((1, 2, 2, 16), merged, 8),
+    "several_chunks": ((2, 64, 64, 96), merged, 40),
+    "a_part": ((2, 9, 8, 12), lambda x: merged(x[:, 1:, :, 2:10]), 16),
+    "every_other": ((2, 4, 4, 12), lambda x: merged(x[..., ::2]), 16),
+    "repeated": ((1, 4, 4, 6), lambda x: merged(x.expand(3, 4, 4, 6)), 8),
+    "no_frames": ((0, 4, 4, 8), merged, 16),
+}
+
+
+def results(name: str, bias: bool, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    size, view, channels = CASES[name]
+
+    def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        return randn(*shape, seed=seed, scale=scale, dtype=torch.float32).to(dtype).requires_grad_()
+
+    x = draw(*size, seed=1)
+    cells = view(x)
+    depth = cells.shape[3] * cells.shape[4] * cells.shape[5]
+    inputs = {"x": x, "weight": draw(channels, depth, seed=2, scale=depth**-0.5)}
+    if bias:
+        inputs["bias"] = draw(channels, seed=3)
+    inputs |= {"norm_weight": draw(channels, seed=4), "norm_bias": draw(channels, seed=5)}
+    arguments = [inputs.get(key) for key in ("weight", "bias", "norm_weight", "norm_bias")]
+    y = project_cells(cells, *arguments, eps=EPS, backend=backend)
+    assert y.shape == (*cells.shape[:3], channels)
+    grads = torch.autograd.grad(y, tuple(inputs.values()), randn(*y.shape, seed=20).to(dtype))
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_the_error_budget(name: str, bias: bool) -> None:
+    with poisoned_memory():
+        got = results(name, bias, "cpp", torch.float32)
+    low, exact = results(name, bias, "reference", torch.float32), results(name, bias, "reference", torch.float64)
+    for key, wanted in exact.items():
+        assert_within_budget(got[key], low[key], wanted, key, roundings=8)
+
+
+def test_any_thread_count_gives_the_same_bits() -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results("several_chunks", True, "cpp", torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, found[0][name]), name
+
+
+@pytest.mark.parametrize("name", ["patches", "tokens", "rows", "a_part", "repeated", "no_frames"])
+def test_opcheck(name: str) -> None:
+    size, view, channels = CASES[name]
+    forward = torch.ops.deepmsi.project_cells_cpp_fwd.default
+    backward = torch.ops.deepmsi.project_cells_cpp_bwd.default
+    x = view(randn(*size, seed=1))
+    depth = x.shape[3] * x.shape[4] * x.shape[5]
+    weight, vectors = randn(channels, depth, seed=2), [randn(channels, seed=i) for i in (3, 4, 5)]
+    leaves = [t.clone().requires_grad_() for t in (weight, *vectors)]
+    torch.library.opcheck(forward, (view(randn(*size, seed=1).requires_grad_()).detach(), *leaves, EPS, True))
+    torch.library.opcheck(forward, (x, weight, None, *vectors[1:], EPS, False))
+    y, branch = forward(x, weight, *vectors, EPS, True)
+    grad = randn(channels, y.shape[0], seed=6).t()
+    for wants_x in (True, False):
+        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], EPS, wants_x))
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_whole_at_any_size() -> None:
+    torch._dynamo.reset()
+    weight, vectors = randn(12, 16, seed=2), [randn(12, seed=i) for i in (3, 4, 5)]
+
+    def block(x: Tensor) -> Tensor:
+        return project_cells(merged(x), weight, *vectors, backend="cpp") * 2
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for frames in (3, 5):
+        x = randn(frames, 6, 4, 4, seed=frames).requires_grad_()
+        y, expected = compiled(x), block(x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(2, 3)}, r"x must be \[F, H, W, A, B, c\]"),
+        ({"weight": torch.zeros(5, 7)}, r"weight must be \[C, 16\]"),
+        ({"norm_bias": torch.zeros(4)}, r"norm_bias must be \[5\]"),
+        ({"x": torch.zeros(1, 1, 1, 2, 2, 4, dtype=torch.int64)}, "floa"),
+    ],
+    ids=["rank", "weight", "norm", "type"],
+)
+def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
+    good = {"x": torch.zeros(1, 1, 1, 2, 2, 4), "weight": torch.zeros(5, 16), "bias": None}
+    good |= {"norm_weight": torch.ones(5), "norm_bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match=words):
+        project_cells(**(good | change))
