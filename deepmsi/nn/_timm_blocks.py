@@ -174,7 +174,8 @@ class FusedPatchMerging(PatchMerging):
     """The merging of timm's Swin V2, as one operation where the grid is even."""
 
     def forward(self, x: Tensor) -> Tensor:
-        reduction, norm = self.reduction, self.norm
+        reduction: Any = self.reduction
+        norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
         if not (even and fuses("project_cells", x) and plain(self, reduction, norm)):
             return super().forward(x)
