@@ -14,61 +14,53 @@ COLUMNS = (
     "case",
     "direction",
     "median",
-    "20th to 80th, ms",
-    "baseline",
-    "ratio",
-    "against compile",
+    "20th to 80th",
+    "times as fast as",
     "eager",
     "peak memory",
     "share of floor",
 )
 
 
-def milliseconds(seconds: float) -> str:
-    """Return a time in milliseconds with three significant digits."""
-    return f"{seconds * 1e3:.3g} ms"
+def span(seconds: float) -> str:
+    """Return a time with three significant digits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, str]]:
-    """Return one row for each measurement and baseline: cells by column, without those that were not measured."""
+    """Return one row for each measurement: cells by column, without those that were not measured."""
     table = []
     for entry in document["benchmarks"]:
         info = entry["extra_info"]
         if "op" not in info:
             continue
-        compiled = {}
-        if "ratio_to_compile" in info:
-            seconds = info["first_call_s"]["compile"]
-            compiled = {"against compile": f"**{info['ratio_to_compile']:.1f}x** (compiles in {seconds:.0f} s)"}
-        measured = {
+        baselines = [key.removeprefix("ratio_to_") for key in info if key.startswith("ratio_to_")]
+        row = {
             "operation": f"`{info['op']}`",
             "case": info["case"],
             "direction": DIRECTIONS.get(info["direction"], info["direction"]),
-            "median": milliseconds(entry["stats"]["median"]),
-            "20th to 80th, ms": f"{info['p20_s'] * 1e3:.3g} to {info['p80_s'] * 1e3:.3g}",
+            "median": span(entry["stats"]["median"]),
+            "20th to 80th": f"{span(info['p20_s'])} to {span(info['p80_s'])}",
+            "times as fast as": ", ".join(against(info, baseline) for baseline in baselines),
         }
-        keys = sorted(k for k in info if k.startswith("ratio_to_") and k != "ratio_to_compile")
-        if not keys:
-            table.append(measured)
-        for key in keys:
-            baseline = key.removeprefix("ratio_to_")
-            first = f" (first call {info['first_call_s'][baseline]:.0f} s)" if baseline.endswith("_compiled") else ""
-            row = {
-                **measured,
-                "baseline": f"{baseline} {milliseconds(info[baseline + '_s'])}{first}",
-                "ratio": f"**{info[key]:.1f}x**",
-                **compiled,
-            }
-            if "eager_s" in info:
-                ours, theirs = info["eager_s"]["ours"], info["eager_s"][baseline]
-                row["eager"] = f"{milliseconds(ours)} against {milliseconds(theirs)}"
-            if "peak_bytes" in info:
-                ours, theirs = (info["peak_bytes"][side] / 2**20 for side in ("ours", baseline))
-                row["peak memory"] = f"{ours:.3g} against {theirs:.3g} MiB"
-            if "share_of_floor" in info:
-                row["share of floor"] = f"{info['share_of_floor']:.0%}"
-            table.append(row)
+        sides = ["ours", *baselines]
+        if "eager_s" in info:
+            row["eager"] = " / ".join(span(info["eager_s"][side]) for side in sides if side in info["eager_s"])
+        if "peak_bytes" in info:
+            found = [info["peak_bytes"][side] / 2**20 for side in sides if side in info["peak_bytes"]]
+            row["peak memory"] = " / ".join(f"{size:.3g}" for size in found) + " MiB"
+        if "share_of_floor" in info:
+            row["share of floor"] = f"{info['share_of_floor']:.0%}"
+        table.append(row)
     return table
+
+
+def against(info: dict[str, Any], baseline: str) -> str:
+    """Return the ratio to a baseline, with its time, and its first call where it compiles."""
+    words = f"{baseline.replace('_', ' ')} **{info[f'ratio_to_{baseline}']:.1f}x** ({span(info[baseline + '_s'])}"
+    if "compile" in baseline:
+        words += f", first call {info['first_call_s'][baseline]:.0f} s"
+    return words + ")"
 
 
 def render(document: dict[str, Any]) -> str:
@@ -86,7 +78,10 @@ def render(document: dict[str, Any]) -> str:
         "",
     ]
     if any("eager_s" in info for info in measured):
-        lines[0] += " Rows with eager times are replays of CUDA graphs on both sides; the others are eager."
+        lines[0] += (
+            " Rows with eager times are replays of CUDA graphs on both sides; the others are eager. Where several "
+            "sides have a number, ours is the first."
+        )
     table = rows(document)
     head = [column for column in COLUMNS if any(column in row for row in table)]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
