@@ -105,11 +105,11 @@ def bench_video_branch(
         sides["batched"] = (batched, lambda: batched(x, guide))
         sides["frame_by_frame"] = (batched, lambda: loop(x, guide))
         same = "batched"
-    if schedule == "paper":
-        sides["reference"] = (ours, on_reference(forward))
         if compiled and utterances == 1:
             sides["timm_compiled"] = (theirs, partial(torch.compile(theirs), x))
             sides["batched_compiled"] = (batched, partial(torch.compile(batched), x, guide))
+    if schedule == "paper":
+        sides["reference"] = (ours, on_reference(forward))
     for module, _ in (*sides.values(), (ours, forward)):
         module.eval()
     with torch.no_grad():
