@@ -40,7 +40,9 @@ def gflop(name: str, event: Any) -> float | None:
     backward = "bwd" in name
     if "project_cells" in name:
         # Backward: of the weights, and of the cells where they come from tokens.
-        cells = next(s for s in event.input_shapes if len(s) == 6)
+        cells = next((s for s in event.input_shapes if len(s) == 6), None)
+        if cells is None:
+            return None
         rows, depth = cells[0] * cells[1] * cells[2], cells[3] * cells[4] * cells[5]
         weight = next(s for s in event.input_shapes if len(s) == 2 and s[1] == depth)
         return (2 if not backward else 2 if cells[5] <= 16 else 4) * rows * depth * weight[0] / 1e9
