@@ -331,6 +331,22 @@ def test_many_rows_keep_the_budget(backend: str, device: str, share: float) -> N
         assert_within_budget(actual, low, exact, name, 16.0)  # sums over many rows, in one order or in blocks
 
 
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place != ("triton", "cpu")])
+def test_a_slice_of_65536_rows_keeps_the_budget(backend: str, device: str) -> None:
+    need(backend, device)
+    joined, rows, offset = 65_536, 48, 40_000
+    labels_b = torch.randint(7, (joined,), generator=generator(1)).to(device)
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        b = tokens(joined, 16, seed=3, device=device).to(dtype).requires_grad_()
+        a = tokens(rows, 16, seed=4, device=device).to(dtype).requires_grad_()
+        labels = labels_b[offset : offset + rows]
+        loss = cross_modal_contrastive(a, b, labels, labels_b=labels_b, row_offset=offset, backend=name)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    for name, actual, low, exact in zip(("loss", "a", "b"), *results, strict=True):
+        assert_within_budget(actual, low, exact, name, 64.0)  # sums over 65,536 columns
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 20),

@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.backend import use_backend
 from deepmsi.ops import dilated_causal_conv1d
@@ -102,7 +106,7 @@ LARGE = {
 }
 
 
-def assert_budget(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+def assert_budget(case: Case, backend: str, device: str, dtype: torch.dtype, roundings: float = 1.0) -> None:
     found, low, exact = (
         case.run(backend, device, dtype),
         case.run("reference", device, dtype),
@@ -111,7 +115,7 @@ def assert_budget(case: Case, backend: str, device: str, dtype: torch.dtype) -> 
     names = ["y", *(n for n in ("x", "weight", "bias", "residual") if n in ("x", "weight") or getattr(case, n))]
     for name, x, l, e in zip(names, found, low, exact, strict=True):
         assert x.dtype == dtype
-        assert_within_budget(x, l, e, name)
+        assert_within_budget(x, l, e, name, roundings)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 15])
@@ -175,6 +179,31 @@ def test_large_cases_keep_the_error_budget(backend: str, device: str, case: str,
     if (backend, device) == ("triton", "cpu"):
         pytest.skip("too large for the interpreter")
     assert_budget(LARGE[case], backend, device, DTYPES[dtype])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(0, 4),
+    rows=st.integers(1, 20),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    taps=st.integers(1, 5),
+    dilation=st.integers(1, 9),
+    count=st.none() | st.integers(1, 8),
+    step=st.integers(1, 3),
+    bias=st.booleans(),
+    relu=st.booleans(),
+    residual=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.4]),
+)
+def test_properties(rows: int, count: int | None, step: int, relu: bool, dropout: float, **others: Any) -> None:
+    """Whatever the sizes, every kernel keeps the error budget."""
+    if count is None or (count - 1) * step + 1 > rows:
+        count, step = None, 1
+    case = Case(rows=rows, count=count, step=step, relu=relu, dropout=dropout if relu else 0.0, **others)
+    for backend, device in PLACES:
+        if backends.why_not(OP, backend, device, torch.float32) is None:
+            assert_budget(case, backend, device, torch.float32, roundings=4.0)
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)

@@ -230,6 +230,41 @@ def test_kernel_keeps_the_error_budget(backend: str, device: str, case: str, den
     testing.assert_within_budget(grads[2], low_grads[2], exact_grads[2], "gradient of λ", 4 * slack, scale)
 
 
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place != ("triton", "cpu")])
+@pytest.mark.parametrize("lengths", [[4096], [1, 2000]], ids=str)
+def test_the_largest_frames_and_widest_rows(backend: str, device: str, lengths: list[int]) -> None:
+    need(backend, device)
+    sides = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        inputs = Inputs(lengths, 1024, torch.float32, dtype, device)
+        out = vsc_compress(
+            inputs.x, inputs.cu, inputs.guide, inputs.weight, keep=1500, fuse_threshold=0.3, backend=name
+        )
+        sides.append((inputs.x.detach(), out, inputs.gradients(out.tokens, out.gate, len(out.tokens))))
+    (_, out, grads), (x, exact, exact_grads) = sides
+    assert torch.equal(out.cu_seqlens, exact.cu_seqlens)
+    assert torch.equal(out.index, exact.index)
+    # Among millions of pairs some cosines lie within a rounding of each other: there, either target is right.
+    differ = (out.assignment != exact.assignment).nonzero().flatten()
+    assert len(differ) < 0.005 * len(x)
+    unit = x / x.norm(dim=1, keepdim=True)
+    for i in differ.tolist():
+        cosines = [unit[i] @ unit[exact.index[int(o.assignment[i])]] for o in (out, exact)]
+        assert abs(cosines[0] - cosines[1]) < 1e-6
+    touched = torch.cat((out.assignment[differ], exact.assignment[differ])).long().unique()
+    rows = torch.ones(len(exact.index), dtype=torch.bool, device=device).index_fill(0, touched, False)
+    torch.testing.assert_close(out.tokens[rows], exact.tokens[rows].float(), rtol=1e-5, atol=1e-5)
+    # What a fusion gives back goes to all of its tokens.
+    others = ~torch.isin(exact.assignment, touched.to(torch.int32)) & ~torch.isin(
+        out.assignment, touched.to(torch.int32)
+    )
+    close = torch.isclose(grads[0][others], exact_grads[0][others].float(), rtol=1e-3, atol=1e-4).all(1)
+    assert close.all()
+    if not len(differ):
+        for actual, wanted in zip(grads[1:], exact_grads[1:], strict=True):
+            torch.testing.assert_close(actual, wanted.float(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 def test_gate_gradient_is_the_scores_gradient(backend: str, device: str) -> None:
     need(backend, device)
