@@ -1,4 +1,6 @@
-"""Print the tables of README from what `pytest bench --benchmark-json=bench/results/<name>.json` recorded."""
+"""Print the tables of README: of operations and backends, from what was compiled and run; of speeds, from what
+`pytest bench --benchmark-json=bench/results/<name>.json` recorded.
+"""
 
 import argparse
 import json
@@ -90,23 +92,58 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines + (["", " ".join(notes)] if notes else []))
 
 
+def operations() -> str:
+    """Return which backend has which operation, where, and what of it has been compiled and run, by the records."""
+    from deepmsi import backend  # the GPU script reads this file before the package is built
+
+    compiled = {
+        name: {kernel["op"] for kernel in json.loads((RESULTS / f"{name}.json").read_text())["kernels"]}
+        for name in ("aot", "nvcc")
+    }
+    ran: set[str] = set()
+    on_gpu = RESULTS / "bench_gpu.json"
+    if on_gpu.exists():
+        ran = {entry["extra_info"].get("op", "") for entry in json.loads(on_gpu.read_text())["benchmarks"]}
+
+    def on_a_gpu(op: str, *, done: str, compiler: str) -> str:
+        if op not in compiled[compiler]:
+            return ""
+        return "forward, backward" if op in ran else f"{done}, not run"
+
+    lines = ["| operation | reference | `cpp` on CPU | `cpp` on CUDA | `triton` |", "|---|---|---|---|---|"]
+    for op in backend.OPS:
+        kernel = backend.KERNELS.get((op, "cpp"))
+        cpu = ""
+        if kernel is not None and "cpu" in kernel.devices:
+            cpu = f"forward, backward; {', '.join(str(dtype).removeprefix('torch.') for dtype in kernel.dtypes)}"
+        cuda = on_a_gpu(op, done="compiled", compiler="nvcc")
+        triton = on_a_gpu(op, done="interpreted, compiled", compiler="aot")
+        lines.append(f"| `{op}` | forward, backward | {cpu} | {cuda} | {triton} |")
+    return "\n".join(lines)
+
+
+def put(page: str, section: str, text: str) -> str:
+    """Return a page with the text between the markers of a section."""
+    begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    if begin not in page or end not in page:
+        raise SystemExit(f"the page has no section between {begin} and {end}")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
+
+
 def main() -> None:
     """Print the table of each result file, or write them between the markers of a Markdown file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="JSON files; default: all under bench/results")
-    parser.add_argument("--into", type=Path, help="Markdown file whose `<!-- bench -->` section is replaced")
+    parser.add_argument("--into", type=Path, help="Markdown file whose `ops` and `bench` sections are replaced")
     arguments = parser.parse_args()
     files = arguments.files or sorted(RESULTS.glob("bench_*.json"))
     text = "\n\n".join(filter(None, (render(json.loads(f.read_text())) for f in files)))
     if arguments.into is None:
         print(text)
         return
-    begin, end = "<!-- bench -->", "<!-- /bench -->"
-    page = arguments.into.read_text()
-    if begin not in page or end not in page:
-        raise SystemExit(f"{arguments.into} has no section between {begin} and {end}")
-    before, rest = page.split(begin, 1)
-    arguments.into.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+    page = put(arguments.into.read_text(), "ops", operations())
+    arguments.into.write_text(put(page, "bench", text))
 
 
 if __name__ == "__main__":
