@@ -45,9 +45,7 @@ def written(folder: Path, rows: int) -> PreparedData:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, device: str) -> PreparedData:
-    if device == "cuda":
-        pytest.skip("reading and augmenting run on the CPU: --device cpu")
+def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> PreparedData:
     return written(tmp_path_factory.mktemp("input"), 4 if request.config.getoption("--smallest") else 16)
 
 
@@ -62,13 +60,17 @@ def config_of(preset: str) -> deepmsi.DeepMSIConfig:
     )
 
 
-def loader(data: PreparedData, config: deepmsi.DeepMSIConfig, augment: bool, workers: int, batch: int) -> DataLoader:
-    """Return the loader of the trainer's making."""
+def loader(
+    data: PreparedData, config: deepmsi.DeepMSIConfig, augment: bool, workers: int, batch: int, device: str = "cpu"
+) -> DataLoader:
+    """Return the loader of the trainer's making, for a step on a device."""
     count = len(data)
     settings = AugmentSettings(flip=0.5, crop=0.1, shift=0.05, brightness=0.2, contrast=0.2) if augment else None
     rows = UtteranceDataset(data, range(count), [i % 2 for i in range(count)], config, augment=settings)
     batches = EpochBatches(rows.labels, batch, seed=0)
-    return DataLoader(rows, batch_sampler=batches, collate_fn=Collator(config, None, None), num_workers=workers)
+    collate = Collator(config, None, None)
+    pinned = device == "cuda"
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pinned)
 
 
 def endless(source: DataLoader) -> Iterator[Batch]:
@@ -78,8 +80,10 @@ def endless(source: DataLoader) -> Iterator[Batch]:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("augment", [False, True], ids=["stored", "augmented"])
-def bench_loader(compare: Any, smallest: bool, data: PreparedData, augment: bool, workers: int) -> None:
+def bench_loader(compare: Any, device: str, data: PreparedData, augment: bool, workers: int) -> None:
     """An epoch of batches and nothing else."""
+    if device == "cuda":
+        pytest.skip("batches are made on the CPU whatever the device: --device cpu")
     source = loader(data, config_of("released"), augment, workers, batch=2)
     assert next(iter(source))["pixel_values"].shape == (2, FRAMES, 3, SIZE, SIZE)
 
@@ -104,17 +108,16 @@ def bench_loader(compare: Any, smallest: bool, data: PreparedData, augment: bool
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def bench_step_with_loader(compare: Any, smallest: bool, data: PreparedData, workers: int) -> None:
+def bench_step_with_loader(compare: Any, smallest: bool, device: str, data: PreparedData, workers: int) -> None:
     """A training step that takes its batch from the loader, against one whose batch is at hand."""
     config = config_of("small" if smallest else "released")
     torch.manual_seed(0)
-    model = deepmsi.DeepMSI(config).train()
-    source = loader(data, config, augment=True, workers=workers, batch=1)
-    batches = endless(source)
-    batch = next(batches)
+    model = deepmsi.DeepMSI(config).to(device).train()
+    batches = endless(loader(data, config, augment=True, workers=workers, batch=1, device=device))
+    batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
 
     def step(batch: Batch) -> None:
-        model(**batch).loss.backward()
+        model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}).loss.backward()
         model.zero_grad(set_to_none=True)
 
     compare(

@@ -74,8 +74,11 @@ def backbones(schedule: str | None, device: str = "cpu") -> tuple[nn.Module, VSC
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
-@pytest.mark.parametrize("utterances", [1, 2])
-@pytest.mark.parametrize("schedule", [None, "released", "paper"], ids=lambda s: s or "uncompressed")
+@pytest.mark.parametrize(
+    ("schedule", "utterances"),
+    [(None, 1), ("released", 1), ("released", 2), ("paper", 1)],
+    ids=["uncompressed-1", "released-1", "released-2", "paper-1"],
+)
 def bench_video_branch(
     compare: Any,
     smallest: bool,
@@ -86,8 +89,8 @@ def bench_video_branch(
     utterances: int,
     direction: str,
 ) -> None:
-    if utterances > 1 and (smallest or schedule != "released"):
-        pytest.skip("several utterances are timed at the released schedule and full size")
+    if smallest and utterances > 1:
+        pytest.skip("only the smallest size was asked for")
     frames = 1 if smallest else 15 * utterances
     theirs, ours = backbones(schedule, device)
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)

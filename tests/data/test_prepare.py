@@ -251,17 +251,9 @@ def test_nothing_could_be_prepared(clips, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount):
     """A file system with room for one shard and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    return mount("1100k")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

