@@ -223,20 +223,6 @@ def flushed() -> Tensor:
     return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
 
 
-def captured(function: Function) -> Function:
-    """Return the replay of a CUDA graph of one call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def peak_bytes(function: Function) -> int:
     """Return the largest amount of a GPU's memory that a call holds above what was held before it."""
     torch.cuda.synchronize()
@@ -330,7 +316,7 @@ class Comparison:
         graphs = {}
         for name, function in sides.items():
             try:
-                graphs[name] = captured(function)
+                graphs[name] = testing.captured(function)[0].replay
             except RuntimeError as error:
                 info["no_graph"] = f"{name}: {str(error).splitlines()[0]}"
                 return sides

@@ -5,13 +5,15 @@ at the kernel's precision, plus one rounding of the storage type.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepmsi import backend as backends
+
+Result = TypeVar("Result")
 
 # Where the suite runs every operation: the devices of this machine, and each compiled backend on each of them.
 DEVICES: tuple[str, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -26,6 +28,20 @@ def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -
         import pytest
 
         pytest.skip(reason)
+
+
+def captured(function: Callable[[], Result], warmups: int = 3) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Return a CUDA graph of one call and what that call returned, which each replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmups):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = function()
+    return graph, held
 
 
 def generator(seed: int) -> torch.Generator:

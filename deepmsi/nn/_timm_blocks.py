@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
 
-from deepmsi.nn.fusing import fuses, plain
+from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
 
 
@@ -111,7 +111,9 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         block: Any = self
         attn, norm = block.attn, block.norm1
         whole = _runs_fused(block) and not any(_padding(block, x)) and not _drops(attn.proj_drop)
-        if not (whole and fuses("residual_window_attention", x) and plain(attn, attn.qkv, attn.proj, norm)):
+        if not (
+            whole and fuses("residual_window_attention", x) and unhooked(attn) and plain(attn.qkv, attn.proj, norm)
+        ):
             return x + block.drop_path1(norm(block._attn(x)))
         return residual_window_attention(
             x,
@@ -143,7 +145,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             and not _drops(mlp.drop1)
             and not _drops(mlp.drop2)
         )
-        if usual and fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
+        if usual and fuses("residual_mlp", x) and unhooked(mlp) and plain(mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
         rows = x.flatten(1, 2)
@@ -177,7 +179,7 @@ class FusedPatchMerging(PatchMerging):
         reduction: Any = self.reduction
         norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        if not (even and fuses("project_cells", x) and plain(self, reduction, norm)):
+        if not (even and fuses("project_cells", x) and plain(reduction, norm)):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         return project_cells(cells, reduction.weight, reduction.bias, norm.weight, norm.bias, eps=norm.eps)

@@ -11,13 +11,14 @@ def fuses(op: str, x: Tensor) -> bool:
     return not torch.is_autocast_enabled(x.device.type) and backend.fuses(op, x.device.type, x.dtype)
 
 
-def plain(owner: nn.Module, *layers: nn.Module) -> bool:
-    """Whether calling a module does what its class says: no hooks on it or its layers, and each of these torch's own.
+def plain(*layers: nn.Module) -> bool:
+    """Whether calling layers does what torch's own do: no hooks, no other class, weights in float32.
 
-    An adapter, a quantised layer or a parametrised weight makes another class of a layer; weights must be float32.
+    An adapter, a quantised layer or a parametrised weight makes another class of a layer. A module whose call is passed
+    over, too, has to be :func:`unhooked`.
     """
     return (
-        unhooked(owner, *layers)
+        unhooked(*layers)
         and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in layers)
         and all(layer.weight.dtype == torch.float32 for layer in layers)
     )

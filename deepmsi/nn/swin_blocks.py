@@ -276,7 +276,7 @@ class Block(nn.Module):
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
         source: Source | None = None
-        if fuses("residual_window_attention", x) and plain(attn, attn.qkv, attn.proj, norm):
+        if fuses("residual_window_attention", x) and unhooked(attn) and plain(attn.qkv, attn.proj, norm):
             y = residual_window_attention(
                 x,
                 attn.qkv.weight,
@@ -314,7 +314,7 @@ class Block(nn.Module):
         """x + LN(mlp(x)); where the ``source`` of x is given, backward makes x again from that."""
         x, scale = tokens.x, self._drawn(tokens)
         mlp, norm = self.mlp, self.norm2
-        if fuses("residual_mlp", x) and plain(mlp, mlp.fc1, mlp.fc2, norm):
+        if fuses("residual_mlp", x) and unhooked(mlp) and plain(mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return tokens._replace(x=residual_mlp(x, *weights, row_scale=scale, eps=norm.eps))
         branch = normed(norm, mlp(x, source))
@@ -394,7 +394,7 @@ class PatchEmbed(nn.Module):
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""
         proj, norm = self.proj, self.norm
-        if fuses("project_cells", frames) and plain(self, proj, norm):
+        if fuses("project_cells", frames) and plain(proj, norm):
             (height, width), (_, _, rows, columns) = proj.kernel_size, frames.shape
             cells = frames.unflatten(2, (rows // height, height)).unflatten(4, (columns // width, width))
             cells = cells.permute(0, 2, 4, 1, 3, 5)
@@ -439,7 +439,7 @@ class PatchMerging(nn.Module):
 
     def _reduced(self, cells: Tensor) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
-        if fuses("project_cells", cells) and plain(self, self.reduction, self.norm):
+        if fuses("project_cells", cells) and plain(self.reduction, self.norm):
             norm = self.norm
             return project_cells(cells, self.reduction.weight, None, norm.weight, norm.bias, eps=norm.eps)
         return normed(self.norm, self.reduction(cells.flatten(3)))

@@ -100,9 +100,9 @@ def select_rows(
     """
     left_out: Counter[str] = Counter()
     failed = {failure["id"] for failure in failures}
-    if gone := len(failed - {row.id for row in rows}):
-        first = next(failure["reason"] for failure in failures)
-        left_out[f"nothing of them could be read (the first: {first})"] = gone
+    if gone := failed - {row.id for row in rows}:
+        first = next(failure["reason"] for failure in failures if failure["id"] in gone)
+        left_out[f"nothing of them could be read (the first: {first})"] = len(gone)
     indices, labels = [], []
     for i, row in enumerate(rows):
         there = present_modalities(row, config)

@@ -243,15 +243,7 @@ def test_a_cuda_graph_of_a_training_step_draws_anew(backend: str) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
     with use_backend(backend):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = step()
+        graph, held = testing.captured(step)
         losses = []
         for _ in range(2):
             graph.replay()

@@ -431,3 +431,33 @@ def test_wrong_inputs_are_told() -> None:
 def test_a_schedule_round_trips_through_plain_data() -> None:
     first = Schedule.resolve({"blocks": [[1, 0], [1, 2]], "keep": [4, 2]}, (1, 4, 2))
     assert Schedule.resolve(vars(first), (1, 4, 2)) == first
+
+
+def test_a_log_that_watches_the_merging_leaves_it_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training counts the cells behind the last merging by a hook; only a hook on its layers asks for them."""
+    from deepmsi.nn import swin_blocks
+
+    need("project_cells", "cpp", "cpu", torch.float32)
+    calls: list[Tensor] = []
+    fused = swin_blocks.project_cells
+
+    def counting(cells: Tensor, *rest: Any, **options: Any) -> Tensor:
+        calls.append(cells)
+        return fused(cells, *rest, **options)
+
+    monkeypatch.setattr(swin_blocks, "project_cells", counting)
+    model = VSCSwin.small(schedule=None).eval()
+    merging = model.stages()[-1].downsample
+    assert merging is not None
+    frames = randn(1, 3, 64, 64, seed=1)
+    seen: list[int] = []
+    with deepmsi.use_backend("cpp"):
+        expected = model(frames)
+        assert len(calls) == 3
+        merging.register_forward_hook(lambda *_: None)
+        assert torch.equal(model(frames), expected)
+        assert len(calls) == 6
+        merging.reduction.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model(frames), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [1]
+    assert len(calls) == 8
