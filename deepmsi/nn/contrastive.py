@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 from deepmsi.ops import cross_modal_contrastive
 
+if dist.is_available():
+    # Its functions take the group of the moment of their import for the default of an argument, for good. Some part
+    # of torch imports them sooner or later; before there is a group, none outlives its end in them, with threads
+    # that may abort the process at its exit.
+    import torch.distributed.nn
+
 
 class CrossModalContrastiveLoss(nn.Module):
     """Contrast modalities by labels (Eq. 5), over the batch of all processes where there are several.

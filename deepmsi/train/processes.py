@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +33,18 @@ def start_processes(device: torch.device) -> None:
 
         cpu = device.type == "cpu"
         PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+        atexit.register(leave_processes)
+
+
+def leave_processes() -> None:
+    """End the group, and with it its threads, before the interpreter ends.
+
+    A thread that lets go of its last work after that asks for a lock that nobody gives any more, and aborts the
+    process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # the reducer of a model that is gone still holds the group
+        dist.destroy_process_group()
 
 
 def on_main_first(action: Callable[[], T]) -> T:

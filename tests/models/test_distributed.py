@@ -79,6 +79,7 @@ def worker(rank: int, folder: str) -> None:
             # Alone in evaluation: nothing may wait for the other process.
             model.module.eval()(**part(rows))
     finally:
+        model = None  # its reducer holds the group, whose threads must end before the interpreter does
         dist.destroy_process_group()
 
 

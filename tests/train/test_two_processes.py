@@ -50,6 +50,19 @@ Path(f"{out}-rank-{os.environ['RANK']}.txt").write_text("\\n".join(read))
 """
 
 
+# The command, which leaves the threads that it still has at its end.
+COMMAND = """
+import atexit, os, sys
+from pathlib import Path
+def leave_threads():
+    names = [comm.read_text() for comm in Path("/proc/self/task").glob("*/comm")]
+    Path(f"{__file__}-threads-{os.environ['RANK']}.txt").write_text("".join(names))
+atexit.register(leave_threads)  # registered first, called last
+from deepmsi.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize("rows", [13, 1], ids=["13 rows", "one row"])
 def test_two_processes_evaluate_to_the_bits_of_one(rows: int, split_corpus: Path, tmp_path: Path) -> None:
     run, one, two = (tmp_path / name for name in ("run", "one", "two"))
@@ -82,8 +95,12 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     data, recipe, run = prepared_corpus(tmp_path / "data", rows=35), tmp_path / "small.yaml", tmp_path / "run"
     settings = FEATURES["train"] | {"epochs": 1, "batch_size": 3, "selection": "auto"}
     recipe.write_text(yaml.safe_dump({**FEATURES, "protocol": {"name": "group-kfold", "folds": 3}, "train": settings}))
-    words = ("-m", "deepmsi", "train", recipe, "--data", data, "--out", run)
-    done = torchrun(*words)
+    words = ("train", recipe, "--data", data, "--out", run)
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    done = torchrun(script, *words)
+    left = [Path(f"{script}-threads-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("python" in names and "gloo" not in names for names in left), left
     assert done.stdout.count("accuracy") == 1
     assert done.stderr.count("Protocol: ") == 1
     facts = json.loads((run / "run.json").read_text())
@@ -102,7 +119,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     inner = 35 - metrics["folds"][0]["test"]
     assert max(event["step"] for event in history) <= -(-inner // 6)
     # A second call finds everything done, and one process reads the run like its own.
-    again = torchrun(*words, "--resume", "--json")
+    again = torchrun("-m", "deepmsi", *words, "--resume", "--json")
     assert json.loads(again.stdout) == metrics
     assert evaluate(run, data)["n"] == 35
 
