@@ -1,14 +1,30 @@
-"""Print the tables of README: of operations and backends, from what was compiled and run; of speeds, from what
-`pytest bench --benchmark-json=bench/results/<name>.json` recorded.
+"""Write what was recorded as tables and a picture: of operations and backends, from what was compiled and run; of
+speeds, from what `pytest bench --benchmark-json=bench/results/<name>.json` recorded.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = {"forward_backward": "forward + backward", "training_step": "training step"}
+
+# What README shows of it all: a name, the operation and the case as they are recorded.
+SUMMARY = (
+    ("video branch", "VSCSwin", "15 frames, released"),
+    ("video branch", "VSCSwin", "15 frames, released, against torch.compile"),
+    ("`deepmsi.fuse`", "fuse", "swinv2_tiny_window8_256, 15 frames"),
+    ("whole model", "DeepMSI", "1 utterance of 15 frames, 256 px, released"),
+    ("`vsc_compress`", "vsc_compress", "256 to 100 tokens x 384, 15 frames"),
+    ("`window_attention`, stage 1", "window_attention", "stage 1, shifted: 64 x 64 x 96, 3 heads, 15 frames"),
+    ("`window_attention`, stage 3", "window_attention", "stage 3, shifted: 16 x 16 x 384, 12 heads, 15 frames"),
+    ("TCN, last step, 1 utterance", "dilated_causal_conv1d", "last step, 1 utterance of 15 frames"),
+    ("TCN, last step, 16 utterances", "dilated_causal_conv1d", "last step, 16 utterances of 15 frames"),
+    ("loss, 16 rows", "cross_modal_contrastive", "16 rows x 256, two pairs, balanced labels"),
+    ("loss, 4096 rows", "cross_modal_contrastive", "4096 rows x 256, two pairs, balanced labels"),
+)
 
 # In this order; a column is left out where no row has it.
 COLUMNS = (
@@ -65,8 +81,8 @@ def against(info: dict[str, Any], baseline: str) -> str:
     return words + ")"
 
 
-def render(document: dict[str, Any]) -> str:
-    """Return a Markdown table with a line that says on what it was measured."""
+def conditions(document: dict[str, Any]) -> str:
+    """Return on what a document was measured, and how; nothing where it holds no measurement."""
     measured = [e["extra_info"] for e in document["benchmarks"] if "device" in e["extra_info"]]
     if not measured:
         return ""
@@ -74,12 +90,21 @@ def render(document: dict[str, Any]) -> str:
     types = " and ".join(dict.fromkeys(info["dtype"] for info in measured))
     on_gpu = where["instruction_set"].startswith("sm_")
     settings = ("TF32" if where["tf32"] else "no TF32") if on_gpu else f"{where['threads']} threads"
-    lines = [
+    return (
         f"Measured on {where['device']}, {where['clock']}, {settings}, {where['instruction_set']}, {types}, "
-        f"torch {where['torch']}, load {where['load']}, {document['datetime'][:10]}.",
-        "",
-    ]
-    if any("eager_s" in info for info in measured):
+        f"torch {where['torch']}, {document['datetime'][:10]}"
+    )
+
+
+def render(document: dict[str, Any]) -> str:
+    """Return a Markdown table with a line that says on what it was measured; nothing where nothing was."""
+    where = conditions(document)
+    if not where:
+        return ""
+    infos = [entry["extra_info"] for entry in document["benchmarks"]]
+    load = next(info["load"] for info in infos if "load" in info)
+    lines = [f"{where}, load {load}.", ""]
+    if any("eager_s" in info for info in infos):
         lines[0] += (
             " Rows with eager times are replays of CUDA graphs on both sides; the others are eager. Where several "
             "sides have a number, ours is the first."
@@ -88,8 +113,77 @@ def render(document: dict[str, Any]) -> str:
     head = [column for column in COLUMNS if any(column in row for row in table)]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row.get(column, "") for column in head) + " |" for row in table]
-    notes = [entry["extra_info"]["note"] for entry in document["benchmarks"] if "note" in entry["extra_info"]]
+    notes = [info["note"] for info in infos if "note" in info]
     return "\n".join(lines + (["", " ".join(notes)] if notes else []))
+
+
+def summary(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what README shows: a row for each case of `SUMMARY` and baseline, with its ratios by direction.
+
+    Of cases that were recorded more than once, with torch.compile and without, each baseline counts where it was
+    recorded first.
+    """
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for name, op, case in SUMMARY:
+        for document in documents:
+            for entry in document["benchmarks"]:
+                info = entry["extra_info"]
+                if (info.get("op"), info.get("case")) != (op, case):
+                    continue
+                training = info["direction"] != "forward"
+                for baseline in (key.removeprefix("ratio_to_") for key in info if key.startswith("ratio_to_")):
+                    row = found.setdefault((name, op, baseline), {"name": name, "baseline": baseline.replace("_", " ")})
+                    key = "training" if training else "forward"
+                    row.setdefault(key, (info[f"ratio_to_{baseline}"], entry["stats"]["median"], info[baseline + "_s"]))
+    return list(found.values())
+
+
+def render_summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of `summary` as a Markdown table; a name stands once."""
+    lines = ["| what | against | forward | forward + backward |", "|---|---|---|---|"]
+    before = ""
+    for row in rows:
+        cells = [
+            f"**{row[key][0]:.1f}x** ({span(row[key][2])} → {span(row[key][1])})" if key in row else ""
+            for key in ("forward", "training")
+        ]
+        lines.append(f"| {row['name'] if row['name'] != before else ''} | {row['baseline']} | {' | '.join(cells)} |")
+        before = row["name"]
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios of `summary` as bars, on a logarithmic axis whose line at 1 is the baseline's own speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = 0.38
+    figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 0.9), layout="constrained")
+    for key, offset, colour, label in (
+        ("forward", -height / 2, "#2f6db5", "forward"),
+        ("training", height / 2, "#d0663a", "forward + backward"),
+    ):
+        places = [n + offset for n, row in enumerate(rows) if key in row]
+        ratios = [row[key][0] for row in rows if key in row]
+        bars = axes.barh(places, [ratio - 1 for ratio in ratios], height, left=1, color=colour, label=label)
+        axes.bar_label(bars, [f"{ratio:.1f}x" for ratio in ratios], padding=3, fontsize=7)
+    names = [f"{row['name'].replace('`', '')}, against {row['baseline']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#2b2f36", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.75, *(0.85 * row[key][0] for row in rows for key in ("forward", "training") if key in row)))
+    axes.margins(y=0.01)
+    ticks = [1, 2, 3, 5, 10, 20]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("times as fast as the baseline, in one run")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def operations() -> str:
@@ -132,18 +226,29 @@ def put(page: str, section: str, text: str) -> str:
 
 
 def main() -> None:
-    """Print the table of each result file, or write them between the markers of a Markdown file."""
+    """Print the tables of result files, or write README's sections, its picture and the page of all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="JSON files; default: all under bench/results")
-    parser.add_argument("--into", type=Path, help="Markdown file whose `ops` and `bench` sections are replaced")
+    parser.add_argument(
+        "--write", action="store_true", help="write README.md, docs/speed.png and bench/results/speed.md"
+    )
     arguments = parser.parse_args()
-    files = arguments.files or sorted(RESULTS.glob("bench_*.json"))
-    text = "\n\n".join(filter(None, (render(json.loads(f.read_text())) for f in files)))
-    if arguments.into is None:
+    files = arguments.files or sorted(RESULTS.glob("bench_*.json"), key=lambda file: ("compiled" in file.stem, file))
+    documents = [json.loads(file.read_text()) for file in files]
+    text = "\n\n".join(filter(None, map(render, documents)))
+    if not arguments.write:
         print(text)
         return
-    page = put(arguments.into.read_text(), "ops", operations())
-    arguments.into.write_text(put(page, "bench", text))
+    root = RESULTS.parents[1]
+    rows = summary(documents)
+    plot(rows, root / "docs" / "speed.png")
+    (RESULTS / "speed.md").write_text(
+        f"# All speeds\n\n[README](../../README.md#speed) says what the words mean.\n\n{text}\n"
+    )
+    readme = root / "README.md"
+    page = put(readme.read_text(), "ops", operations())
+    where = conditions(next(filter(conditions, documents)))
+    readme.write_text(put(page, "bench", f"{where}.\n\n{render_summary(rows)}"))
 
 
 if __name__ == "__main__":
