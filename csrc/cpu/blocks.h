@@ -197,6 +197,18 @@ inline const float* at_row(const float* x, int64_t row, int64_t width = 1) {
   return x == nullptr ? nullptr : x + row * width;
 }
 
+// Rows past the last offset are nobody's: what stands for them is `from`'s, or zeros.
+inline void pass_rows(const Tensor& to, const Tensor* from, int64_t first) {
+  if (to.size(0) <= first) return;
+  const int64_t row = to.size(1), count = (to.size(0) - first) * row;
+  float* out = pointer<float>(to) + first * row;
+  if (from == nullptr) {
+    std::fill_n(out, count, 0.0f);
+  } else {
+    std::copy_n(pointer<const float>(*from) + first * row, count, out);
+  }
+}
+
 inline Tensor zeros_like(const Tensor& x) {
   Tensor out = torch::stable::new_empty(x, x.sizes());
   std::memset(out.data_ptr(), 0, out.numel() * sizeof(float));

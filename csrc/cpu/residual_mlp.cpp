@@ -1,7 +1,7 @@
 // Registration of residual_mlp under the CPU key: y = x + scale * LN(W2 gelu(W1 x + b1) + b2).
 //
 // The wide hidden rows never leave the cache: the forward pass makes them a block of rows at a time, the
-// backward pass makes them again a chunk at a time.
+// backward pass makes them again a chunk at a time. Rows past the last offset cost nothing.
 #include <cstring>
 #include <tuple>
 
@@ -13,16 +13,18 @@ namespace {
 constexpr const char* kOp = "residual_mlp";
 
 struct Mlp {
-  int64_t rows, channels, hidden;
+  int64_t rows, channels, hidden, valid;
   Tensor x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias;
   std::optional<Tensor> row_scale;
   float eps;
 
   Mlp(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-      const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale, double epsilon)
+      const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+      const std::optional<Tensor>& cu_seqlens, double epsilon)
       : rows(x_any.size(0)),
         channels(x_any.size(1)),
         hidden(w1.size(0)),
+        valid(rows),
         x(floats(x_any, rows * channels, kOp, "x")),
         fc1_weight(floats(w1, hidden * channels, kOp, "fc1_weight")),
         fc1_bias(floats(b1, hidden, kOp, "fc1_bias")),
@@ -31,20 +33,29 @@ struct Mlp {
         norm_weight(floats(weight, channels, kOp, "norm_weight")),
         norm_bias(floats(bias, channels, kOp, "norm_bias")),
         row_scale(floats(scale, rows, kOp, "row_scale")),
-        eps(static_cast<float>(epsilon)) {}
+        eps(static_cast<float>(epsilon)) {
+    if (!cu_seqlens.has_value()) return;
+    STD_TORCH_CHECK(
+        cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+        kOp, ": cu_seqlens must be [F + 1] int32");
+    valid = pointer<const int32_t>(dense(*cu_seqlens))[cu_seqlens->size(0) - 1];
+    STD_TORCH_CHECK(0 <= valid && valid <= rows, kOp, ": cu_seqlens must end within the rows of x");
+  }
 };
 
 std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Tensor fc1_bias,
                                                 Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight,
-                                                Tensor norm_bias, std::optional<Tensor> row_scale, double eps,
+                                                Tensor norm_bias, std::optional<Tensor> row_scale,
+                                                std::optional<Tensor> cu_seqlens, double eps,
                                                 bool with_grad) {
-  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, eps);
+  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, cu_seqlens,
+              eps);
   const BlockKernels& k = block_kernels();
   Tensor y = torch::stable::new_empty(m.x, {m.rows, m.channels});
   Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, m.channels});
   const Packed first(pointer<const float>(m.fc1_weight), true, m.channels, m.hidden);
   const Packed second(pointer<const float>(m.fc2_weight), true, m.hidden, m.channels);
-  over_rows(m.rows, [&](int64_t begin, int64_t end) {
+  over_rows(m.valid, [&](int64_t begin, int64_t end) {
     const Floats hidden(kBlockRows * m.hidden), kept(with_grad ? 0 : kBlockRows * m.channels);
     for (int64_t row = begin; row < end; row += kBlockRows) {
       const int64_t count = std::min(kBlockRows, end - row), at = row * m.channels;
@@ -58,13 +69,17 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Ten
              pointer<const float>(m.norm_bias), m.eps, pointer<float>(y) + at);
     }
   });
+  pass_rows(y, &m.x, m.valid);
+  pass_rows(branch, nullptr, m.valid);
   return {y, branch};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_bwd_cpu(
     Tensor grad_y_any, Tensor x, Tensor branch, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,
-    Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale, double eps) {
-  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, eps);
+    Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale,
+    std::optional<Tensor> cu_seqlens, double eps) {
+  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, cu_seqlens,
+              eps);
   const BlockKernels& k = block_kernels();
   const int64_t channels = m.channels, width = m.hidden;
   const Tensor grad_y = floats(grad_y_any, m.rows * channels, kOp, "the gradient");
@@ -75,11 +90,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
   const Packed back_second(pointer<const float>(m.fc2_weight), false, channels, width);
   const Packed back_first(pointer<const float>(m.fc1_weight), false, width, channels);
 
-  const int64_t step = std::min(chunk_rows(width), std::max<int64_t>(m.rows, 1));
+  const int64_t step = std::min(chunk_rows(width), std::max<int64_t>(m.valid, 1));
   const Floats active(step * width), grad_hidden(step * width), grad_z(step * channels);
   ColumnSums sums(3 * channels + width);  // of the norm's weight and bias, of b2, of b1
-  for (int64_t start = 0; start < m.rows; start += step) {
-    const int64_t rows = std::min(step, m.rows - start);
+  for (int64_t start = 0; start < m.valid; start += step) {
+    const int64_t rows = std::min(step, m.valid - start);
     const float* in = pointer<const float>(m.x) + start * channels;
     sums.begin_chunk(rows);
     over_rows(rows, [&](int64_t begin, int64_t end) {
@@ -110,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
     add_weight_gradient(rows, width, channels, grad_hidden.data(), in, pointer<float>(grad_fc1));
     add_weight_gradient(rows, channels, width, grad_z.data(), active.data(), pointer<float>(grad_fc2));
   }
+  pass_rows(grad_x, &grad_y, m.valid);
   auto written = [&](int64_t from, const Tensor& like) {
     Tensor out = torch::stable::new_empty(like, like.sizes());
     sums.write(from, out);

@@ -40,9 +40,9 @@ struct Attention {
              height, width, window, shift) {}
 };
 
-// Some frames of a call, whose rows count from 0. The last chunk has the rows that are no frame's, too.
+// Some frames of a call, whose rows count from 0.
 struct Chunk {
-  int64_t frames, first, rows, attended;
+  int64_t frames, first, rows;
   std::vector<int32_t> offset;
   WindowAttention w;
 };
@@ -51,11 +51,10 @@ template <typename Run>
 void over_chunks(const Attention& a, const Run& run) {
   const WindowCall& call = a.call;
   const int64_t most = std::max(chunk_rows(3 * a.channels), call.w.height * call.w.width);
-  for (int64_t frame = 0, first = 0; first < a.rows;) {
+  for (int64_t frame = 0, first = 0; first < call.valid;) {
     int64_t end = frame;
     while (end < call.frames && (end == frame || call.first_row(end + 1) - first <= most)) ++end;
-    const int64_t valid = end > frame ? call.first_row(end) : first;
-    Chunk chunk{end - frame, first, (end == call.frames ? a.rows : valid) - first, valid - first, {}, call.w};
+    Chunk chunk{end - frame, first, call.first_row(end) - first, {}, call.w};
     if (call.w.offset != nullptr) {
       for (int64_t f = frame; f <= end; ++f)
         chunk.offset.push_back(call.w.offset[f] - static_cast<int32_t>(first));
@@ -114,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
     a.call.parallel(chunk.frames * w.bands(), false, [&](int64_t begin, int64_t end, char* memory) {
       a.call.kernels.forward(w, begin, end, memory);
     });
-    std::fill(middle + chunk.attended * channels, middle + chunk.rows * channels, 0.0f);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
       const Floats own(with_grad ? 0 : kBlockRows * channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
@@ -127,6 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
       }
     });
   });
+  pass_rows(y, &a.x, a.call.valid);
+  pass_rows(branch, nullptr, a.call.valid);
+  pass_rows(attended, nullptr, a.call.valid);
   return {y, branch, attended};
 }
 
@@ -177,7 +178,6 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
     w.grad_out = grad_out.data();
     w.grad_qkv = grad_qkv.data();
     window_sums.add(a.call, w, chunk.frames);
-    std::fill(grad_qkv.data() + chunk.attended * wide, grad_qkv.data() + chunk.rows * wide, 0.0f);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row), at = (chunk.first + row) * channels;
@@ -196,6 +196,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
                         pointer<const float>(attended) + chunk.first * channels,
                         pointer<float>(grad_proj_weight));
   });
+  pass_rows(grad_x, &grad_y, a.call.valid);
   auto written = [&](int64_t from, int64_t count) {
     Tensor out = torch::stable::new_empty(a.x, {count});
     sums.write(from, out);

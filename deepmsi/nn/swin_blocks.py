@@ -316,7 +316,9 @@ class Block(nn.Module):
         mlp, norm = self.mlp, self.norm2
         if fuses("residual_mlp", x) and unhooked(mlp) and plain(mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            return tokens._replace(x=residual_mlp(x, *weights, row_scale=scale, eps=norm.eps))
+            return tokens._replace(
+                x=residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
+            )
         branch = normed(norm, mlp(x, source))
         return tokens._replace(x=x + (branch if scale is None else branch * scale.unsqueeze(-1)))
 

@@ -352,11 +352,12 @@ _register(
 
 # --- residual_mlp
 # Forward: rows x [R, C] and all else in float32. `branch` [R, C] is what the norm reads, kept with `with_grad`, else
-# [0, C]; the hidden rows are made again. row_scale [R] gets no gradient.
+# [0, C]; the hidden rows are made again. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32
+# are passed on: y is x, branch 0, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor? row_scale, float eps"
+    "Tensor? row_scale, Tensor? cu_seqlens, float eps"
 )
 _MLP_FORWARD = f"(Tensor x, {_MLP_WEIGHTS}, bool with_grad) -> (Tensor y, Tensor branch)"
 _MLP_BACKWARD = (
@@ -382,8 +383,8 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None or not ctx.with_grad:
-        return (None,) * 10
-    return (*bwd(grads[0], *ctx.saved_tensors, ctx.eps), None, None, None)
+        return (None,) * 11
+    return (*bwd(grads[0], *ctx.saved_tensors, ctx.eps), None, None, None, None)
 
 
 _register(
@@ -401,7 +402,7 @@ _register(
 # --- residual_window_attention
 # Forward: rows x [R, C] and all else in float32; the attention's arguments as in window_attention. With `with_grad`
 # `branch` [R, C] is what the norm reads and `attended` [R, C] the attention's output, else both are [0, C]; q, k and v
-# are made again. row_scale [R] gets no gradient.
+# are made again. row_scale [R] gets no gradient. Rows past the last offset are passed on as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "

@@ -21,6 +21,7 @@ def residual_mlp(
     norm_bias: Tensor,
     *,
     row_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
@@ -36,6 +37,8 @@ def residual_mlp(
         fc2_weight, fc2_bias: [C, H] and [C].
         norm_weight, norm_bias: [C].
         row_scale: s of each row [...], without a gradient (stochastic depth); None is 1.
+        cu_seqlens: Offsets of frames in packed rows x [R, C], [F + 1] int32; rows past the last one are passed on as
+            they are.
         eps: Added to the variance.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
@@ -62,11 +65,16 @@ def residual_mlp(
             raise ValueError(f"{_OP}: {name} must be [{size}], not {shape(vector)}")
     if row_scale is not None and row_scale.shape != x.shape[:-1]:
         raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
+    if cu_seqlens is not None and (x.dim() != 2 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(
+            f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "
+            f"{cu_seqlens.dtype} beside {shape(x)}"
+        )
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if resolve(_OP, backend, x.device.type, x.dtype) == "reference":
-        return reference(rows, *weights, scale, eps).view(x.shape)
+        return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)
     with_grad = needs_grad(x, *weights)
-    y, _ = torch.ops.deepmsi.residual_mlp_cpp_fwd(rows, *weights, scale, eps, with_grad)
+    y, _ = torch.ops.deepmsi.residual_mlp_cpp_fwd(rows, *weights, scale, cu_seqlens, eps, with_grad)
     return y.view(x.shape)

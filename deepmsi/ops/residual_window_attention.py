@@ -48,7 +48,7 @@ def residual_window_attention(
         proj_weight, proj_bias: P [C, C] and p [C].
         norm_weight, norm_bias: [C].
         heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens: As in ``window_attention``.
-            The attention of rows past the last offset is zero.
+            Rows past the last offset are passed on as they are.
         row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
         eps: Added to the variance.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deepmsi.reference.residual_mlp import within
 from deepmsi.reference.window_attention import window_attention
 
 
@@ -26,9 +27,13 @@ def residual_window_attention(
     row_scale: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Return x + row_scale · LN(proj(attention(qkv(x)))) for a grid x [B, H, W, C] or packed rows [R, C]."""
+    """Return x + row_scale · LN(proj(attention(qkv(x)))) for a grid x [B, H, W, C] or packed rows [R, C].
+
+    Rows past the last offset stay x.
+    """
     qkv = torch.nn.functional.linear(x, qkv_weight, qkv_bias)
     out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
     branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
     branch = torch.nn.functional.layer_norm(branch, norm_weight.shape, norm_weight, norm_bias, eps)
-    return x + (branch if row_scale is None else branch * row_scale.to(branch.dtype).unsqueeze(-1))
+    y = x + (branch if row_scale is None else branch * row_scale.to(branch.dtype).unsqueeze(-1))
+    return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)
