@@ -456,7 +456,7 @@ class PatchMerging(nn.Module):
         frame = frame_of_row(cu_seqlens, rows)
         # One cell past the end takes the rows that do not count.
         cell = torch.where(frame < frames, frame * cells + (row // 2) * grid[1] + column // 2, frames * cells)
-        filled = torch.zeros(frames * cells + 1, dtype=torch.bool, device=x.device).index_fill(0, cell, True)
+        filled = torch.zeros(frames * cells + 1, dtype=torch.bool, device=x.device).index_fill_(0, cell, True)
         filled = filled[:-1]
         counts = filled.view(frames, cells).sum(1)
         offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -464,7 +464,7 @@ class PatchMerging(nn.Module):
         rank = nn.functional.pad(filled.cumsum(0) - 1, (0, 1))
         # Within a cell timm puts the column's parity before the row's.
         slot = torch.where(frame < frames, rank[cell] * 4 + (column % 2) * 2 + row % 2, 4 * count)
-        joined = x.new_zeros(4 * count + 1, channels).index_copy(0, slot, x)[: 4 * count].view(count, 4 * channels)
+        joined = x.new_zeros(4 * count + 1, channels).index_copy_(0, slot, x)[: 4 * count].view(count, 4 * channels)
         where = torch.where(filled, rank[:-1], count)
         every = torch.arange(frames * cells, device=x.device, dtype=torch.int32) % cells
         place = every.new_zeros(count + 1).scatter(0, where, every)[:count]
@@ -480,6 +480,6 @@ def mean_of_frames(tokens: Tokens) -> Tensor:
     frame = frame_of_row(cu_seqlens, x.shape[0])
     slot = torch.where(frame < frames, frame * area + place, frames * area)
     # Copied to their places and summed over them in order, for an index_add has none.
-    spread = x.new_zeros(frames * area + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
+    spread = x.new_zeros(frames * area + 1, x.shape[1]).index_copy_(0, slot, x)[:-1]
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1)
     return spread.view(frames, area, x.shape[1]).sum(1) / lengths.to(x.dtype).unsqueeze(1)
