@@ -24,6 +24,14 @@ constexpr int64_t kChunkBytes = int64_t{4} << 20;
 // Terms between two additions to a gradient of a weight: the scratch of add_outer.
 constexpr int64_t kOuterDepth = 256;
 
+// Rows of a product that a thread takes at a time where `width` numbers of each stay in its cache meanwhile:
+// the more, the less often the weights pass by.
+constexpr int64_t kBlockBytes = int64_t{800} << 10;
+inline int64_t block_rows(int64_t width) {
+  const int64_t rows = kBlockBytes / (static_cast<int64_t>(sizeof(float)) * std::max<int64_t>(width, 1));
+  return std::clamp<int64_t>(rows / kBlockRows, 1, 4) * kBlockRows;
+}
+
 inline const BlockKernels& block_kernels() {
   static const BlockKernels kernels = [] {
 #if DEEPMSI_X86
@@ -138,7 +146,17 @@ class Packed {
     });
   }
   void multiply(int64_t rows, const float* a, float* c) const {
-    block_kernels().multiply(rows, columns_, depth_, a, depth_, memory_.data(), c, columns_);
+    block_kernels().multiply(rows, columns_, depth_, a, depth_, memory_.data(), depth_, false, c, columns_);
+  }
+  // By `count` columns from `first` on, a multiple of the panel's.
+  void multiply_columns(int64_t rows, const float* a, int64_t first, int64_t count, float* c) const {
+    block_kernels().multiply(rows, count, depth_, a, depth_, memory_.data() + first * depth_, depth_, false,
+                             c, count);
+  }
+  // By `count` rows from `first` on; added to c, unless they are the first.
+  void multiply_rows(int64_t rows, const float* a, int64_t first, int64_t count, float* c) const {
+    block_kernels().multiply(rows, columns_, count, a, count, memory_.data() + first * block_kernels().panel,
+                             depth_, first > 0, c, columns_);
   }
 
  private:

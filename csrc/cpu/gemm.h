@@ -17,9 +17,10 @@ struct BlockKernels {
   // transposed), into out [panels, depth, panel], with zeros past the last column.
   void (*pack)(const float* b, int64_t row_b, bool transposed, int64_t depth, int64_t columns, int64_t first,
                int64_t last, float* out);
-  // C [rows, columns] = A [rows, depth] B for a packed B.
+  // C [rows, columns] = A [rows, depth] B for a packed B of which this is a part: its panels lie
+  // `panel_depth` rows apart. Added to C, where asked.
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
-                   const float* packed, float* c, int64_t row_c);
+                   const float* packed, int64_t panel_depth, bool add, float* c, int64_t row_c);
   // C [rows, columns] += A^T B for A [depth, rows] and B [depth, columns]; scratch holds depth * panel.
   void (*add_outer)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
                     const float* b, int64_t row_b, float* c, int64_t row_c, float* scratch);

@@ -73,11 +73,15 @@ inline void pack(const float* b, int64_t row_b, bool transposed, int64_t depth, 
 }
 
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
-                     const float* packed, float* c, int64_t row_c) {
+                     const float* packed, int64_t panel_depth, bool add, float* c, int64_t row_c) {
   for (int64_t j = 0; j < columns; j += kPanel) {
-    const float* panel = packed + j * depth;
-    const int64_t width = columns - j;
-    gemm_panel<false>(rows, width, depth < kDepth ? depth : kDepth, a, row_a, 1, panel, c + j, row_c);
+    const float* panel = packed + j * panel_depth;
+    const int64_t width = columns - j, first = depth < kDepth ? depth : kDepth;
+    if (add) {
+      gemm_panel<true>(rows, width, first, a, row_a, 1, panel, c + j, row_c);
+    } else {
+      gemm_panel<false>(rows, width, first, a, row_a, 1, panel, c + j, row_c);
+    }
     for (int64_t k = kDepth; k < depth; k += kDepth) {
       gemm_panel<true>(rows, width, depth - k < kDepth ? depth - k : kDepth, a + k, row_a, 1,
                        panel + k * kPanel, c + j, row_c);

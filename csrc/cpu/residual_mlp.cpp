@@ -1,7 +1,7 @@
 // Registration of residual_mlp under the CPU key: y = x + scale * LN(W2 gelu(W1 x + b1) + b2).
 //
-// The wide hidden rows never leave the cache: the forward pass makes them a block of rows at a time, the
-// backward pass makes them again a chunk at a time. Rows past the last offset cost nothing.
+// The wide hidden rows never leave the cache: the forward pass makes them a block of rows and of columns at a
+// time, the backward pass makes them again a chunk at a time. Rows past the last offset cost nothing.
 #include <cstring>
 #include <tuple>
 
@@ -11,6 +11,8 @@ namespace deepmsi {
 namespace {
 
 constexpr const char* kOp = "residual_mlp";
+// Hidden columns that the forward pass makes of a block of rows at a time; whole panels.
+constexpr int64_t kHiddenColumns = 512;
 
 struct Mlp {
   int64_t rows, channels, hidden, valid;
@@ -55,15 +57,19 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Ten
   Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, m.channels});
   const Packed first(pointer<const float>(m.fc1_weight), true, m.channels, m.hidden);
   const Packed second(pointer<const float>(m.fc2_weight), true, m.hidden, m.channels);
+  const int64_t width = std::min(m.hidden, kHiddenColumns), block = block_rows(width + 2 * m.channels);
   over_rows(m.valid, [&](int64_t begin, int64_t end) {
-    const Floats hidden(kBlockRows * m.hidden), kept(with_grad ? 0 : kBlockRows * m.channels);
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, end - row), at = row * m.channels;
+    const Floats hidden(block * width), kept(with_grad ? 0 : block * m.channels);
+    for (int64_t row = begin; row < end; row += block) {
+      const int64_t count = std::min(block, end - row), at = row * m.channels;
       const float* in = pointer<const float>(m.x) + at;
       float* z = with_grad ? pointer<float>(branch) + at : kept.data();
-      first.multiply(count, in, hidden.data());
-      k.bias_gelu(count, m.hidden, hidden.data(), pointer<const float>(m.fc1_bias));
-      second.multiply(count, hidden.data(), z);
+      for (int64_t from = 0; from < m.hidden; from += width) {
+        const int64_t columns = std::min(width, m.hidden - from);
+        first.multiply_columns(count, in, from, columns, hidden.data());
+        k.bias_gelu(count, columns, hidden.data(), pointer<const float>(m.fc1_bias) + from);
+        second.multiply_rows(count, hidden.data(), from, columns, z);
+      }
       k.norm(count, m.channels, z, pointer<const float>(m.fc2_bias), in,
              at_row(pointer_or_null(m.row_scale), row), pointer<const float>(m.norm_weight),
              pointer<const float>(m.norm_bias), m.eps, pointer<float>(y) + at);

@@ -75,9 +75,10 @@ int64_t largest_chunk(const Attention& a) {
 }
 
 void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, float* qkv) {
+  const int64_t block = block_rows(a.channels);
   over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, end - row);
+    for (int64_t row = begin; row < end; row += block) {
+      const int64_t count = std::min(block, end - row);
       float* to = qkv + row * 3 * a.channels;
       weight.multiply(count, pointer<const float>(a.x) + (chunk.first + row) * a.channels, to);
       if (a.qkv_bias.has_value())
@@ -97,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
                     shift);
   const BlockKernels& k = block_kernels();
   const int64_t channels = a.channels, kept = with_grad ? a.rows : 0, most = largest_chunk(a);
+  const int64_t block = block_rows(2 * channels);
   Tensor y = torch::stable::new_empty(a.x, {a.rows, channels});
   Tensor branch = torch::stable::new_empty(a.x, {kept, channels});
   Tensor attended = torch::stable::new_empty(a.x, {kept, channels});
@@ -114,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
       a.call.kernels.forward(w, begin, end, memory);
     });
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-      const Floats own(with_grad ? 0 : kBlockRows * channels);
-      for (int64_t row = begin; row < end; row += kBlockRows) {
-        const int64_t count = std::min(kBlockRows, end - row), at = (chunk.first + row) * channels;
+      const Floats own(with_grad ? 0 : block * channels);
+      for (int64_t row = begin; row < end; row += block) {
+        const int64_t count = std::min(block, end - row), at = (chunk.first + row) * channels;
         float* z = with_grad ? pointer<float>(branch) + at : own.data();
         out.multiply(count, middle + row * channels, z);
         k.norm(count, channels, z, pointer<const float>(a.proj_bias), pointer<const float>(a.x) + at,
