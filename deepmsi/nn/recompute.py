@@ -12,6 +12,8 @@ from deepmsi.errors import UserError
 
 Recompute = Literal["none", "light", "block", "chunk"]
 CHUNK_FRAMES = 15
+# Elements that are computed again at a time: 60 frames of Swin V2's first stage, enough to fill any device.
+PART_ELEMENTS = 60 * 64 * 64 * 96
 
 
 def checked(recompute: str) -> Recompute:
@@ -138,3 +140,24 @@ def again(function: Callable[..., Any], *tensors: Tensor | None, owners: tuple[n
     if not (torch.is_grad_enabled() and learns):
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=draws)
+
+
+def again_in_parts(
+    function: Callable[..., Tensor], x: Tensor, *others: Tensor | None, owners: tuple[nn.Module, ...], draws: bool
+) -> Tensor:
+    """Compute ``function(x, *others)`` as :func:`again` does, a part of x's first dimension at a time.
+
+    What lives at once while backward computes it again is then bounded, whatever the batch. The function has to treat
+    the entries of that dimension apart from each other; weights' gradients are summed part by part.
+
+    Args:
+        function, others, owners, draws: As in :func:`again`; ``others`` are given to every part.
+        x: [N, ...]; a part has at most ``PART_ELEMENTS`` elements, and at least one entry.
+    """
+    entries = max(PART_ELEMENTS // max(x[:1].numel(), 1), 1)
+    if x.shape[0] <= entries:
+        return again(function, x, *others, owners=owners, draws=draws)
+    # As equal as can be, so that no small rest has launches of its own.
+    count = -(-x.shape[0] // entries)
+    parts = x.split(-(-x.shape[0] // count))
+    return torch.cat([again(function, part, *others, owners=owners, draws=draws) for part in parts])

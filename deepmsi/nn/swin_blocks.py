@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.nn.fusing import fuses, plain, unhooked
-from deepmsi.nn.recompute import Source, again, remade
+from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
 from deepmsi.ops._arguments import autocast
@@ -134,8 +134,10 @@ class WindowAttention(nn.Module):
         def attended(x: Tensor, table: Tensor) -> Tensor:
             return self._attended(Tokens(x, grid, place, cu_seqlens), table)
 
+        # Frames do not see one another; rows of packed ones cannot be told apart without reading the offsets.
+        anew = again_in_parts if cu_seqlens is None else again
         # What is kept is the copy that the product reads.
-        return self.proj(again(attended, autocast(x), table, owners=(self,), draws=False))
+        return self.proj(anew(attended, autocast(x), table, owners=(self,), draws=False))
 
     def _attended(self, tokens: Tokens, table: Tensor) -> Tensor:
         packed = tokens.cu_seqlens is not None
@@ -170,7 +172,7 @@ class Mlp(nn.Module):
         x = autocast(x)
         if self.recompute:
             with remade(x, source):
-                return again(self._transformed, x, owners=(self,), draws=False)
+                return again_in_parts(self._transformed, x, owners=(self,), draws=False)
         with remade(x, source):
             hidden = self.fc1(x)
         active = nn.functional.gelu(hidden)

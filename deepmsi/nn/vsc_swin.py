@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from deepmsi.errors import UserError
-from deepmsi.nn.recompute import CHUNK_FRAMES, Recompute, again, checked
+from deepmsi.nn.recompute import CHUNK_FRAMES, Recompute, again, again_in_parts, checked
 from deepmsi.nn.schedule import Schedule
 from deepmsi.nn.swin_blocks import (
     Block,
@@ -74,7 +74,8 @@ class VSCSwin(nn.Module):
             attention, the MLP's hidden layer, the embedding and the reductions; ``"block"``: whole blocks, of which
             only the inputs are kept; ``"chunk"``: everything, 15 frames at a time, of which only the frames themselves
             are kept. The gradients are those of ``"none"``, dropped paths included (``"chunk"`` sums over its frames in
-            another order, and draws drop path chunk by chunk). May be set at any time.
+            another order, and draws drop path chunk by chunk; so do ``"light"`` and ``"block"`` over parts of more than
+            60 frames of the first stage, of which they compute one at a time again). May be set at any time.
 
     Attributes:
         num_features: Channels of the output.
@@ -378,7 +379,14 @@ class VSCSwin(nn.Module):
             return run(x, place, cu_seqlens, guide)
         owners = (block,) if entered is None or entered.downsample is None else (block, entered.downsample)
         draws = self.training and block.drop_path > 0
-        return again(run, x, place, cu_seqlens, guide, owners=owners, draws=draws)
+        if place is not None or guide is not None:
+            return again(run, x, place, cu_seqlens, guide, owners=owners, draws=draws)
+        # Every place has its token, so the frames can be taken apart, and what comes out tells its grid.
+        entered_grid = (
+            grid if entered is None or entered.downsample is None else ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+        )
+        y = again_in_parts(lambda x: run(x, None, None, None).x, x, owners=owners, draws=draws)
+        return Tokens(y, entered_grid)
 
     def _in_chunks(self, frames: Tensor, guide: Tensor | None, prepare: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Compute 15 frames at a time, and all of it again in backward; a frozen stem is computed once and kept."""

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from deepmsi import DeepMSI
+from deepmsi import DeepMSI, DeepMSIConfig
 from deepmsi.models.memory import _Live, gigabytes, saved_bytes, step_memory
+from deepmsi.nn import recompute as parts
 
 POSITIONS = ("none", "light", "block", "chunk")
 DEEPER = {"image_size": 64, "frames": 9, "options": {"patch_size": 4}}
@@ -82,6 +83,27 @@ def test_it_takes_no_memory(tiny: Callable[..., DeepMSI]) -> None:
     one, two, many = (step_memory(model, n) for n in (1000, 2000, 100_000))
     assert many.saved == two.saved + 98 * (two.saved - one.saved)
     assert many.saved > 10e9
+
+
+@pytest.mark.parametrize(
+    ("recompute", "aim", "share"), [("none", 11.5, 1.0), ("light", 6.5, 0.4), ("block", 3.5, 0.4), ("chunk", 3.5, 1.0)]
+)
+def test_the_peak_of_the_paper_s_configuration(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, aim: float, share: float
+) -> None:
+    """16 utterances of 15 frames under bf16 autocast with Adam; what is computed again in parts lives in parts."""
+    pytest.importorskip("timm")
+    vision = {"backbone": "swinv2_tiny_window8_256", "pretrained": False, "schedule": "released"}
+    features = {"text": {"encoder": "features", "dim": 1024}, "audio": {"encoder": "features", "dim": 768}}
+    model = DeepMSI(DeepMSIConfig(num_labels=6, vision={**vision, "recompute": recompute}, **features))
+    found = step_memory(model, 16, precision="bf16")
+    assert found is not None
+    assert found.total < aim * 1e9
+    if share < 1:
+        monkeypatch.setattr(parts, "PART_ELEMENTS", 1 << 40)
+        whole = step_memory(model, 16, precision="bf16")
+        assert whole is not None
+        assert found.temporary < share * whole.temporary
 
 
 def test_averages_and_several_processes_cost_more(tiny: Callable[..., DeepMSI]) -> None:

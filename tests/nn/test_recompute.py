@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.models.memory import _Live, saved_bytes
-from deepmsi.nn import VSCSwin, swin_blocks
+from deepmsi.nn import VSCSwin, recompute, swin_blocks
 from deepmsi.nn.recompute import CHUNK_FRAMES
 from deepmsi.nn.swin_blocks import Mlp
 from deepmsi.testing import randn, relative_error
@@ -78,6 +78,24 @@ def test_gradients_are_those_of_none(schedule: str, position: str) -> None:
             assert relative_error(found[name], grad) < 1e-12, name
         else:
             assert torch.equal(found[name], grad), name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("position", ["light", "block"])
+def test_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch, schedule: str, position: str) -> None:
+    """What is computed again a few frames at a time has the same gradients, summed in another order."""
+    model = build(schedule)
+    pixels, guide = inputs(model, 7)
+    exact = gradients(model, pixels, guide)
+    model.recompute = position
+    cut: list[int] = []
+    split = Tensor.split
+    monkeypatch.setattr(recompute, "PART_ELEMENTS", 3 * 16 * 16 * 8 + 1)  # three frames of the first stage
+    monkeypatch.setattr(Tensor, "split", lambda x, size: cut.append(size) or split(x, size))
+    found = gradients(model, pixels, guide)
+    assert cut
+    for name, grad in exact.items():
+        assert relative_error(found[name], grad) < 1e-12, name
 
 
 def test_drop_path_is_on_in_that_test() -> None:
