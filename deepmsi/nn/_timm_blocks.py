@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from timm.layers import Mlp
 from timm.layers.activations import GELU
+from timm.models import swin_transformer, swin_transformer_v2
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
@@ -68,9 +69,13 @@ def _crop_as_timm(block: Any, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _runs_fused(block: Any) -> bool:
-    """Whether the operation computes this call: it has no dropout on the attention's weights."""
-    dropping = block.training and block.attn.attn_drop.p > 0
-    return not dropping and why_not(block) is None
+    """Whether the operation computes this call: no dropout on the attention's weights, and nobody watches or has
+    replaced what is passed over."""
+    attn = block.attn
+    usual = type(attn) in (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
+    if not (usual and unhooked(attn, attn.softmax, attn.attn_drop)):
+        return False
+    return not _drops(attn.attn_drop) and why_not(block) is None
 
 
 def _drops(dropout: torch.nn.Dropout) -> bool:
@@ -112,7 +117,10 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         attn, norm = block.attn, block.norm1
         whole = _runs_fused(block) and not any(_padding(block, x)) and not _drops(attn.proj_drop)
         if not (
-            whole and fuses("residual_window_attention", x) and unhooked(attn) and plain(attn.qkv, attn.proj, norm)
+            whole
+            and fuses("residual_window_attention", x)
+            and unhooked(attn.proj_drop)
+            and plain(attn.qkv, attn.proj, norm)
         ):
             return x + block.drop_path1(norm(block._attn(x)))
         return residual_window_attention(
@@ -145,7 +153,8 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             and not _drops(mlp.drop1)
             and not _drops(mlp.drop2)
         )
-        if usual and fuses("residual_mlp", x) and unhooked(mlp) and plain(mlp.fc1, mlp.fc2, norm):
+        passed_over = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2) if usual else ()
+        if usual and fuses("residual_mlp", x) and unhooked(*passed_over) and plain(mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
         rows = x.flatten(1, 2)

@@ -148,6 +148,33 @@ def test_layers_that_are_replaced_or_watched_are_called() -> None:
     assert not torch.allclose(model(frames), before, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "part", ["attn", "attn.softmax", "attn.attn_drop", "attn.proj_drop", "mlp", "mlp.act", "mlp.drop2"]
+)
+def test_whatever_is_watched_is_called(name: str, part: str) -> None:
+    model = deepmsi.fuse(build(name, img_size=64 if "v2" in name else 56).float())
+    frames = randn(1, 3, *([64, 64] if "v2" in name else [56, 56]), seed=2)
+    with torch.no_grad():
+        before = model(frames)
+        seen: list[int] = []
+        model.layers[0].blocks[1].get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
+    assert seen == [1]
+
+
+def test_an_attention_of_another_class_is_called() -> None:
+    model = deepmsi.fuse(build("swinv2_tiny_window8_256", img_size=64).float())
+    frames = randn(1, 3, 64, 64, seed=2)
+    attn = model.layers[0].blocks[0].attn
+    kind = type(attn)
+    attn.__class__ = type("Silent", (kind,), {"forward": lambda self, x, mask=None: 0 * kind.forward(self, x, mask)})
+    with torch.no_grad():
+        silent = model(frames)
+        attn.__class__ = kind
+        assert not torch.allclose(silent, model(frames), rtol=1e-3)
+
+
 def test_autocast_and_compile() -> None:
     model = build("swinv2_tiny_window8_256", img_size=32).float()
     frames = randn(1, 3, 32, 32, seed=2)
