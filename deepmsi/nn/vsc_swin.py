@@ -73,9 +73,10 @@ class VSCSwin(nn.Module):
             (GELU, the sum behind the attention), on a GPU or in 16 bits; ``"light"``: q, k, v with the
             attention, the MLP's hidden layer, the embedding and the reductions; ``"block"``: whole blocks, of which
             only the inputs are kept; ``"chunk"``: everything, 15 frames at a time, of which only the frames themselves
-            are kept. The gradients are those of ``"none"``, dropped paths included (``"chunk"`` sums over its frames in
-            another order, and draws drop path chunk by chunk; so do ``"light"`` and ``"block"`` over parts of more than
-            60 frames of the first stage, of which they compute one at a time again). May be set at any time.
+            are kept. The gradients are those of ``"none"``, dropped paths included; ``"chunk"`` sums over its chunks
+            in another order and draws drop path chunk by chunk. ``"light"`` and ``"block"`` compute at most 60 frames
+            of the first stage again at a time: larger batches are summed in that order, and ``"block"`` draws drop
+            path part by part. May be set at any time.
 
     Attributes:
         num_features: Channels of the output.
