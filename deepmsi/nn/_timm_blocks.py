@@ -152,9 +152,9 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             and type(mlp.norm) is torch.nn.Identity
             and not _drops(mlp.drop1)
             and not _drops(mlp.drop2)
+            and unhooked(mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
         )
-        passed_over = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2) if usual else ()
-        if usual and fuses("residual_mlp", x) and unhooked(*passed_over) and plain(mlp.fc1, mlp.fc2, norm):
+        if usual and fuses("residual_mlp", x) and plain(mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
         rows = x.flatten(1, 2)

@@ -383,11 +383,8 @@ class VSCSwin(nn.Module):
         if place is not None or guide is not None:
             return again(run, x, place, cu_seqlens, guide, owners=owners, draws=draws)
         # Every place has its token, so the frames can be taken apart, and what comes out tells its grid.
-        entered_grid = (
-            grid if entered is None or entered.downsample is None else ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-        )
         y = again_in_parts(lambda x: run(x, None, None, None).x, x, owners=owners, draws=draws)
-        return Tokens(y, entered_grid)
+        return Tokens(y, (y.shape[1], y.shape[2]))
 
     def _in_chunks(self, frames: Tensor, guide: Tensor | None, prepare: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Compute 15 frames at a time, and all of it again in backward; a frozen stem is computed once and kept."""
