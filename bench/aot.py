@@ -135,6 +135,23 @@ def _conv(dtype: torch.dtype, batch: int, count: int | None) -> Tensor:
     return out.float().sum()
 
 
+def _mlp(dtype: torch.dtype, packed: bool, channels: int) -> Tensor:
+    rows, hidden = 256, 4 * channels
+    vectors = (hidden, channels, channels, channels)
+    fc1_bias, fc2_bias, *norm = (torch.zeros(size, dtype=dtype, requires_grad=True) for size in vectors)
+    fc1, fc2 = (torch.zeros(size, dtype=dtype) for size in ((hidden, channels), (channels, hidden)))
+    x = torch.zeros(rows, channels, dtype=dtype, requires_grad=True)
+    cu = torch.tensor([0, rows], dtype=torch.int32) if packed else None
+    return ops.residual_mlp(x, fc1, fc1_bias, fc2, fc2_bias, *norm, cu_seqlens=cu, backend="triton").float().sum()
+
+
+def _norm(dtype: torch.dtype, channels: int) -> Tensor:
+    x, branch = (torch.zeros(256, channels, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.zeros(channels, dtype=dtype, requires_grad=True) for _ in range(2))
+    scale = torch.zeros(256, dtype=dtype)
+    return ops.residual_norm(x, branch, weight, bias, row_scale=scale, backend="triton").float().sum()
+
+
 # op, case, the call, and whether every push compiles it
 CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("vsc_compress", "dense 256 x 384", lambda d: _vsc(d, False, 256, 384), True),
@@ -148,6 +165,11 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("dilated_causal_conv1d", "16 x 15 of 1024", lambda d: _conv(d, 16, None), True),
     ("cross_modal_contrastive", "16 x 256", lambda d: _contrastive(d, 16, 256), True),
     ("cross_modal_contrastive", "4096 x 256", lambda d: _contrastive(d, 4096, 256), True),
+    ("residual_norm", "384 channels", lambda d: _norm(d, 384), True),
+    ("residual_norm", "4096 channels", lambda d: _norm(d, 4096), False),
+    ("residual_mlp", "96 channels", lambda d: _mlp(d, False, 96), True),
+    ("residual_mlp", "packed, 192 channels", lambda d: _mlp(d, True, 192), True),
+    ("residual_mlp", "packed, 384 channels", lambda d: _mlp(d, True, 384), True),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

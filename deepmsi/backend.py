@@ -30,6 +30,7 @@ OPS = (
     "dilated_causal_conv1d",
     "cross_modal_contrastive",
     "project_cells",
+    "residual_norm",
     "residual_mlp",
     "residual_window_attention",
 )
@@ -47,14 +48,14 @@ class Kernel:
         devices: Device types that it takes (``triton`` takes ``cpu`` only under its interpreter).
         limit: Reads the facts of a call (keyword integers such as ``channels=384``) and returns why it cannot
             run, or None where it can.
-        faster: Reads the device type and the facts of a call, and says whether ``auto`` should take this
+        faster: Reads the device and storage type of a call and its facts, and says whether ``auto`` should take this
             kernel over the reference: from measurement, not from hope. None means always.
     """
 
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...]
     limit: Callable[[dict[str, int]], str | None] | None = None
-    faster: Callable[[str, dict[str, int]], bool] | None = None
+    faster: Callable[[str, torch.dtype, dict[str, int]], bool] | None = None
 
 
 def host_info() -> dict[str, str]:
@@ -69,9 +70,31 @@ def host_info() -> dict[str, str]:
 _ISA = host_info().get("instruction set in use")
 
 
-def _has_vectors(device: str, facts: dict[str, int]) -> bool:
+def _has_vectors(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
     """Whether the blocks' own products beat torch's: measured with AVX-512 and with AVX2, not with less."""
     return _ISA in ("avx512", "avx2")
+
+
+def _has_tensor_cores(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
+    """Whether products within a kernel run on tensor cores, as torch's do: exact float32 has none.
+
+    From the counts of bytes and operations; not measured on a GPU yet.
+    """
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _one_type(facts: dict[str, int]) -> str | None:
+    """Refuse rows of another type than the weights'."""
+    return "x and the weights must be of one type" if facts.get("mixed") else None
+
+
+def _at_most(channels: int) -> Callable[[dict[str, int]], str | None]:
+    """Refuse rows that are too wide for a kernel that holds whole ones."""
+
+    def limit(facts: dict[str, int]) -> str | None:
+        return f"rows may have {channels} channels at most" if facts.get("channels", 0) > channels else None
+
+    return limit
 
 
 # One line per operation and backend. A sibling kernel registers here.
@@ -87,7 +110,16 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
-    ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
+    ("residual_norm", "cpp"): Kernel(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(4096)
+    ),
+    ("residual_norm", "triton"): Kernel(
+        (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096)
+    ),
+    ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), _one_type, _has_vectors),
+    ("residual_mlp", "triton"): Kernel(
+        (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096), _has_tensor_cores
+    ),
     ("residual_window_attention", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
 }
 
@@ -240,7 +272,7 @@ def resolve(op: str, backend: str | None, device: str, dtype: torch.dtype, **fac
     for candidate in ("triton", "cpp") if device == "cuda" else ("cpp",):
         if why_not(op, candidate, device, dtype, **facts) is None:
             faster = KERNELS[(op, candidate)].faster
-            if faster is None or faster(device, facts):
+            if faster is None or faster(device, dtype, facts):
                 return candidate
     return "reference"
 

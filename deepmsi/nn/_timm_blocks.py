@@ -15,7 +15,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
 
 from deepmsi.nn.fusing import fuses, plain, unhooked
-from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
+from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 
 
 def why_not(block: Any) -> str | None:
@@ -83,10 +83,18 @@ def _drops(dropout: torch.nn.Dropout) -> bool:
 
 
 def _drawn(drop_path: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """Let timm's own module draw the factor of each frame's branch, for its rows [B, H, W]."""
+    """Let timm's own module draw the factor of each frame's branch, for its rows [B, H, W] or [B, L]."""
     if type(drop_path) is torch.nn.Identity or not drop_path.training:
         return None
-    return cast(Tensor, drop_path(x.new_ones(x.shape[0], 1, 1))).expand(x.shape[:-1])
+    return cast(Tensor, drop_path(x.new_ones(x.shape[0], *[1] * (x.dim() - 2)))).expand(x.shape[:-1])
+
+
+def _added(norm: Any, drop_path: torch.nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+    """Return x + drop_path(norm(branch))."""
+    if fuses("residual_norm", branch) and plain(branch, norm) and unhooked(drop_path):
+        scale = _drawn(drop_path, x)
+        return residual_norm(x, branch, norm.weight, norm.bias, row_scale=scale, eps=norm.eps)
+    return x + drop_path(norm(branch))
 
 
 class FusedSwinBlock(SwinTransformerBlock):
@@ -120,9 +128,9 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             whole
             and fuses("residual_window_attention", x)
             and unhooked(attn.proj_drop)
-            and plain(attn.qkv, attn.proj, norm)
+            and plain(x, attn.qkv, attn.proj, norm)
         ):
-            return x + block.drop_path1(norm(block._attn(x)))
+            return _added(norm, block.drop_path1, x, block._attn(x))
         return residual_window_attention(
             x,
             attn.qkv.weight,
@@ -154,11 +162,11 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             and not _drops(mlp.drop2)
             and unhooked(mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
         )
-        if usual and fuses("residual_mlp", x) and plain(mlp.fc1, mlp.fc2, norm):
+        if usual and fuses("residual_mlp", x) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
         rows = x.flatten(1, 2)
-        return (rows + block.drop_path2(norm(mlp(rows)))).view(x.shape)
+        return _added(norm, block.drop_path2, rows, mlp(rows)).view(x.shape)
 
     def _qkv_bias(self) -> Tensor | None:
         attn: Any = self.attn
@@ -188,7 +196,7 @@ class FusedPatchMerging(PatchMerging):
         reduction: Any = self.reduction
         norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        if not (even and fuses("project_cells", x) and plain(reduction, norm)):
+        if not (even and fuses("project_cells", x) and plain(x, reduction, norm)):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         return project_cells(cells, reduction.weight, reduction.bias, norm.weight, norm.bias, eps=norm.eps)

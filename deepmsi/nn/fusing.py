@@ -8,19 +8,22 @@ from deepmsi import backend
 
 def fuses(op: str, x: Tensor) -> bool:
     """Whether an operation that does the work of several modules is to compute it for x."""
-    return not torch.is_autocast_enabled(x.device.type) and backend.fuses(op, x.device.type, x.dtype)
+    device = x.device.type
+    narrows = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return backend.fuses(op, device, torch.get_autocast_dtype(device) if narrows else x.dtype, channels=x.shape[-1])
 
 
-def plain(*layers: nn.Module) -> bool:
-    """Whether calling layers does what torch's own do: no hooks, no other class, weights in float32.
+def plain(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether calling layers on x does what torch's own do: no hooks, no other class, weights in the type of x.
 
     An adapter, a quantised layer or a parametrised weight makes another class of a layer. A module whose call is passed
-    over, too, has to be :func:`unhooked`.
+    over, too, has to be :func:`unhooked`. Autocast takes weights of any type.
     """
+    casts = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     return (
         unhooked(*layers)
         and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in layers)
-        and all(layer.weight.dtype == torch.float32 for layer in layers)
+        and (casts or all(layer.weight.dtype == x.dtype for layer in layers))
     )
 
 

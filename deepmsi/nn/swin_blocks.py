@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
-from deepmsi.ops import project_cells, residual_mlp, residual_window_attention, window_attention
+from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 from deepmsi.ops._arguments import autocast
 
 
@@ -72,6 +72,14 @@ def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     wide = x.float()
     with remade(wide, Source(Tensor.float, (x,))):
         return norm(wide)
+
+
+def added(norm: nn.LayerNorm, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """Return x + scale · norm(branch), the scale one of each row or None for 1."""
+    if fuses("residual_norm", branch) and plain(branch, norm):
+        return residual_norm(x, branch, norm.weight, norm.bias, row_scale=scale, eps=norm.eps)
+    branch = normed(norm, branch)
+    return x + (branch if scale is None else branch * scale.unsqueeze(-1))
 
 
 class WindowAttention(nn.Module):
@@ -278,7 +286,7 @@ class Block(nn.Module):
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
         source: Source | None = None
-        if fuses("residual_window_attention", x) and unhooked(attn) and plain(attn.qkv, attn.proj, norm):
+        if fuses("residual_window_attention", x) and unhooked(attn) and plain(x, attn.qkv, attn.proj, norm):
             y = residual_window_attention(
                 x,
                 attn.qkv.weight,
@@ -299,30 +307,24 @@ class Block(nn.Module):
                 eps=norm.eps,
             )
         else:
-
-            def added(x: Tensor, branch: Tensor) -> Tensor:
-                branch = normed(norm, branch)
-                return x + (branch if scale is None else branch * scale.unsqueeze(-1))
-
             branch = attn(tokens)
-            y = added(x, branch)
+            y = added(norm, x, branch, scale)
             kept = attn.qkv.weight.requires_grad and norm.weight.requires_grad and unhooked(norm)
             # Under autocast it is a copy of y in fewer bits that is kept.
             if kept and autocast(y) is y:
-                source = Source(added, (x, branch))
+                source = Source(lambda x, branch: added(norm, x, branch, scale), (x, branch))
         return tokens._replace(x=y), source
 
     def transform(self, tokens: Tokens, source: Source | None = None) -> Tokens:
         """x + LN(mlp(x)); where the ``source`` of x is given, backward makes x again from that."""
         x, scale = tokens.x, self._drawn(tokens)
         mlp, norm = self.mlp, self.norm2
-        if fuses("residual_mlp", x) and unhooked(mlp) and plain(mlp.fc1, mlp.fc2, norm):
+        if fuses("residual_mlp", x) and unhooked(mlp) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
             return tokens._replace(
                 x=residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
             )
-        branch = normed(norm, mlp(x, source))
-        return tokens._replace(x=x + (branch if scale is None else branch * scale.unsqueeze(-1)))
+        return tokens._replace(x=added(norm, x, mlp(x, source), scale))
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Attention and MLP, of a block that does not compress."""
@@ -398,7 +400,7 @@ class PatchEmbed(nn.Module):
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""
         proj, norm = self.proj, self.norm
-        if fuses("project_cells", frames) and plain(proj, norm):
+        if fuses("project_cells", frames) and plain(frames, proj, norm):
             (height, width), (_, _, rows, columns) = proj.kernel_size, frames.shape
             cells = frames.unflatten(2, (rows // height, height)).unflatten(4, (columns // width, width))
             cells = cells.permute(0, 2, 4, 1, 3, 5)
@@ -443,7 +445,7 @@ class PatchMerging(nn.Module):
 
     def _reduced(self, cells: Tensor) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
-        if fuses("project_cells", cells) and plain(self.reduction, self.norm):
+        if fuses("project_cells", cells) and plain(cells, self.reduction, self.norm):
             norm = self.norm
             return project_cells(cells, self.reduction.weight, None, norm.weight, norm.bias, eps=norm.eps)
         return normed(self.norm, self.reduction(cells.flatten(3)))

@@ -4,6 +4,7 @@ from deepmsi.ops.cross_modal_contrastive import cross_modal_contrastive
 from deepmsi.ops.dilated_causal_conv1d import dilated_causal_conv1d
 from deepmsi.ops.project_cells import project_cells
 from deepmsi.ops.residual_mlp import residual_mlp
+from deepmsi.ops.residual_norm import residual_norm
 from deepmsi.ops.residual_window_attention import residual_window_attention
 from deepmsi.ops.vsc_compress import CompressedTokens, vsc_compress
 from deepmsi.ops.window_attention import window_attention
@@ -14,6 +15,7 @@ __all__ = [
     "dilated_causal_conv1d",
     "project_cells",
     "residual_mlp",
+    "residual_norm",
     "residual_window_attention",
     "vsc_compress",
     "window_attention",

@@ -350,10 +350,56 @@ _register(
 )
 
 
+# --- residual_norm
+# Forward: rows x and branch [R, C] and all else of any floating type; y has the type of x. Backward: the gradient of x
+# is that of y. row_scale [R] gets none.
+
+_NORM_FORWARD = (
+    "(Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor? row_scale, float eps) -> Tensor"
+)
+_NORM_BACKWARD = (
+    "(Tensor grad_y, Tensor branch, Tensor norm_weight, Tensor? row_scale, float eps) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _norm_fake_forward(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _norm_fake_backward(grad_y: Tensor, branch: Tensor, norm_weight: Tensor, *rest: Any) -> Any:
+    return tuple(like.new_empty(like.shape) for like in (branch, norm_weight, norm_weight))
+
+
+def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, branch, norm_weight, norm_bias, row_scale, ctx.eps = inputs
+    ctx.bias_dtype = norm_bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(branch, norm_weight, row_scale)
+
+
+def _norm_gradient(bwd: Any, ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None,) * 6
+    grad_branch, grad_weight, grad_bias = bwd(grad_y, *ctx.saved_tensors, ctx.eps)
+    return grad_y, grad_branch, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
+
+
+_register(
+    "residual_norm",
+    _NORM_FORWARD,
+    _NORM_BACKWARD,
+    _norm_fake_forward,
+    _norm_fake_backward,
+    _norm_setup_context,
+    _norm_gradient,
+)
+
+
 # --- residual_mlp
-# Forward: rows x [R, C] and all else in float32. `branch` [R, C] is what the norm reads, kept with `with_grad`, else
-# [0, C]; the hidden rows are made again. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32
-# are passed on: y is x, branch 0, and their gradient goes to x alone.
+# Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: all in float32). `branch`
+# [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
+# made again. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32
+# are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -367,7 +413,7 @@ _MLP_BACKWARD = (
 
 
 def _mlp_fake_forward(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
@@ -395,7 +441,6 @@ _register(
     _mlp_fake_backward,
     _mlp_setup_context,
     _mlp_gradient,
-    backends=("cpp",),
 )
 
 

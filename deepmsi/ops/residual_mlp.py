@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_floating, needs_grad, shape
+from deepmsi.ops._arguments import autocast, check_floating, needs_grad, shape, without_autocast
 from deepmsi.reference.residual_mlp import residual_mlp as reference
 
 _OP = "residual_mlp"
@@ -27,23 +27,24 @@ def residual_mlp(
 ) -> Tensor:
     """Add the normed MLP of a post-norm transformer block (Swin V2): y = x + s · LN(W2 gelu(W1 x + b1) + b2).
 
-    The exact GELU. The hidden rows are not kept for the backward pass: it makes them again, while they are in cache.
+    The exact GELU. The hidden rows are not kept for the backward pass: it makes them again. Products are in the type of
+    the layers' weights, under autocast in its type; the norm is in float32 or wider, and y has the type of x.
 
     Equivalent to: ``x + s * layer_norm(linear(gelu(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))``.
 
     Args:
         x: [..., C].
         fc1_weight, fc1_bias: [H, C] and [H].
-        fc2_weight, fc2_bias: [C, H] and [C].
+        fc2_weight, fc2_bias: [C, H] and [C]; all four of one type.
         norm_weight, norm_bias: [C].
         row_scale: s of each row [...], without a gradient (stochastic depth); None is 1.
         cu_seqlens: Offsets of frames in packed rows x [R, C], [F + 1] int32; rows past the last one are passed on as
             they are.
         eps: Added to the variance.
-        backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+        backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
-        [..., C].
+        [..., C] in the type of x.
 
     Raises:
         ValueError: An argument has the wrong shape or type.
@@ -70,11 +71,20 @@ def residual_mlp(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = map(autocast, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    dtype = fc1_weight.dtype
+    if {fc1_bias.dtype, fc2_weight.dtype, fc2_bias.dtype} != {dtype}:
+        raise ValueError(f"{_OP}: weights and biases of fc1 and fc2 must be of one type")
+    if (dtype == torch.float64) != (x.dtype == torch.float64):
+        raise ValueError(f"{_OP}: float64 goes with float64 alone, not x in {x.dtype} with weights in {dtype}")
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
-    if resolve(_OP, backend, x.device.type, x.dtype) == "reference":
-        return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)
-    with_grad = needs_grad(x, *weights)
-    y, _ = torch.ops.deepmsi.residual_mlp_cpp_fwd(rows, *weights, scale, cu_seqlens, eps, with_grad)
+    mixed = int(not x.dtype == norm_weight.dtype == norm_bias.dtype == dtype)
+    chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
+    if chosen == "reference":
+        with without_autocast(x.device.type):
+            return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)
+    forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
+    y, _ = forward(rows, *weights, scale, cu_seqlens, eps, needs_grad(x, *weights))
     return y.view(x.shape)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deepmsi.reference.residual_norm import residual_norm
+
 
 def within(cu_seqlens: Tensor, x: Tensor) -> Tensor:
     """Return which rows of x [R, C] come before the last offset [R, 1] bool."""
@@ -22,8 +24,8 @@ def residual_mlp(
     eps: float,
 ) -> Tensor:
     """Return x + row_scale · LN(W2 gelu(W1 x + b1) + b2) for rows x [R, C]; those past the last offset stay x."""
-    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(x, fc1_weight, fc1_bias))
+    narrow = x.to(fc1_weight.dtype)
+    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(narrow, fc1_weight, fc1_bias))
     branch = torch.nn.functional.linear(hidden, fc2_weight, fc2_bias)
-    branch = torch.nn.functional.layer_norm(branch, norm_weight.shape, norm_weight, norm_bias, eps)
-    y = x + (branch if row_scale is None else branch * row_scale.to(branch.dtype).unsqueeze(1))
+    y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
     return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.reference.residual_mlp import within
+from deepmsi.reference.residual_norm import residual_norm
 from deepmsi.reference.window_attention import window_attention
 
 
@@ -34,6 +35,5 @@ def residual_window_attention(
     qkv = torch.nn.functional.linear(x, qkv_weight, qkv_bias)
     out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
     branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
-    branch = torch.nn.functional.layer_norm(branch, norm_weight.shape, norm_weight, norm_bias, eps)
-    y = x + (branch if row_scale is None else branch * row_scale.to(branch.dtype).unsqueeze(-1))
+    y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
     return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)

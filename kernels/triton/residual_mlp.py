@@ -1,0 +1,461 @@
+"""The residual MLP in Triton: y = x + s · LN(W2 gelu(W1 x + b1) + b2), whose hidden rows are never kept.
+
+Up to 256 channels in 16 bits, where a GPU's memory bounds the products, the whole forward pass is one kernel: a program
+takes a block of rows through the hidden layer, some hidden channels at a time. Backward goes through the norm (the
+kernel of `residual_norm`), then makes the hidden layer again twice: by rows for the gradient of x, and by hidden
+channels for those of the weights, which are partial sums of a fixed number of chunks of rows, added up in fixed order.
+
+Above that, and in float32, arithmetic bounds the products. The first is a kernel with bias and GELU in it, the others
+are torch's, and backward makes the hidden rows again by torch's product, some rows at a time.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from deepmsi._triton.residual_norm import add_normed, counted, gradient_through_norm, row_scale_of, unit_rows
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_MOST_FUSED = 256
+_BLOCK_ROWS = 64
+# Hidden channels at a time: in the forward pass, and in the backward one, which holds two sums of them.
+_UNITS = 64
+_GRADIENT_UNITS = 32
+# Programs that sum over rows; it depends on nothing of the device, so that bits do not either.
+_SUMMING_PROGRAMS = 1024
+# Elements of the hidden rows that live at once in a wide layer.
+_HIDDEN_ELEMENTS = 2**27
+_BLOCK_ELEMENTWISE = 4096
+
+HALF_ROOT = tl.constexpr(0.7071067811865476)  # sqrt(1/2)
+DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * HALF_ROOT))
+
+
+@triton.jit
+def _gelu_and_slope(x):
+    """Return gelu(x) and its derivative."""
+    below = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
+    return x * below, below + x * DENSITY * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _tile(x_ptr, row, counts, column, width, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Read rows and columns of a matrix of `width` columns as operands of a product, 0 where they do not count."""
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    x = tl.load(x_ptr + at, mask=counts[:, None] & (column < width)[None, :], other=0.0).to(DTYPE)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _vector(x_ptr, column, width):
+    return tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Round to the type of the operands."""
+    x = x.to(DTYPE)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _fused_forward_kernel(
+    x_ptr,
+    fc1_ptr,
+    fc1_bias_ptr,
+    fc2_ptr,
+    fc2_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    offset_ptr,
+    y_ptr,
+    branch_ptr,
+    rows,
+    frames,
+    eps,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEPT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The whole of it for a block of rows; what the norm reads is written where it is KEPT."""
+    DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < CHANNELS
+    counts = row < counted(offset_ptr, frames, rows, PACKED)
+    x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    branch = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_H):
+        unit = first + tl.arange(0, BLOCK_H)
+        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+        hidden = tl.dot(x, tl.trans(fc1), input_precision="ieee") + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
+        active = _narrowed(_gelu(hidden), DTYPE, UPCAST)
+        fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
+        branch = tl.dot(active, tl.trans(fc2), branch, input_precision="ieee")
+    branch = tl.where(inside[None, :], branch + _vector(fc2_bias_ptr, column, CHANNELS)[None, :], 0.0)
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    written = (row < rows)[:, None] & inside[None, :]
+    if KEPT:
+        kept = tl.where(counts[:, None], branch, 0.0).to(branch_ptr.dtype.element_ty)
+        tl.store(branch_ptr + at, kept, mask=written)
+    normed, _ = unit_rows(branch, column, CHANNELS, eps)
+    normed = normed * _vector(weight_ptr, column, CHANNELS)[None, :] + _vector(bias_ptr, column, CHANNELS)[None, :]
+    stream = tl.load(x_ptr + at, mask=written, other=0.0)
+    y = stream.to(tl.float32) + normed * row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
+    tl.store(y_ptr + at, tl.where(counts[:, None], y.to(stream.dtype), stream), mask=written)
+
+
+@triton.jit
+def _fused_grad_x_kernel(
+    grad_y_ptr,
+    grad_branch_ptr,
+    x_ptr,
+    fc1_ptr,
+    fc1_bias_ptr,
+    fc2_ptr,
+    offset_ptr,
+    grad_x_ptr,
+    rows,
+    frames,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PACKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grad x = grad y + (gelu'(W1 x + b1) · (grad branch W2)) W1 for a block of rows."""
+    DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < CHANNELS
+    counts = row < counted(offset_ptr, frames, rows, PACKED)
+    x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    grad_branch = _tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    grad_x = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_H):
+        unit = first + tl.arange(0, BLOCK_H)
+        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+        fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
+        hidden = tl.dot(x, tl.trans(fc1), input_precision="ieee") + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
+        _, slope = _gelu_and_slope(hidden)
+        grad_hidden = _narrowed(tl.dot(grad_branch, fc2, input_precision="ieee") * slope, DTYPE, UPCAST)
+        grad_x = tl.dot(grad_hidden, fc1, grad_x, input_precision="ieee")
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    written = (row < rows)[:, None] & inside[None, :]
+    grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
+    through = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad_x).to(grad_y.dtype), grad_y)
+    tl.store(grad_x_ptr + at, through.to(grad_x_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _fused_grad_weights_kernel(
+    grad_branch_ptr,
+    x_ptr,
+    fc1_ptr,
+    fc1_bias_ptr,
+    fc2_ptr,
+    offset_ptr,
+    grad_fc1_ptr,
+    grad_fc1_bias_ptr,
+    grad_fc2_ptr,
+    rows,
+    frames,
+    blocks,
+    chunks,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PACKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A chunk's sums for some hidden channels: fc1 and, transposed, fc2 [chunks, H, C], fc1's bias [chunks, H]."""
+    DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
+    PARTS: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    chunk = (tl.program_id(0) // PARTS).to(tl.int64)
+    unit = tl.program_id(0) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < CHANNELS
+    fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+    fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
+    fc1_bias = _vector(fc1_bias_ptr, unit, HIDDEN)
+    valid = counted(offset_ptr, frames, rows, PACKED)
+    grad_fc1 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    grad_fc2 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([BLOCK_H], tl.float32)
+    begin = (chunk * blocks // chunks).to(tl.int32)
+    end = ((chunk + 1) * blocks // chunks).to(tl.int32)
+    for block in range(begin, end):
+        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        counts = row < valid
+        x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        grad_branch = _tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        # By hidden channels and rows, so that the sums over rows need no transposes of what was made here.
+        hidden = tl.dot(fc1, tl.trans(x), input_precision="ieee") + fc1_bias[:, None]
+        active, slope = _gelu_and_slope(hidden)
+        grad_fc2 = tl.dot(_narrowed(active, DTYPE, UPCAST), grad_branch, grad_fc2, input_precision="ieee")
+        grad_hidden = tl.dot(tl.trans(fc2), tl.trans(grad_branch), input_precision="ieee") * slope
+        grad_bias += tl.sum(grad_hidden, 1)
+        grad_fc1 = tl.dot(_narrowed(grad_hidden, DTYPE, UPCAST), x, grad_fc1, input_precision="ieee")
+    at = (chunk * HIDDEN + unit)[:, None] * CHANNELS + column[None, :]
+    mask = (unit < HIDDEN)[:, None] & inside[None, :]
+    tl.store(grad_fc1_ptr + at, grad_fc1, mask=mask)
+    tl.store(grad_fc2_ptr + at, grad_fc2, mask=mask)
+    tl.store(grad_fc1_bias_ptr + chunk * HIDDEN + unit, grad_bias, mask=unit < HIDDEN)
+
+
+@triton.jit
+def _linear_gelu_kernel(
+    x_ptr,
+    fc1_ptr,
+    fc1_bias_ptr,
+    hidden_ptr,
+    rows,
+    channels,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """gelu(W1 x + b1) for a tile of rows and hidden channels."""
+    DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
+    PARTS: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    # Programs that run at once share rows and weights in the cache: GROUP blocks of rows for every hidden tile.
+    group = tl.program_id(0) // (GROUP * PARTS)
+    held = tl.minimum(tl.cdiv(rows, BLOCK_ROWS) - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * PARTS)
+    row = (group * GROUP + within % held) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    unit = within // held * BLOCK_H + tl.arange(0, BLOCK_H)
+    hidden = tl.zeros([BLOCK_ROWS, BLOCK_H], tl.float32)
+    for first in range(0, channels, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        x = _tile(x_ptr, row, row < rows, column, channels, DTYPE, UPCAST)
+        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, channels, DTYPE, UPCAST)
+        hidden = tl.dot(x, tl.trans(fc1), hidden, input_precision="ieee")
+    hidden = _gelu(hidden + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]).to(DTYPE)
+    at = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
+    tl.store(hidden_ptr + at, hidden, mask=(row < rows)[:, None] & (unit < HIDDEN)[None, :])
+
+
+@triton.jit
+def _gelu_backward_kernel(hidden_ptr, grad_ptr, size, BLOCK: tl.constexpr):
+    """In place: what fc1 gave becomes its GELU, and the gradient of that the gradient of what fc1 gave."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    hidden = tl.load(hidden_ptr + at, mask=at < size, other=0.0)
+    grad = tl.load(grad_ptr + at, mask=at < size, other=0.0)
+    active, slope = _gelu_and_slope(hidden.to(tl.float32))
+    tl.store(hidden_ptr + at, active.to(hidden.dtype), mask=at < size)
+    tl.store(grad_ptr + at, (grad.to(tl.float32) * slope).to(grad.dtype), mask=at < size)
+
+
+class _Layer:
+    """The weights of a call, and the compile-time constants of the fused kernels."""
+
+    def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.fc1, self.fc1_bias, self.fc2 = fc1_weight.contiguous(), fc1_bias.contiguous(), fc2_weight.contiguous()
+        self.dtype = fc1_weight.dtype
+        self.hidden, self.channels = fc1_weight.shape
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.frames = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.wide = max(16, triton.next_power_of_2(self.channels))
+        # The interpreter multiplies bfloat16 as if it were integers.
+        self.upcast = _INTERPRET and self.dtype == torch.bfloat16
+
+    @property
+    def fused(self) -> bool:
+        return self.channels <= _MOST_FUSED and self.dtype != torch.float32
+
+    def constants(self, hidden: int) -> dict[str, Any]:
+        """Return the constants of a fused kernel that takes so many hidden channels at a time."""
+        return {
+            "CHANNELS": self.channels,
+            "HIDDEN": self.hidden,
+            "BLOCK_ROWS": _BLOCK_ROWS,
+            "BLOCK_C": self.wide,
+            "BLOCK_H": hidden,
+            "PACKED": self.cu_seqlens is not None,
+            "UPCAST": self.upcast,
+            "num_warps": 8 if self.wide > 64 else 4,
+            "num_stages": 2,
+        }
+
+    def parts(self, rows: int) -> list[slice]:
+        """Return the rows of a wide layer, in as few equal parts as keep the hidden rows in bounds."""
+        count = max(1, triton.cdiv(rows * self.hidden, _HIDDEN_ELEMENTS))
+        size = max(1, triton.cdiv(rows, count))
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+    def linear_gelu(self, x: Tensor) -> Tensor:
+        """Return gelu(W1 x + b1) [R, H]."""
+        rows = x.shape[0]
+        out = x.new_empty((rows, self.hidden), dtype=self.dtype)
+        wide = self.dtype == torch.float32
+        block_rows, block_hidden, block_channels = (64, 64, 32) if wide else (128, 128, 64)
+        grid = (triton.cdiv(rows, block_rows) * triton.cdiv(self.hidden, block_hidden),)
+        _linear_gelu_kernel[grid](
+            x,
+            self.fc1,
+            self.fc1_bias,
+            out,
+            rows,
+            self.channels,
+            HIDDEN=self.hidden,
+            BLOCK_ROWS=block_rows,
+            BLOCK_H=block_hidden,
+            BLOCK_C=block_channels,
+            GROUP=8,
+            UPCAST=self.upcast,
+            num_warps=8,
+            num_stages=2 if wide else 3,
+        )
+        return out
+
+
+def residual_mlp_fwd(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y [R, C] in the type of x, and in that of the weights what the norm reads [R, C], or [0, C]."""
+    with torch.cuda.device_of(x):
+        x = x.contiguous()
+        rows, channels = x.shape
+        layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
+        norm_weight, norm_bias, fc2_bias = norm_weight.contiguous(), norm_bias.contiguous(), fc2_bias.contiguous()
+        row_scale = None if row_scale is None else row_scale.contiguous()
+        branch = x.new_empty((rows if with_grad else 0, channels), dtype=layer.dtype)
+        if not layer.fused:
+            whole = branch if with_grad else x.new_empty((rows, channels), dtype=layer.dtype)
+            for part in layer.parts(rows):
+                torch.addmm(fc2_bias, layer.linear_gelu(x[part]), layer.fc2.t(), out=whole[part])
+            return add_normed(x, whole, norm_weight, norm_bias, row_scale, layer.cu_seqlens, eps), branch
+        y = torch.empty_like(x)
+        if rows:
+            _fused_forward_kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
+                x,
+                layer.fc1,
+                layer.fc1_bias,
+                layer.fc2,
+                fc2_bias,
+                norm_weight,
+                norm_bias,
+                row_scale,
+                layer.cu_seqlens,
+                y,
+                branch,
+                rows,
+                layer.frames,
+                eps,
+                SCALED=row_scale is not None,
+                KEPT=with_grad,
+                **layer.constants(_UNITS),
+            )
+        return y, branch
+
+
+def residual_mlp_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's."""
+    with torch.cuda.device_of(x):
+        grad_y, x = grad_y.contiguous(), x.contiguous()
+        layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
+        row_scale = None if row_scale is None else row_scale.contiguous()
+        grad_branch, *norm = gradient_through_norm(
+            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps
+        )
+        through = _fused_gradients if layer.fused else _wide_gradients
+        grad_x, grad_fc1, grad_fc1_bias, grad_fc2 = through(layer, grad_y, grad_branch, x)
+        grad_fc2_bias = grad_branch.sum(0, dtype=torch.float32).to(fc2_bias.dtype)
+        return grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias, norm[0], norm[1].to(norm_bias.dtype)
+
+
+def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
+    rows, channels = x.shape
+    grad_x = torch.empty_like(x)
+    if not rows:
+        return grad_x, torch.zeros_like(layer.fc1), torch.zeros_like(layer.fc1_bias), torch.zeros_like(layer.fc2)
+    operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
+    constants = layer.constants(_GRADIENT_UNITS)
+    blocks, parts = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(layer.hidden, _GRADIENT_UNITS)
+    _fused_grad_x_kernel[(blocks,)](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
+    chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, parts))
+    sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
+    bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
+    _fused_grad_weights_kernel[(chunks * parts,)](
+        grad_branch,
+        *operands,
+        sums[0],
+        bias_sums,
+        sums[1],
+        rows,
+        layer.frames,
+        blocks,
+        chunks,
+        **constants,
+    )
+    grad_fc1, grad_fc2 = (part.sum(0).to(layer.dtype) for part in sums)
+    return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()
+
+
+def _wide_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
+    grad_x = torch.empty_like(x)
+    sums = [torch.zeros_like(w, dtype=torch.float32) for w in (layer.fc1, layer.fc1_bias, layer.fc2)]
+    for part in layer.parts(x.shape[0]):
+        narrow, grad = x[part].to(layer.dtype), grad_branch[part]
+        hidden = torch.addmm(layer.fc1_bias, narrow, layer.fc1.t())
+        grad_hidden = grad @ layer.fc2
+        _gelu_backward_kernel[(triton.cdiv(hidden.numel(), _BLOCK_ELEMENTWISE),)](
+            hidden, grad_hidden, hidden.numel(), BLOCK=_BLOCK_ELEMENTWISE, num_warps=8
+        )
+        sums[0] += grad_hidden.t() @ narrow
+        sums[1] += grad_hidden.sum(0, dtype=torch.float32)
+        sums[2] += grad.t() @ hidden
+        torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
+    return (grad_x, *(total.to(layer.dtype) for total in sums))

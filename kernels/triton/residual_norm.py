@@ -1,0 +1,231 @@
+"""The residual layer norm in Triton: y = x + s · LN(branch), a few whole rows per program, forward and backward.
+
+Sums over rows are partial sums of a fixed number of chunks, added up in fixed order: no atomics. The statistics are
+made again in the backward pass, which reads the rows anyway.
+"""
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+# Elements that a program holds of one tensor, and programs that sum over rows; neither depends on the device, so that
+# bits do not either.
+_BLOCK_ELEMENTS = 4096
+_SUMMING_PROGRAMS = 1024
+
+
+@triton.jit
+def unit_rows(branch, column, channels, eps):
+    """Return (branch - mean) / deviation of each row in float32, 0 past the channels, and 1 / deviation."""
+    mean = tl.sum(branch, 1) / channels
+    centred = tl.where((column < channels)[None, :], branch - mean[:, None], 0.0)
+    deviation = tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)
+    inverse = tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
+    return centred * inverse[:, None], inverse
+
+
+@triton.jit
+def counted(offset_ptr, frames, rows, PACKED: tl.constexpr):
+    """Return how many rows count: those before the last offset."""
+    if PACKED:
+        rows = tl.minimum(tl.load(offset_ptr + frames), rows)
+    return rows
+
+
+@triton.jit
+def row_scale_of(scale_ptr, row, mask, SCALED: tl.constexpr):
+    if SCALED:
+        return tl.load(scale_ptr + row, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.full(row.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    offset_ptr,
+    y_ptr,
+    rows,
+    frames,
+    channels,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """y = x + s · (w · unit(branch) + b); rows that do not count stay x."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < channels
+    at = row.to(tl.int64)[:, None] * channels + column[None, :]
+    counts = row < counted(offset_ptr, frames, rows, PACKED)
+    x = tl.load(x_ptr + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    branch = tl.load(branch_ptr + at, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    unit, _ = unit_rows(branch, column, channels, eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    scale = row_scale_of(scale_ptr, row, counts, SCALED)
+    y = x.to(tl.float32) + (unit * weight[None, :] + bias[None, :]) * scale[:, None]
+    y = tl.where(counts[:, None], y.to(x.dtype), x)
+    tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    grad_y_ptr,
+    branch_ptr,
+    weight_ptr,
+    scale_ptr,
+    offset_ptr,
+    grad_branch_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    rows,
+    frames,
+    channels,
+    eps,
+    blocks,
+    chunks,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradient of branch for a chunk of blocks of rows, and the chunk's sums for weight and bias [chunks, C]."""
+    column = tl.arange(0, BLOCK_C)
+    inside = column < channels
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    valid = counted(offset_ptr, frames, rows, PACKED)
+    grad_weight = tl.zeros([BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([BLOCK_C], tl.float32)
+    chunk = tl.program_id(0).to(tl.int64)
+    begin = (chunk * blocks // chunks).to(tl.int32)
+    end = ((chunk + 1) * blocks // chunks).to(tl.int32)
+    for block in range(begin, end):
+        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        at = row.to(tl.int64)[:, None] * channels + column[None, :]
+        counts = row < valid
+        mask = counts[:, None] & inside[None, :]
+        branch = tl.load(branch_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        unit, inverse = unit_rows(branch, column, channels, eps)
+        grad = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        grad *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
+        grad_weight += tl.sum(grad * unit, 0)
+        grad_bias += tl.sum(grad, 0)
+        grad *= weight[None, :]
+        along = tl.sum(grad * unit, 1) / channels
+        grad = (grad - (tl.sum(grad, 1) / channels)[:, None] - unit * along[:, None]) * inverse[:, None]
+        grad = tl.where(counts[:, None], grad, 0.0).to(grad_branch_ptr.dtype.element_ty)
+        tl.store(grad_branch_ptr + at, grad, mask=(row < rows)[:, None] & inside[None, :])
+    at = chunk * channels + column
+    tl.store(grad_weight_ptr + at, grad_weight, mask=inside)
+    tl.store(grad_bias_ptr + at, grad_bias, mask=inside)
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    """Return the rows and columns of a program, and its warps."""
+    width = max(16, triton.next_power_of_2(channels))
+    rows = max(1, _BLOCK_ELEMENTS // width)
+    return {"BLOCK_ROWS": rows, "BLOCK_C": width, "num_warps": min(16, max(4, rows * width // 1024))}
+
+
+def add_normed(
+    x: Tensor,
+    branch: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return y [R, C] in the type of x; x and branch are contiguous. Rows past the last offset stay x."""
+    rows, channels = x.shape
+    y = torch.empty_like(x)
+    if y.numel():
+        options = _blocks(channels)
+        _forward_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
+            x,
+            branch,
+            norm_weight,
+            norm_bias,
+            row_scale,
+            cu_seqlens,
+            y,
+            rows,
+            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            channels,
+            eps,
+            SCALED=row_scale is not None,
+            PACKED=cu_seqlens is not None,
+            **options,
+        )
+    return y
+
+
+def gradient_through_norm(
+    grad_y: Tensor,
+    branch: Tensor,
+    norm_weight: Tensor,
+    row_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of branch [R, C], norm_weight and norm_bias [C]; grad_y and branch are contiguous."""
+    rows, channels = branch.shape
+    grad_branch = torch.empty_like(branch)
+    if not branch.numel():
+        return grad_branch, torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
+    options = _blocks(channels)
+    blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
+    chunks = min(blocks, _SUMMING_PROGRAMS)
+    sums = branch.new_empty((2, chunks, channels), dtype=torch.float32)
+    _backward_kernel[(chunks,)](
+        grad_y,
+        branch,
+        norm_weight,
+        row_scale,
+        cu_seqlens,
+        grad_branch,
+        sums[0],
+        sums[1],
+        rows,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        channels,
+        eps,
+        blocks,
+        chunks,
+        SCALED=row_scale is not None,
+        PACKED=cu_seqlens is not None,
+        **options,
+    )
+    # One by one, since an operator's outputs share no memory.
+    grad_weight, grad_bias = (part.sum(0).to(norm_weight.dtype) for part in sums)
+    return grad_branch, grad_weight, grad_bias
+
+
+def residual_norm_fwd(
+    x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, row_scale: Tensor | None, eps: float
+) -> Tensor:
+    """Return y [R, C] in the type of x."""
+    with torch.cuda.device_of(x):
+        scale = None if row_scale is None else row_scale.contiguous()
+        weight, bias = norm_weight.contiguous(), norm_bias.contiguous()
+        return add_normed(x.contiguous(), branch.contiguous(), weight, bias, scale, None, eps)
+
+
+def residual_norm_bwd(
+    grad_y: Tensor, branch: Tensor, norm_weight: Tensor, row_scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of branch [R, C], norm_weight and norm_bias [C]."""
+    with torch.cuda.device_of(branch):
+        scale = None if row_scale is None else row_scale.contiguous()
+        return gradient_through_norm(
+            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), scale, None, eps
+        )

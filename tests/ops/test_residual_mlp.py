@@ -1,0 +1,230 @@
+"""residual_mlp: every backend against the reference, in numbers and gradients."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import backend as backends
+from deepmsi import testing
+from deepmsi.ops import residual_mlp
+from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, offsets, poisoned_memory, randn
+
+EPS = 1e-5
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
+
+
+def run(
+    rows: tuple[int, ...],
+    channels: int,
+    hidden: int,
+    scaled: bool,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    exact: bool = False,
+    stream: torch.dtype | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> dict[str, Tensor]:
+    """Return y and every gradient; x and y are in `stream`, and the inputs are rounded before they are made `exact`."""
+
+    def draw(*size: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        rounded = randn(*size, seed=seed, scale=scale, dtype=dtype, device=device)
+        return (rounded.double() if exact else rounded).requires_grad_()
+
+    inputs = {
+        "x": draw(*rows, channels, seed=1, dtype=stream or dtype),
+        "fc1_weight": draw(hidden, channels, seed=2, scale=channels**-0.5),
+        "fc1_bias": draw(hidden, seed=3),
+        "fc2_weight": draw(channels, hidden, seed=4, scale=hidden**-0.5),
+        "fc2_bias": draw(channels, seed=5),
+        "norm_weight": draw(channels, seed=6),
+        "norm_bias": draw(channels, seed=7),
+    }
+    # Whole frames dropped or magnified, as stochastic depth does.
+    drawn = randn(rows[0], *[1] * (len(rows) - 1), seed=8, device=device) > 0
+    scale = drawn.to(inputs["x"].dtype).mul(1.25).expand(rows) if scaled else None
+    cu_seqlens = None if lengths is None else offsets(lengths, device)
+    y = residual_mlp(**inputs, row_scale=scale, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
+    grad = randn(*y.shape, seed=20, dtype=stream or dtype, device=device).to(y.dtype)
+    return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
+
+
+def assert_budget(backend: str, device: str, dtype: torch.dtype, *case: Any, **options: Any) -> None:
+    testing.need("residual_mlp", backend, device, dtype)
+    with poisoned_memory():
+        got = run(*case, backend, device, dtype, **options)
+    low = run(*case, "reference", device, dtype, **options)
+    exact = run(*case, "reference", device, dtype, exact=True, **options)
+    for name, wanted in exact.items():
+        assert got[name].dtype == low[name].dtype
+        assert_within_budget(got[name], low[name], wanted, name, roundings=8 if dtype == torch.float32 else 1)
+
+
+# Rows' shape, channels, hidden channels, whether rows have a factor. One row; an odd number below and above a tile;
+# channels that fill no vector; a wide layer, whose hidden rows some kernels make in parts; the edge of what is fused.
+CASES = {
+    "one_row": ((1,), 32, 64, False),
+    "grid": ((2, 5, 7), 96, 384, True),
+    "odd": ((13,), 7, 19, True),
+    "parts": ((300,), 36, 1030, False),
+    "stage_2": ((70,), 192, 100, True),
+    "edge": ((65,), 257, 65, False),
+    "deep": ((50,), 768, 1536, False),
+    "empty": ((0,), 32, 64, True),
+    "empty_and_wide": ((0,), 300, 64, True),
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: torch.dtype) -> None:
+    assert_budget(backend, device, dtype, *CASES[name])
+
+
+def test_the_cpu_kernel_keeps_the_error_budget_over_many_blocks() -> None:
+    assert_budget("cpp", "cpu", torch.float32, (3000,), 36, 1030, False)
+
+
+@pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])
+@pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_rows_behind_the_frames_are_passed_on(
+    backend: str, device: str, dtype: torch.dtype, channels: int, lengths: tuple[int, ...]
+) -> None:
+    assert_budget(backend, device, dtype, (77,), channels, 200, True, lengths=lengths)
+
+
+@pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int) -> None:
+    """x and weights in float32: products in 16 bits, the sum in float32. A kernel without 16 bits says so."""
+    testing.need("residual_mlp", backend, device)
+    case = ((20,), channels, 80, True)
+    reason = backends.why_not("residual_mlp", backend, device, torch.bfloat16)
+    refused = nullcontext() if reason is None else pytest.raises(RuntimeError, match=reason)
+    with torch.autocast(device, torch.bfloat16), refused:
+        got = run(*case, backend, device, torch.float32)
+    if reason is not None:
+        return
+    exact = run(*case, "reference", device, torch.float32, exact=True)
+    for what, wanted in exact.items():
+        assert got[what].dtype == torch.float32
+        torch.testing.assert_close(got[what].double(), wanted, rtol=0.05, atol=0.02 * wanted.abs().max().item())
+    narrow = [run(*case, b, device, torch.bfloat16, stream=torch.float32)["y"] for b in (backend, "reference")]
+    assert narrow[0].dtype == narrow[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
+    testing.need("residual_mlp", backend, device)
+    for dtype in (torch.float32, torch.float16):
+        if backends.why_not("residual_mlp", backend, device, dtype) is None:
+            first, second = (run((200,), 40, 200, True, backend, device, dtype) for _ in range(2))
+            for what, value in first.items():
+                assert torch.equal(second[what], value), what
+
+
+def test_any_thread_count_gives_the_same_bits() -> None:
+    testing.need("residual_mlp", "cpp", "cpu", torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run((500,), 40, 200, True, "cpp", "cpu", torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, found[0][name]), name
+
+
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_gelu_is_exact_in_both_tails(backend: str, device: str) -> None:
+    """fc1 and fc2 pass one channel v on; under a large eps the norm is linear: y = x + gelu(x) / 2."""
+    testing.need("residual_mlp", backend, device, torch.float32)
+    x = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-10, -40.0, 40.0, 1e4, -1e4]))).to(device)
+    rows = torch.stack((x, torch.zeros_like(x)), 1)
+    pick = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=device)
+    zeros, steep = torch.zeros(2, device=device), torch.full((2,), 1e10, device=device)
+    y = residual_mlp(rows, pick, zeros, pick, zeros, steep, zeros, eps=1e20, backend=backend)[:, 0]
+    exact = x.double() + torch.nn.functional.gelu(x.double()) / 2
+    assert ((y.double() - exact).abs() <= 4e-7 * x.double().abs()).all()
+
+
+def operator_arguments(empty: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Return the arguments of the forward operator."""
+    rows, channels, hidden = (0 if empty else 8), 6, 10
+    sizes: tuple[tuple[int, ...], ...] = ((rows, channels), (hidden, channels), (hidden,), (channels, hidden))
+    sizes += ((channels,), (channels,), (channels,))
+    tensors = [randn(*size, seed=i, device=device, dtype=dtype) for i, size in enumerate(sizes)]
+    scale = torch.ones(rows, device=device, dtype=dtype)
+    return (*tensors, scale, None if empty else offsets((2, 3), device), EPS)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> None:
+    testing.need("residual_mlp", backend, device, dtype)
+    arguments = operator_arguments(empty, device, dtype)
+    forward = getattr(torch.ops.deepmsi, f"residual_mlp_{backend}_fwd").default
+    backward = getattr(torch.ops.deepmsi, f"residual_mlp_{backend}_bwd").default
+    leaves = [tensor.clone().requires_grad_() for tensor in arguments[:7]]
+    torch.library.opcheck(forward, (*leaves, *arguments[7:], True))
+    torch.library.opcheck(forward, (*arguments, False))
+    branch = forward(*arguments, True)[1]
+    grad = randn(*arguments[0].shape[::-1], seed=30, device=device, dtype=dtype).t()
+    torch.library.opcheck(backward, (grad, arguments[0], branch, *arguments[1:]))
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
+    testing.need("residual_mlp", backend, device, torch.float32)
+    torch._dynamo.reset()
+    weights = operator_arguments(False, device)[1:7]
+
+    def half(x: Tensor) -> Tensor:
+        return residual_mlp(x, *weights, backend=backend) * 2
+
+    compiled = torch.compile(half, fullgraph=True, dynamic=True)
+    for frames in (3, 5):
+        x = randn(frames, 2, 4, 6, seed=frames, device=device).requires_grad_()
+        y, expected = compiled(x), half(x)
+        torch.testing.assert_close(y, expected)
+        grads = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fc1_weight": torch.zeros(10, 5)}, r"x must be \[\.\.\., C\] and fc1_weight \[H, C\]"),
+        ({"fc2_weight": torch.zeros(10, 6)}, r"fc2_weight must be \[6, 10\]"),
+        ({"fc1_bias": torch.zeros(6)}, r"fc1_bias must be \[10\]"),
+        ({"row_scale": torch.zeros(3)}, r"row_scale must be \[8\]"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
+        ({"x": torch.zeros(8, 6, dtype=torch.int64)}, "floa"),
+        ({"fc2_bias": torch.zeros(6).half()}, "weights and biases of fc1 and fc2 must be of one type"),
+        ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
+    ],
+    ids=["fc1", "fc2", "bias", "scale", "offsets", "type", "types", "float64"],
+)
+def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
+    arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
+    with pytest.raises(ValueError, match=words):
+        residual_mlp(**(arguments | change))
+
+
+def test_the_cpu_kernel_refuses_mixed_types() -> None:
+    testing.need("residual_mlp", "cpp", "cpu", torch.float32)
+    x, *weights = operator_arguments(False)[:7]
+    with pytest.raises(RuntimeError, match="x and the weights must be of one type"):
+        residual_mlp(x.half(), *weights, backend="cpp")

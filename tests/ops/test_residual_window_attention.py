@@ -1,0 +1,181 @@
+"""residual_window_attention: the CPU kernel against the reference, in numbers and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import testing
+from deepmsi.ops import residual_window_attention
+from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn
+
+EPS = 1e-5
+
+
+def need() -> None:
+    testing.need("residual_window_attention", "cpp", "cpu", torch.float32)
+
+
+def cut(x: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """Return whole frames dropped or magnified, as stochastic depth does."""
+    return (randn(x.shape[0], *[1] * (x.dim() - 2), seed=seed) > 0).to(dtype).mul(1.25).expand(x.shape[:-1])
+
+
+def results(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    grad = randn(*y.shape, seed=20).to(y.dtype)
+    grads = torch.autograd.grad(y, tuple(inputs.values()), grad)
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def assert_budget(run: Any) -> None:
+    with poisoned_memory():
+        got = run("cpp", torch.float32)
+    low, exact = run("reference", torch.float32), run("reference", torch.float64)
+    for name, wanted in exact.items():
+        assert_within_budget(got[name], low[name], wanted, name, roundings=8)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shifted": {"frames": 3, "grid": (8, 8), "window": 4, "shift": 2},
+    "window_8": {"frames": 2, "grid": (16, 8), "window": 8, "shift": 0, "channels": 64},
+    "v1": {"frames": 2, "grid": (6, 6), "window": 3, "shift": 1, "cosine": False, "channels": 10},
+    "packed": {"lengths": (7, 0, 20, 36), "grid": (6, 6), "window": 3, "shift": 1, "tail": 5},
+    "packed_chunks": {"lengths": (250, 3, 256, 90, 256, 1), "grid": (16, 16), "window": 8, "shift": 4, "channels": 768},
+    "no_rows": {"frames": 0, "grid": (4, 4), "window": 4, "shift": 0},
+    "only_tail": {"lengths": (0, 0), "grid": (4, 4), "window": 2, "shift": 1, "tail": 3},
+}
+
+
+def attention(
+    backend: str,
+    dtype: torch.dtype,
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    frames: int = 0,
+    lengths: tuple[int, ...] | None = None,
+    tail: int = 0,
+    channels: int = 32,
+    cosine: bool = True,
+    scaled: bool = True,
+) -> dict[str, Tensor]:
+    heads = 2
+    layout: dict[str, Any] = {}
+    size: tuple[int, ...] = (frames, *grid)
+    if lengths is not None:
+        places = [
+            torch.randperm(grid[0] * grid[1], generator=torch.Generator().manual_seed(i))[:n].sort().values
+            for i, n in enumerate(lengths)
+        ]
+        positions = torch.cat([*places, torch.zeros(tail, dtype=torch.int64)]).int()
+        layout = {"positions": positions, "cu_seqlens": offsets(lengths)}
+        size = (sum(lengths) + tail,)
+
+    def draw(*size: int, seed: int, scale: float = 1.0) -> Tensor:
+        return randn(*size, seed=seed, scale=scale, dtype=torch.float32).to(dtype).requires_grad_()
+
+    inputs = {
+        "x": draw(*size, channels, seed=1),
+        "qkv_weight": draw(3 * channels, channels, seed=2, scale=channels**-0.5),
+        "qkv_bias": draw(3 * channels, seed=3),
+        "proj_weight": draw(channels, channels, seed=4, scale=channels**-0.5),
+        "proj_bias": draw(channels, seed=5),
+        "norm_weight": draw(channels, seed=6),
+        "norm_bias": draw(channels, seed=7),
+        "bias_table": draw((2 * window - 1) ** 2, heads, seed=9),
+    }
+    if cosine:
+        inputs["logit_scale"] = torch.tensor([1.5, 2.0], dtype=dtype).requires_grad_()
+    scale = cut(inputs["x"], 8, dtype) if scaled and inputs["x"].numel() else None
+    y = residual_window_attention(
+        heads=heads,
+        grid=grid,
+        window=window,
+        shift=shift,
+        **inputs,
+        **layout,
+        row_scale=scale,
+        eps=EPS,
+        backend=backend,
+    )
+    if tail:
+        assert torch.equal(y[-tail:], inputs["x"][-tail:])
+    return results(y, inputs)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_keeps_the_error_budget(name: str) -> None:
+    need()
+    assert_budget(lambda backend, dtype: attention(backend, dtype, **LAYOUTS[name]))
+
+
+def test_any_thread_count_gives_the_same_bits() -> None:
+    need()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(attention("cpp", torch.float32, **LAYOUTS["shifted"]))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, found[0][name]), name
+
+
+def operator_arguments(empty: bool) -> tuple[Any, ...]:
+    """Return the arguments of the forward operator."""
+    rows, channels = (0 if empty else 8), 6
+    x = randn(rows, channels, seed=1)
+    sizes: tuple[tuple[int, ...], ...] = ((3 * channels, channels), (3 * channels,), (channels, channels))
+    weights = [randn(*size, seed=i + 2) for i, size in enumerate((*sizes, (channels,), (channels,), (channels,)))]
+    table, scale = randn(9, 2, seed=9), torch.tensor([1.5, 10.0])
+    return (x, *weights, None, EPS, table, scale, 1.0, None, None, 2, 2, 4, 2, 1)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
+def test_opcheck(empty: bool) -> None:
+    need()
+    arguments = operator_arguments(empty)
+    forward = torch.ops.deepmsi.residual_window_attention_cpp_fwd.default
+    backward = torch.ops.deepmsi.residual_window_attention_cpp_bwd.default
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    torch.library.opcheck(forward, (*leaves, True))
+    torch.library.opcheck(forward, (*arguments, False))
+    outputs = forward(*arguments, True)
+    grad = randn(arguments[0].shape[1], arguments[0].shape[0], seed=30).t()
+    torch.library.opcheck(backward, (grad, arguments[0], *outputs[1:], *arguments[1:]))
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_whole_at_any_size() -> None:
+    need()
+    torch._dynamo.reset()
+    arguments = operator_arguments(False)
+    options = {"bias_table": arguments[9], "logit_scale": arguments[10].log()}
+
+    def block(x: Tensor) -> Tensor:
+        return residual_window_attention(x, *arguments[1:7], 2, (2, 4), 2, 1, **options, backend="cpp") * 2
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for frames in (3, 5):
+        x = randn(frames, 2, 4, 6, seed=frames).requires_grad_()
+        y, expected = compiled(x), block(x)
+        torch.testing.assert_close(y, expected)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_bad_arguments_are_named() -> None:
+    x, *weights = operator_arguments(False)[:7]
+    table = torch.zeros(9, 2)
+    with pytest.raises(ValueError, match=r"x must be \[B, 2, 4, C\]"):
+        residual_window_attention(x, *weights, 2, (2, 4), 2, 1, bias_table=table)
+    grid = x.view(1, 2, 4, 6)
+    with pytest.raises(ValueError, match=r"proj_bias must be \[6\], not \[5\]"):
+        residual_window_attention(grid, *weights[:3], torch.zeros(5), *weights[4:], 2, (2, 4), 2, 1, bias_table=table)
+    doubles = [w.double() for w in weights]
+    with pytest.raises(RuntimeError, match="takes float32, not float64"):
+        residual_window_attention(grid.double(), *doubles, 2, (2, 4), 2, 1, bias_table=table.double(), backend="cpp")
