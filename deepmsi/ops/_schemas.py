@@ -398,8 +398,8 @@ _register(
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: all in float32). `branch`
 # [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
-# made again. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32
-# are passed on: y is x, and their gradient goes to x alone.
+# made again. Backward reads x for its products alone, and so in the type of the weights. row_scale [R] gets no
+# gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -417,14 +417,15 @@ def _mlp_fake_forward(x: Tensor, *rest: Any) -> Any:
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
-    return tuple(like.new_empty(like.shape) for like in (x, *rest[:6]))
+    return tuple(like.new_empty(like.shape) for like in (grad_y, *rest[:6]))
 
 
 def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps, ctx.with_grad = inputs
+    x, *others, ctx.eps, ctx.with_grad = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
+    narrow = others[0].dtype
+    ctx.save_for_backward(x if x.dtype == narrow else x.to(narrow), output[1], *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

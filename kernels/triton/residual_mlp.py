@@ -166,7 +166,7 @@ def _fused_grad_x_kernel(
     written = (row < rows)[:, None] & inside[None, :]
     grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
     through = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad_x).to(grad_y.dtype), grad_y)
-    tl.store(grad_x_ptr + at, through.to(grad_x_ptr.dtype.element_ty), mask=written)
+    tl.store(grad_x_ptr + at, through, mask=written)
 
 
 @triton.jit
@@ -400,7 +400,7 @@ def residual_mlp_bwd(
     cu_seqlens: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's."""
+    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type."""
     with torch.cuda.device_of(x):
         grad_y, x = grad_y.contiguous(), x.contiguous()
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
@@ -417,7 +417,7 @@ def residual_mlp_bwd(
 def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
     rows, channels = x.shape
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(grad_y)
     if not rows:
         return grad_x, torch.zeros_like(layer.fc1), torch.zeros_like(layer.fc1_bias), torch.zeros_like(layer.fc2)
     operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
@@ -445,16 +445,16 @@ def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tens
 
 def _wide_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(grad_y)
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in (layer.fc1, layer.fc1_bias, layer.fc2)]
     for part in layer.parts(x.shape[0]):
-        narrow, grad = x[part].to(layer.dtype), grad_branch[part]
-        hidden = torch.addmm(layer.fc1_bias, narrow, layer.fc1.t())
+        rows, grad = x[part], grad_branch[part]
+        hidden = torch.addmm(layer.fc1_bias, rows, layer.fc1.t())
         grad_hidden = grad @ layer.fc2
         _gelu_backward_kernel[(triton.cdiv(hidden.numel(), _BLOCK_ELEMENTWISE),)](
             hidden, grad_hidden, hidden.numel(), BLOCK=_BLOCK_ELEMENTWISE, num_warps=8
         )
-        sums[0] += grad_hidden.t() @ narrow
+        sums[0] += grad_hidden.t() @ rows
         sums[1] += grad_hidden.sum(0, dtype=torch.float32)
         sums[2] += grad.t() @ hidden
         torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])

@@ -80,7 +80,8 @@ def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str) -> 
     torch.testing.assert_close(got["y"].double(), exact["y"], rtol=within, atol=within)
     for what in ("branch", "norm_weight", "norm_bias"):
         assert got[what].dtype == torch.bfloat16
-        torch.testing.assert_close(got[what].double(), exact[what], rtol=1e-2, atol=1e-2)
+        largest = exact[what].abs().max().item()
+        torch.testing.assert_close(got[what].double(), exact[what], rtol=1e-2, atol=max(within, 1e-2) * largest)
 
 
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
