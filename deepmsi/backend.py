@@ -111,7 +111,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
     ("residual_norm", "cpp"): Kernel(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(4096)
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(2048)
     ),
     ("residual_norm", "triton"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096)

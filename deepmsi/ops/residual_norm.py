@@ -47,6 +47,8 @@ def residual_norm(
         check_floating(tensor, _OP, name)
     if x.dim() < 1 or branch.shape != x.shape:
         raise ValueError(f"{_OP}: x and branch must be [..., C], both, not {shape(x)} and {shape(branch)}")
+    if (x.dtype == torch.float64) != (branch.dtype == torch.float64):
+        raise ValueError(f"{_OP}: float64 goes with float64 alone, not x in {x.dtype} with branch in {branch.dtype}")
     channels = x.shape[-1]
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector.shape != (channels,):

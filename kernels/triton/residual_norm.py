@@ -129,11 +129,10 @@ def _backward_kernel(
     tl.store(grad_bias_ptr + at, grad_bias, mask=inside)
 
 
-def _blocks(channels: int) -> dict[str, int]:
+def _blocks(channels: int, warps: int) -> dict[str, int]:
     """Return the rows and columns of a program, and its warps."""
     width = max(16, triton.next_power_of_2(channels))
-    rows = max(1, _BLOCK_ELEMENTS // width)
-    return {"BLOCK_ROWS": rows, "BLOCK_C": width, "num_warps": min(16, max(4, rows * width // 1024))}
+    return {"BLOCK_ROWS": max(1, _BLOCK_ELEMENTS // width), "BLOCK_C": width, "num_warps": warps}
 
 
 def add_normed(
@@ -149,7 +148,7 @@ def add_normed(
     rows, channels = x.shape
     y = torch.empty_like(x)
     if y.numel():
-        options = _blocks(channels)
+        options = _blocks(channels, 4)
         _forward_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
             x,
             branch,
@@ -182,7 +181,7 @@ def gradient_through_norm(
     grad_branch = torch.empty_like(branch)
     if not branch.numel():
         return grad_branch, torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
-    options = _blocks(channels)
+    options = _blocks(channels, 8)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     chunks = min(blocks, _SUMMING_PROGRAMS)
     sums = branch.new_empty((2, chunks, channels), dtype=torch.float32)

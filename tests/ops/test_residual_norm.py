@@ -149,8 +149,9 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"norm_bias": torch.zeros(5)}, r"norm_bias must be \[6\], not \[5\]"),
         ({"row_scale": torch.zeros(4)}, r"row_scale must be \[3\], not \[4\]"),
         ({"x": torch.zeros(3, 6, dtype=torch.int64)}, "x must be float16, .* not torch.int64"),
+        ({"x": torch.zeros(3, 6).double()}, "float64 goes with float64 alone"),
     ],
-    ids=["branch", "bias", "scale", "type"],
+    ids=["branch", "bias", "scale", "type", "float64"],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
     arguments: dict[str, Any] = {name: torch.zeros(3, 6) for name in ("x", "branch")}
