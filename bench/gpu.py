@@ -36,7 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("build", "test", "sanitize", "bench", "compile")
 LEAST = 10.0  # seconds under which no part is begun
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-BENCHES = ("vsc_compress", "window_attention", "dilated_causal_conv1d", "cross_modal_contrastive")
+BENCHES = (
+    "vsc_compress",
+    "window_attention",
+    "dilated_causal_conv1d",
+    "cross_modal_contrastive",
+    "residual_mlp",
+    "residual_norm",
+)
 
 
 @dataclass

@@ -321,9 +321,9 @@ class Block(nn.Module):
         mlp, norm = self.mlp, self.norm2
         if fuses("residual_mlp", x) and unhooked(mlp) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            return tokens._replace(
-                x=residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
-            )
+            with remade(x, source):
+                y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
+            return tokens._replace(x=y)
         return tokens._replace(x=added(norm, x, mlp(x, source), scale))
 
     def forward(self, tokens: Tokens) -> Tokens:
