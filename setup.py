@@ -10,6 +10,7 @@ runs with another (2.11 or newer). Environment variables:
 - MAX_JOBS limits the compilers that run at once.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -37,6 +38,16 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 def say(sentence: str) -> None:
     """Print one line that shows in pip's log."""
     print(f"deepmsi: {sentence}", file=sys.stderr, flush=True)
+
+
+def built_for_source() -> str:
+    """Return the C++ by which an extension tells which schemas it was built for; the package is not imported for it."""
+    spec = importlib.util.spec_from_file_location("_built_for", ROOT / "deepmsi" / "_built_for.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.source()
 
 
 def find_cuda_home() -> tuple[Path | None, str]:
@@ -147,15 +158,30 @@ class NinjaBuild(build_ext):
         ]
         for isa in ISA_FLAGS if IS_X86 else ("baseline",):
             objects.append((f"isa_{isa}", CSRC / "cpu" / "isa_kernels.cpp", "cxx", ISA_FLAGS[isa]))
+        objects.append(("built_for", self.built_for(output), "cxx", ""))
         self.ninja(output, objects, libraries)
 
     def build_cuda(self, output: Path, home: Path) -> None:
         torch_flags, libraries = self.torch_flags("torch_cpu", "torch_cuda")
         flags = " ".join([torch_flags, "-DUSE_CUDA", *gencode()])
         objects = [(s.stem, s, "nvcc", flags) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+        objects.append(("built_for", self.built_for(output), "cxx", ""))
         folders = [home / "lib64", home / "lib", home / "targets" / f"{platform.machine()}-linux" / "lib"]
         libraries += "".join(f" -L{folder}" for folder in folders if folder.is_dir())
         self.ninja(output, objects, f"{libraries} -lcudart_static -lrt -lpthread -ldl", nvcc=home / "bin" / "nvcc")
+
+    def folder_of(self, output: Path) -> Path:
+        """Return the folder that an extension is built in."""
+        folder = Path(self.build_temp).resolve() / output.name.split(".")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def built_for(self, output: Path) -> Path:
+        """Write the source by which an extension tells what it was built for, where that has changed."""
+        path, text = self.folder_of(output) / "built_for.cpp", built_for_source()
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+        return path
 
     @staticmethod
     def torch_flags(*libraries: str) -> tuple[str, str]:
@@ -176,8 +202,7 @@ class NinjaBuild(build_ext):
         """Write and run a ninja file that compiles (name, source, rule, flags) and links them into `output`."""
         import ninja
 
-        folder = Path(self.build_temp).resolve() / output.name.split(".")[0]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder_of(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", self.compiler_command())
         common = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CXXFLAGS', '')}"

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from deepmsi import _built_for
 from deepmsi._version import __version__
 
 OPS = (
@@ -124,17 +125,21 @@ KERNELS: dict[tuple[str, str], Kernel] = {
 }
 
 
+def _file_of(name: str) -> Path | None:
+    return next(iter(sorted(_PACKAGE.glob(f"{name}*.so"))), None)
+
+
 def _load_extension(name: str) -> str | None:
     """Load ``_C_cpu`` or ``_C_cuda``; return why it is absent, or None where its operators are registered."""
-    files = sorted(_PACKAGE.glob(f"{name}*.so"))
-    if not files:
+    file = _file_of(name)
+    if file is None:
         return f"the extension {name} is not built: run `pip install -e .` with a C++ compiler" + (
             " and nvcc" if name == "_C_cuda" else ""
         )
     try:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(file))
     except (OSError, RuntimeError, ImportError) as error:
-        return f"the extension {files[0].name} does not load: {str(error).splitlines()[0]}"
+        return f"the extension {file.name} does not load: {str(error).splitlines()[0]}"
     return None
 
 
@@ -144,10 +149,17 @@ _EXTENSIONS: dict[str, str | None] = {
 }
 # What a module calls beside an operation's own operators, on one device.
 _BESIDE = {("dilated_causal_conv1d", "cpu"): ("fold_weight_norm",)}
+_SCHEMAS = _built_for.schemas()
+# None of an extension that does not tell, which is then taken at its word.
+_BUILT_FOR = {
+    device: _built_for.of(file)
+    for device, absent in _EXTENSIONS.items()
+    if absent is None and (file := _file_of(f"_C_{device}")) is not None
+}
 
 
 def _outdated(op: str, device: str) -> str | None:
-    """Return that the extension was built before an operation came to it, or None where it has all that it needs."""
+    """Return that the extension is not what an operation calls: it lacks it, or takes other arguments; else None."""
     name = f"_C_{device}"
     if _EXTENSIONS[device] is not None:
         return None
@@ -161,6 +173,12 @@ def _outdated(op: str, device: str) -> str | None:
                 found = False
             if not found:
                 return f"the extension {name} is older than this deepmsi and lacks {operator}: run `pip install -e .`"
+        told = _BUILT_FOR.get(device)
+        if told is not None and _SCHEMAS and told.get(operator) != _SCHEMAS.get(operator):
+            return (
+                f"the extension {name} is of another deepmsi than this one, and its {operator} takes other arguments: "
+                "run `pip install -e .`"
+            )
     return None
 
 

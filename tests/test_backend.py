@@ -11,7 +11,7 @@ import torch
 
 import deepmsi
 import deepmsi.ops  # registers the operators
-from deepmsi import backend
+from deepmsi import _built_for, backend
 
 
 def test_argument_goes_before_context_before_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,16 +117,13 @@ def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
     if backend._EXTENSIONS["cpu"] is not None:
         pytest.skip(backend._EXTENSIONS["cpu"])
     # The package as it is, over an extension whose tables name none of a newer operation's kernels.
-    package = tmp_path / "deepmsi"
-    source = Path(backend.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for built in source.glob("*.so"):
+    for built in copy_of_the_package(tmp_path).glob("*.so"):
         names = (b"residual_mlp_cpp_", b"fold_weight_norm_cpp_") if built.name.startswith("_C_cpu") else ()
         content = built.read_bytes()
         for name in names:
             assert name in content
             content = content.replace(name, b"x" * len(name))
-        (package / built.name).write_bytes(content)
+        built.write_bytes(content)
     code = """if True:
         import torch
         from deepmsi import backend, use_backend, explain
@@ -153,6 +150,49 @@ def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
         "fold_weight_norm: run `pip install -e .`",
     ]
     assert all("_C_cpu is older than this deepmsi" in line for line in lines)
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """Return a copy of the package, extensions included, to be changed and imported from ``folder``."""
+    source, package = Path(backend.__file__).parent, folder / "deepmsi"
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def test_an_extension_of_other_schemas_leaves_the_operation_to_the_reference(tmp_path: Path) -> None:
+    """It has the operator, with other arguments: torch would complain at the call, or read them wrongly."""
+    if backend._EXTENSIONS["cpu"] is not None:
+        pytest.skip(backend._EXTENSIONS["cpu"])
+    assert backend._BUILT_FOR["cpu"] == _built_for.schemas(), "built before it told: pip install -e . builds it anew"
+    schemas = copy_of_the_package(tmp_path) / "ops" / "_schemas.py"
+    text = schemas.read_text(encoding="utf-8")
+    # A new argument by way of the text that both directions share, and a comment, which changes nothing.
+    text = text.replace('"Tensor? row_scale, Tensor? cu_seqlens, float eps"', '"Tensor? row_scale, float eps"', 1)
+    schemas.write_text(text + "# more\n", encoding="utf-8")
+    code = """if True:
+        import torch
+        from deepmsi import backend, explain
+        from deepmsi.ops import dilated_causal_conv1d
+        print(backend.why_not("residual_mlp", "cpp", "cpu"))
+        assert backend.why_not("residual_mlp", "cpp", "cpu") in explain()
+        assert backend.resolve("residual_mlp", None, "cpu", torch.float32) == "reference"
+        assert backend.resolve("dilated_causal_conv1d", "cpp", "cpu", torch.float32) == "cpp"
+        dilated_causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(4, 2, 3), backend="cpp")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "the extension _C_cpu is of another deepmsi than this one, and its residual_mlp takes other arguments: "
+        "run `pip install -e .`"
+    )
+
+
+def test_every_compiled_operation_has_its_schemas_told() -> None:
+    """What cannot be compared is not: a form of registration that is not understood would go unseen."""
+    told = _built_for.schemas()
+    assert set(backend.OPS) | {"fold_weight_norm"} == set(told)
+    assert len(set(told.values())) == len(told)
 
 
 def test_a_compiler_that_fails_leaves_the_extensions_out(tmp_path: Path) -> None:
