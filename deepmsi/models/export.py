@@ -72,7 +72,8 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
     with backends.use_backend(backend), torch.no_grad():
         inputs = _example(program.model, 2)
         exported = torch.export.export(program, inputs, dynamic_shapes=(tuple(batch for _ in inputs),))
-    temporary = path.with_name(f".{path.name}.part")
+    # By another ending torch would warn that it is no such program.
+    temporary = path.with_name(f".{path.stem}.part{SUFFIX}")
     with temporary.open("wb") as stream:
         torch.export.save(exported, stream)
     try:

@@ -128,8 +128,9 @@ class VideoGraphs:
             # A loader's thread may pin memory meanwhile.
             options["capture_error_mode"] = "thread_local"
         device = given[0].device
-        # A module, for only a module's parameters get gradients from a graph; autocast may not keep copies of weights.
-        with torch.random.fork_rng([device]), _autocast_without_cache(device):
+        # The branch need not be on the current device, whose streams are captured. A module, for only a module's
+        # parameters get gradients from a graph; autocast may not keep copies of weights.
+        with torch.cuda.device_of(given[0]), torch.random.fork_rng([device]), _autocast_without_cache(device):
             return cast(
                 Callable[..., Tensor],
                 torch.cuda.make_graphed_callables(_Branch(self.branch).train(), samples, **options),
@@ -137,7 +138,7 @@ class VideoGraphs:
 
 
 class CapturedInference:
-    """The inference of a model, replayed: a graph for each combination of its inputs' shapes.
+    """The inference of a model, replayed: a graph for each combination of its inputs' shapes, and of autocast.
 
     Equivalent to: `model(**inputs).logits` under `torch.inference_mode()`. The weights are read as they are at the
     capture: make a new one after they have changed. Where the model cannot be captured (`why_not`), it runs as it is.
@@ -153,6 +154,7 @@ class CapturedInference:
         self.model = model.eval()
         if model.video is not None:
             model.video.fold()
+        self.weight = next(model.parameters())
         self.why_not = why_not_inference(model)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
         self.pool: Any = None
@@ -160,11 +162,14 @@ class CapturedInference:
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Logits `[U, K]` for the arguments of `DeepMSI.forward`, all on the model's device; a tensor of its own."""
-        key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+        key = (_autocast_of(self.weight.device), shapes)
         if self.why_not is not None or (key not in self.graphs and len(self.graphs) == LIMIT):
             return self.model(**inputs).logits
         if key not in self.graphs:
-            self.graphs[key] = self._capture(inputs)
+            # The model need not be on the current device, whose streams are captured.
+            with torch.cuda.device_of(self.weight):
+                self.graphs[key] = self._capture(inputs)
         graph, held, logits = self.graphs[key]
         for name, tensor in inputs.items():
             held[name].copy_(tensor)
@@ -177,18 +182,24 @@ class CapturedInference:
             self.pool = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with _autocast_without_cache(next(self.model.parameters()).device):
+        with _autocast_without_cache(self.weight.device):
             with torch.cuda.stream(side):
                 for _ in range(WARMUP):
                     self.model(**held)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Another thread may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = self.model(**held).logits
         return graph, held, logits
 
 
+def _autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for a device, and in which type."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
 def _autocast_without_cache(device: torch.device) -> torch.autocast:
     """The autocast that is on, without copies of weights, which a graph would go on reading after they have changed."""
-    kind = device.type
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+    enabled, dtype = _autocast_of(device)
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)

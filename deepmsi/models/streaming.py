@@ -69,7 +69,8 @@ class EmotionStream:
         """Take what is said in every stream from here on, by the arguments of `DeepMSI.forward`; None: not known.
 
         Returns:
-            What is known now: the frames in sight are read again under the new guide. None before the first frame.
+            What is known now: the frames in sight are read again under the new guide. None before the first frame; a
+            stream that was begun anew and has no frame yet is told by its words and sound alone.
 
         Raises:
             UserError: an input does not fit the model, or is not for all streams.
@@ -91,7 +92,8 @@ class EmotionStream:
             return None
         if self.branch.guide_dim is not None:
             self._read_again()
-        return self._output()
+        assert self._video is not None
+        return self._output(torch.where((self.seen > 0)[:, None], self._video, self.model.missing["video"]))
 
     @torch.inference_mode()
     def step(self, frames: Tensor) -> StreamOutput:
@@ -112,7 +114,8 @@ class EmotionStream:
         self._stems = [*self._stems[max(0, len(self._stems) + 1 - kept) :], stem]
         self._advance(stem)
         self.seen = self.seen + 1
-        return self._output()
+        assert self._video is not None
+        return self._output(self._video)
 
     @torch.inference_mode()
     def restart(self, streams: Sequence[int] | Tensor | None = None) -> None:
@@ -138,7 +141,6 @@ class EmotionStream:
         """Set the state of the marked streams to that before their first frame."""
         self.state = tuple(part.masked_fill(streams[:, None, None], 0) for part in self.state)
 
-    def _output(self) -> StreamOutput:
-        assert self._video is not None
-        logits, _ = self.model.classify({"video": self._video, **self._features})
-        return StreamOutput(logits, self._video)
+    def _output(self, video: Tensor) -> StreamOutput:
+        logits, _ = self.model.classify({"video": video, **self._features})
+        return StreamOutput(logits, video)

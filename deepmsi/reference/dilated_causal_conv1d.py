@@ -6,8 +6,10 @@ from torch import Tensor
 
 def dilated_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Compute :func:`deepmsi.ops.dilated_causal_conv1d` with its arguments already checked."""
-    past = (weight.shape[2] - 1) * dilation
-    return torch.nn.functional.conv1d(torch.nn.functional.pad(x, (past, 0)), weight, bias, dilation=dilation)
+    past, length = (weight.shape[2] - 1) * dilation, x.shape[2]
+    # One place more, for torch has no convolution of an empty sequence.
+    padded = torch.nn.functional.pad(x, (past, 0 if length else 1))
+    return torch.nn.functional.conv1d(padded, weight, bias, dilation=dilation)[..., :length]
 
 
 def causal_conv_rows(

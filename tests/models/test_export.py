@@ -1,5 +1,6 @@
 """Exported programs: the model's logits for any batch size, from torch alone."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +24,17 @@ REGRID = {"schedule": {"layout": "regrid", "keep": [49, 25]}}
 
 
 def test_a_program_runs_on_torch_alone(
-    tiny: Callable[..., DeepMSI], batch: dict[str, torch.Tensor], tmp_path: Path
+    tiny: Callable[..., DeepMSI],
+    batch: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = tiny(vision=REGRID)
     before = model.training
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
     assert export_model(model, tmp_path / "model.pt2") < 1e-5
+    assert "Unable to load package" not in caplog.text
     assert model.training == before
     torch.save(tuple(batch.values()), tmp_path / "in.pt")
     files = [str(tmp_path / name) for name in ("model.pt2", "in.pt", "out.pt")]

@@ -224,6 +224,43 @@ def test_what_cannot_be_captured_runs_as_it_is(tiny: Callable[..., DeepMSI], bat
     torch.testing.assert_close(captured(**batch), expected)
 
 
+def test_inference_has_a_graph_for_each_shape_and_autocast(
+    tiny: Callable[..., DeepMSI], batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = CapturedInference(tiny(vision=STATIC["keep"]))
+    captured.why_not = None
+    made: list[int] = []
+
+    class Eager:
+        """Stands for a graph: runs the model on what is held, under the autocast of its capture."""
+
+        def __init__(self, inputs: dict[str, Tensor]) -> None:
+            self.held = {name: tensor.clone() for name, tensor in inputs.items()}
+            self.autocast = torch.is_autocast_enabled("cpu")
+            self.logits = self.run().clone()
+
+        def run(self) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                return captured.model(**self.held).logits
+
+        def replay(self) -> None:
+            self.logits.copy_(self.run())
+
+    def capture(inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor]:
+        graph = Eager(inputs)
+        made.append(len(graph.logits))
+        return graph, graph.held, graph.logits
+
+    monkeypatch.setattr(captured, "_capture", capture)
+    for count in (4, 2, 4):
+        given = {name: tensor[:count].flip(0) for name, tensor in batch.items()}
+        for autocast in (False, True):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                expected = captured.model(**given).logits
+                assert torch.equal(captured(**given), expected)
+    assert made == [4, 4, 2, 2]
+
+
 def test_the_whole_step_that_is_to_be_captured_learns() -> None:
     """As it is; and nothing in it depends on the batch."""
     model = captured_step.build("small")

@@ -74,6 +74,13 @@ def test_streams_begin_apart(tiny: Callable[..., DeepMSI], frames: Tensor) -> No
             expected = whole(model, frames[n : n + 1, begun[n] : 6], its)
             torch.testing.assert_close(result.logits[n : n + 1], expected, rtol=1e-9, atol=1e-9)
     assert stream.seen.tolist() == [6, 2, 6]
+    stream.restart([0])
+    waiting = stream.hear(**words(3))
+    mask = torch.ones(STREAMS, 3, dtype=torch.bool)
+    mask[0, 0] = False
+    alone = model.eval()(frames[1:, :2], **words(3), modality_mask=mask).logits[0]
+    torch.testing.assert_close(waiting.logits[0], alone, msg="nothing of the frames before is left")
+    stream.hear(**words(4))
     stream.restart()
     torch.testing.assert_close(stream.step(frames[:, 0]).logits, whole(model, frames[:, :1], words(4)))
 

@@ -270,6 +270,18 @@ def test_the_gradient_passes_where_dropout_kept(backend: str, device: str, resid
     torch.testing.assert_close(grads[1], kept.sum((0, 1)))
 
 
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_an_empty_sequence_has_an_empty_result(backend: str, device: str) -> None:
+    need(backend, device)
+    x = torch.zeros(2, 5, 0, requires_grad=True, device=device)
+    weight = torch.ones(6, 5, 3, requires_grad=True, device=device)
+    y = dilated_causal_conv1d(x, weight, torch.ones(6, device=device), 2, backend=backend)
+    assert y.shape == (2, 6, 0)
+    grads = torch.autograd.grad(y.sum(), (x, weight))
+    assert [tuple(grad.shape) for grad in grads] == [(2, 5, 0), (6, 5, 3)]
+    assert not grads[1].any()
+
+
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_only_what_is_wanted_is_computed(backend: str, device: str) -> None:
     need(backend, device)
