@@ -56,9 +56,14 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
         size than it was traced at.
 
     Raises:
-        UserError: the path is none of a `.pt2` file in a folder that exists.
+        UserError: the path is none of a `.pt2` file in a folder that exists; of an `.onnx` file it says why not.
     """
     path = Path(path)
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"{path}: there is no ONNX, for torch's exporter has no conversion of the stable sort by which ties of "
+            f"kept tokens are broken: give a file that ends in {SUFFIX}, in a folder that exists."
+        )
     if path.suffix != SUFFIX or not path.parent.is_dir():
         raise UserError(f"{path}: give a file that ends in {SUFFIX}, in a folder that exists.")
     # The copy computes in float32 on the CPU, whatever the model is used for meanwhile.

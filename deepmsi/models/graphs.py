@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepmsi.nn.tcn import TemporalBlock
+
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
     from deepmsi.models.vision import VideoBranch
@@ -157,6 +159,7 @@ class CapturedInference:
         self.weight = next(model.parameters())
         self.why_not = why_not_inference(model)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
+        self.constants: list[list[Tensor]] = []
         self.pool: Any = None
 
     @torch.inference_mode()
@@ -191,7 +194,15 @@ class CapturedInference:
             # Another thread may pin memory meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = self.model(**held).logits
+        # The model lets go of them in training mode, and the graph would read what comes to lie there.
+        self.constants.append(constants_of(self.model))
         return graph, held, logits
+
+
+def constants_of(model: nn.Module) -> list[Tensor]:
+    """What a model reads beside its inputs: weights, buffers, and the weights that evaluation keeps folded."""
+    folded = [held for module in model.modules() if isinstance(module, TemporalBlock) for held in module.folded()]
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers(), *folded)]
 
 
 def _autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:

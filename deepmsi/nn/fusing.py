@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi import backend
+from deepmsi.ops._arguments import autocasts
 
 
 def fuses(op: str, x: Tensor) -> bool:
     """Whether an operation that does the work of several modules is to compute it for x."""
     device = x.device.type
-    narrows = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    narrows = x.dtype != torch.float64 and autocasts(device)
     return backend.fuses(op, device, torch.get_autocast_dtype(device) if narrows else x.dtype, channels=x.shape[-1])
 
 
@@ -19,7 +20,7 @@ def plain(x: Tensor, *layers: nn.Module) -> bool:
     An adapter, a quantised layer or a parametrised weight makes another class of a layer. A module whose call is passed
     over, too, has to be :func:`unhooked`. Autocast takes weights of any type.
     """
-    casts = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    casts = x.dtype != torch.float64 and autocasts(x.device.type)
     return (
         unhooked(*layers)
         and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in layers)

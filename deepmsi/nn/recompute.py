@@ -67,13 +67,14 @@ def remade(value: Tensor, source: Source | None) -> AbstractContextManager[None]
     """Inside, an operation that saves ``value`` for backward saves what it is made from; backward makes it again.
 
     Worth it where the inputs are saved anyway, or are smaller, and the function passes over elements only. On a CPU
-    with float32 the time counts for more than the bytes, and nothing changes; nor does it under ``torch.compile``,
-    which decides by itself, or in ``torch.func``, which has no hooks.
+    with float32 the time counts for more than the bytes, and nothing changes; nor does it without content (``meta``),
+    under ``torch.compile``, which decides by itself, or in ``torch.func``, which has no hooks.
     """
     if source is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
-    wide = value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
-    if wide or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    kind = value.device.type
+    wide = kind == "cpu" and value.dtype in (torch.float32, torch.float64)
+    if wide or kind == "meta" or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return nullcontext()
     return _remade(value, source)
 

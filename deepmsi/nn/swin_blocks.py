@@ -14,7 +14,7 @@ from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast
+from deepmsi.ops._arguments import autocast, without_autocast
 
 
 class Tokens(NamedTuple):
@@ -122,7 +122,7 @@ class WindowAttention(nn.Module):
             return self.fixed_table
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
-        with torch.autocast(self.offsets.device.type, enabled=False):
+        with without_autocast(self.offsets.device.type):
             scaled = self.offsets.float() / max(self.reference_window - 1, 1) * 8
             coordinates = (scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)).to(wide)
             raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()

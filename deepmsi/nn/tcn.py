@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from deepmsi.errors import UserError
-from deepmsi.ops._arguments import autocast, shape
+from deepmsi.ops._arguments import autocast, autocasts, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 
 # What a stream remembers: for every convolution its last (k - 1)·d inputs [B, (k - 1)·d, C].
@@ -65,6 +65,10 @@ class TemporalBlock(nn.Module):
         self._folded.clear()
         return super().train(mode)
 
+    def folded(self) -> list[Tensor]:
+        """Return the weights that are kept folded for evaluation."""
+        return [weight for _, weight in self._folded.values()]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}}
 
@@ -111,7 +115,7 @@ class TemporalBlock(nn.Module):
         if self.training or wanted or torch.compiler.is_compiling() or any(p.is_inference() for p in sources):
             return fold(*sources)
         device = sources[0].device.type
-        narrowed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
         key = (narrowed, tuple((p.data_ptr(), p._version, p.dtype) for p in sources))
         held = self._folded.get(conv)
         if held is None or held[0] != key:

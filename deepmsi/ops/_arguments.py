@@ -10,17 +10,22 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a device type; tensors without content have none to ask for."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor) -> Tensor:
     """Return x in the autocast type where autocast is on for its device; float64 stays as it is."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and autocasts(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves types alone; one that is off already costs nothing."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def check(condition: bool, sentence: Callable[[], str]) -> None:
@@ -36,6 +41,13 @@ def check_floating(x: Tensor, op: str, name: str) -> None:
     """Raise unless x holds floating-point numbers."""
     if x.dtype not in FLOATING:
         raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, not {x.dtype}")
+
+
+def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> None:
+    """Raise unless the others lie where x does: a kernel reads their addresses."""
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {x.device}: move it")
 
 
 def shape(x: Tensor) -> str:

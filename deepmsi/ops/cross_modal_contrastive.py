@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_floating, shape, without_autocast
+from deepmsi.ops._arguments import check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
 _OP = "cross_modal_contrastive"
@@ -71,6 +71,8 @@ def cross_modal_contrastive(
         check_floating(other, _OP, "b")
         if other.shape != (joined, dim):
             raise ValueError(f"{_OP}: b must be [{joined}, {dim}], not {shape(other)}")
+        check_devices(a, _OP, "a", b=other)
+    check_devices(a, _OP, "a", labels=labels, labels_b=labels_b)
     if labels.shape != (rows,):
         raise ValueError(f"{_OP}: labels must be [{rows}], not {shape(labels)}")
     if labels.dtype not in _INTEGERS:
@@ -148,6 +150,7 @@ def _taking_part(
         for mask in masks:
             if mask is not None and not (mask.dtype == torch.bool and mask.dim() == 1 and mask.shape[0] in sizes):
                 raise ValueError(f"{_OP}: {name} must be [{sizes[0]}] bool, not {shape(mask)} {mask.dtype}")
+            check_devices(a, _OP, "a", **{name: mask})
     inside, columns = [], []
     for mask_a, mask_b in zip(masks_a, masks_b, strict=True):
         column = everyone if mask_b is None else mask_b

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas
-from deepmsi.ops._arguments import autocast, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.dilated_causal_conv1d import causal_conv_rows as reference_rows
 from deepmsi.reference.dilated_causal_conv1d import dilated_causal_conv1d as reference
 
@@ -38,6 +38,7 @@ def dilated_causal_conv1d(
         ValueError: An argument has the wrong shape, type or range.
         RuntimeError: The backend that was asked for cannot run this call.
     """
+    check_devices(x, _OP, "x", weight=weight, bias=bias)
     x, weight = autocast(x), autocast(weight)
     bias = autocast(bias) if bias is not None else None
     check_floating(x, _OP, "x")

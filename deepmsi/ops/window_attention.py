@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 from deepmsi.reference.window_attention import window_attention as reference
 
@@ -53,10 +53,6 @@ def check_windows(
             )
         if not (cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32):
             raise ValueError(f"{op}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
-        if not (positions.device == x.device and cu_seqlens.device == x.device):
-            raise ValueError(
-                f"{op}: {name} is on {x.device}, positions on {positions.device}, cu_seqlens on {cu_seqlens.device}"
-            )
     else:
         if not (x.dim() == 4 and x.shape[1] == height and x.shape[2] == width):
             raise ValueError(
@@ -77,6 +73,9 @@ def check_windows(
             f"{op}: bias_table must be [{(2 * window - 1) ** 2}, {heads}] for window {window}, not {shape(bias_table)}"
         )
     check_floating(bias_table, op, "bias_table")
+    check_devices(
+        x, op, name, positions=positions, cu_seqlens=cu_seqlens, bias_table=bias_table, logit_scale=logit_scale
+    )
     if logit_scale is not None and scale is not None:
         raise ValueError(f"{op}: give logit_scale (cosine attention, V2) or scale (V1), not both")
     depth = x.shape[-1] // (parts * heads)

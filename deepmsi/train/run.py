@@ -136,6 +136,7 @@ class _Run:
     ) -> None:
         self.out, self.resume, self.on_fold = out, resume, on_fold
         self.trained: list[tuple[float, float]] = []
+        self.planned: tuple[DeepMSIConfig, int, DeepMSI] | None = None
         self.main = process_rank()[0] == 0
         started = _check_directory(out, resume or folds is not None)
         self.data = on_main_first(
@@ -194,9 +195,11 @@ class _Run:
 
     def _plan_memory(self, choose: bool) -> StepMemory | None:
         """Say what a step takes of the memory; on request choose the batch size that fits."""
-        from deepmsi.models.deepmsi import DeepMSI
-
-        model = DeepMSI(self._config(self.folds[0].train))
+        # With the model of the first fit, where that is of a fold's whole training part: weights are read once.
+        fold = next((fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()), self.folds[0])
+        config, seed = self._config(fold.train), derive_seed(self.recipe.seed, fold.name)
+        model = self._new_model(config, seed)
+        self.planned = config, seed, model
         there = room(self.recipe.train)
         if choose:
             self.recipe, told = fit_batch(model, self.recipe, there)
@@ -205,6 +208,17 @@ class _Run:
         found = estimate(model, self.recipe, utterances)
         note(memory_sentence(found, utterances, there))
         return found
+
+    def _new_model(self, config: DeepMSIConfig, seed: int) -> DeepMSI:
+        """The model that a fit begins with; the planned one goes to the first fit, where it is that one's, or away."""
+        from deepmsi.models.deepmsi import DeepMSI
+
+        planned, self.planned = self.planned, None
+        if planned is not None and planned[:2] == (config, seed):
+            return planned[2]
+        del planned  # before there is another
+        seed_torch(derive_seed(seed, "weights"))
+        return DeepMSI(config)
 
     def _make_folds(self, plan: Recipe) -> list[Fold]:
         if plan is self.recipe:
@@ -368,12 +382,10 @@ class _Run:
         stop_epoch: int | None = None,
         checkpoints: bool = True,
     ) -> tuple[DeepMSI, FitResult]:
-        from deepmsi.models.deepmsi import DeepMSI
         from deepmsi.train.trainer import Fit, run_fit
 
-        config = self._config(part.train)
-        seed_torch(derive_seed(seed, "weights"))
-        model = DeepMSI(config)
+        model = self._new_model(self._config(part.train), seed)
+        config = model.config
         train = self._dataset(part.train, config, seed)
         if model.video is not None and config.vision.pixel_statistics:
             model.video.fit_pixel_statistics(train.videos(), mirrored=self.recipe.augment.flip > 0)

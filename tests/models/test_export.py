@@ -69,6 +69,8 @@ def test_a_wrong_path_is_told(tiny: Callable[..., DeepMSI], tmp_path: Path) -> N
     for path in (tmp_path / "model.onnx", tmp_path / "nowhere" / "model.pt2"):
         with pytest.raises(UserError, match=r"give a file that ends in \.pt2, in a folder that exists"):
             export_model(tiny(), path)
+    with pytest.raises(UserError, match="there is no ONNX, for torch's exporter has no conversion of the stable sort"):
+        export_model(tiny(), tmp_path / "model.onnx")
 
 
 def test_a_loaded_run_has_its_tables(tiny: Callable[..., DeepMSI], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from deepmsi import DeepMSI
 from deepmsi.models import graphs
 from deepmsi.models.graphs import CapturedInference, VideoGraphs, why_not_inference, why_not_training
+from deepmsi.nn.swin_blocks import WindowAttention
 
 STATIC: dict[str, dict[str, Any]] = {
     "keep": {"schedule": {"keep": [40, 21]}},
@@ -259,6 +260,22 @@ def test_inference_has_a_graph_for_each_shape_and_autocast(
                 expected = captured.model(**given).logits
                 assert torch.equal(captured(**given), expected)
     assert made == [4, 4, 2, 2]
+
+
+def test_what_a_graph_reads_outlives_training_mode(tiny: Callable[..., DeepMSI], batch: dict[str, Tensor]) -> None:
+    model = tiny(vision=STATIC["keep"]).eval()
+    assert model.video is not None
+    model.video.fold()
+    with torch.inference_mode():
+        model(**batch)
+    tables = [m.fixed_table for m in model.modules() if isinstance(m, WindowAttention)]
+    folded = [weight for block in model.video.tcn.blocks() for weight in block.folded()]
+    assert len(folded) >= 2 * len(model.video.tcn.blocks())
+    addresses = [tensor.data_ptr() for tensor in (*tables, *folded, *model.parameters())]
+    held = {tensor.data_ptr() for tensor in graphs.constants_of(model)}
+    assert held.issuperset(addresses)
+    model.train()
+    assert not [weight for block in model.video.tcn.blocks() for weight in block.folded()]
 
 
 def test_the_whole_step_that_is_to_be_captured_learns() -> None:

@@ -194,6 +194,14 @@ def test_autocast_and_compile() -> None:
     assert relative_error(low, expected) < 0.1
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_shapes_are_found_without_content(name: str) -> None:
+    """As tools that count operations and parameters do."""
+    size = 56 if "window7" in name else 64
+    fused = deepmsi.fuse(build(name, img_size=size).float()).to("meta")
+    assert fused(torch.empty(2, 3, size, size, device="meta")).shape == (2, 3)
+
+
 def test_refusals_leave_the_model_as_it_is() -> None:
     with pytest.raises(UserError, match="swinv2_cr"):
         deepmsi.fuse(

@@ -339,12 +339,33 @@ def test_static_schedules_read_nothing_on_the_host(case: str, monkeypatch: pytes
     model(frames, guide).sum().backward()
 
 
+@pytest.mark.parametrize("case", ["keep", "released"])
+def test_shapes_are_found_without_content(case: str) -> None:
+    model = small(case).float().to("meta")
+    features = model(torch.empty(2, 3, 32, 32, device="meta"), torch.empty(2, 16, device="meta"))
+    assert features.shape == (2, 32)
+    features.sum().backward()
+
+
 def test_a_static_model_compiles_whole() -> None:
     model = small("keep").float()
     frames, guide = randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(frames, guide), model(frames, guide))
+
+
+def test_with_a_threshold_it_compiles_whole_where_torch_may_capture_what_is_read() -> None:
+    model = small("paper").float()
+    frames, guide = randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6)
+
+    def breaks(capture: bool) -> int:
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(capture_scalar_outputs=capture, capture_dynamic_output_shape_ops=capture):
+            return torch._dynamo.explain(model)(frames, guide).graph_break_count
+
+    assert breaks(capture=True) == 0
+    assert breaks(capture=False) > 0
 
 
 @pytest.mark.parametrize("case", ["paper", "released"])

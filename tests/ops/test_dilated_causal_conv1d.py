@@ -507,3 +507,10 @@ def test_mistakes_are_told(
         dilated_causal_conv1d(
             torch.zeros(x), torch.zeros(weight), None if bias is None else torch.zeros(bias), dilation
         )
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_lies_elsewhere_is_told(name: str) -> None:
+    given = {"x": torch.zeros(2, 3, 5), "weight": torch.zeros(4, 3, 3), "bias": torch.zeros(4)}
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu: move it"):
+        dilated_causal_conv1d(**{**given, name: given[name].to("meta")})

@@ -241,6 +241,8 @@ def test_rows_of_whole_frames_need_no_positions(shift: int) -> None:
         ({"heads": 4}, "not 3 times a multiple of 4 heads"),
         ({"grid": (2, 8)}, "for the grid 2x8"),
         ({"bias_table": torch.zeros(4, HEADS)}, "bias_table must be"),
+        ({"bias_table": torch.zeros(9, HEADS, device="meta")}, "bias_table is on meta, qkv on cpu: move it"),
+        ({"logit_scale": torch.zeros(2, device="meta")}, "logit_scale is on meta, qkv on cpu: move it"),
         ({"logit_scale": torch.zeros(3)}, "must have 2 elements"),
         ({"logit_scale": torch.zeros(2), "scale": 1.0}, "not both"),
         ({"positions": torch.zeros(1, dtype=torch.int32)}, "both positions and cu_seqlens"),

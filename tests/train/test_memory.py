@@ -114,6 +114,27 @@ def test_a_run_takes_what_fits_and_keeps_it(
         train(free, video_corpus, run, resume=True)
 
 
+def test_the_model_that_is_planned_with_is_the_first_that_is_trained(
+    video_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[DeepMSIConfig] = []
+    original = DeepMSI.__init__
+
+    def counted(self: DeepMSI, config: DeepMSIConfig, **options: Any) -> None:
+        built.append(config)
+        original(self, config, **options)
+
+    monkeypatch.setattr(DeepMSI, "__init__", counted)
+    train(recipe(batch=4), video_corpus, tmp_path / "whole")
+    assert len(built) == 2, "one for each fold"
+    for fold in ("2", "1"):
+        train(recipe(batch=4), video_corpus, tmp_path / "apart", folds=[fold])
+    assert len(built) == 4
+    for path in sorted((tmp_path / "whole").glob("folds/*/predictions.csv")):
+        other = tmp_path / "apart" / path.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == path.read_bytes(), "which fold is the first changes no number"
+
+
 def test_what_may_not_fit_is_told(video_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = recipe(batch=4).model_dump(mode="json")
     plain["train"]["memory_limit"] = 0.001
