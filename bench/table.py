@@ -66,7 +66,7 @@ def rows(document: dict[str, Any]) -> list[dict[str, str]]:
             row["eager"] = " / ".join(span(info["eager_s"][side]) for side in sides if side in info["eager_s"])
         if "peak_bytes" in info:
             found = [info["peak_bytes"][side] / 2**20 for side in sides if side in info["peak_bytes"]]
-            row["peak memory"] = " / ".join(f"{size:.3g}" for size in found) + " MiB"
+            row["peak memory"] = " / ".join(f"{float(f'{size:.3g}'):g}" for size in found) + " MiB"
         if "share_of_floor" in info:
             row["share of floor"] = f"{info['share_of_floor']:.0%}"
         table.append(row)
@@ -105,10 +105,9 @@ def render(document: dict[str, Any]) -> str:
     load = next(info["load"] for info in infos if "load" in info)
     lines = [f"{where}, load {load}.", ""]
     if any("eager_s" in info for info in infos):
-        lines[0] += (
-            " Rows with eager times are replays of CUDA graphs on both sides; the others are eager. Where several "
-            "sides have a number, ours is the first."
-        )
+        lines[0] += " Rows with eager times are replays of CUDA graphs on both sides; the others are eager."
+    if any("eager_s" in info or "peak_bytes" in info for info in infos):
+        lines[0] += " Where several sides have a number, ours is the first."
     table = rows(document)
     head = [column for column in COLUMNS if any(column in row for row in table)]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
