@@ -166,24 +166,25 @@ def test_an_extension_of_other_schemas_leaves_the_operation_to_the_reference(tmp
     assert backend._BUILT_FOR["cpu"] == _built_for.schemas(), "built before it told: pip install -e . builds it anew"
     schemas = copy_of_the_package(tmp_path) / "ops" / "_schemas.py"
     text = schemas.read_text(encoding="utf-8")
-    # A new argument by way of the text that both directions share, and a comment, which changes nothing.
-    text = text.replace('"Tensor? row_scale, Tensor? cu_seqlens, float eps"', '"Tensor? row_scale, float eps"', 1)
+    # An argument more than the extension has, and a comment, which changes nothing.
+    assert text.count('"(Tensor v, Tensor g) ->') == 1
+    text = text.replace('"(Tensor v, Tensor g) ->', '"(Tensor v, Tensor g, bool fast) ->')
     schemas.write_text(text + "# more\n", encoding="utf-8")
     code = """if True:
         import torch
         from deepmsi import backend, explain
-        from deepmsi.ops import dilated_causal_conv1d
-        print(backend.why_not("residual_mlp", "cpp", "cpu"))
-        assert backend.why_not("residual_mlp", "cpp", "cpu") in explain()
-        assert backend.resolve("residual_mlp", None, "cpu", torch.float32) == "reference"
-        assert backend.resolve("dilated_causal_conv1d", "cpp", "cpu", torch.float32) == "cpp"
-        dilated_causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(4, 2, 3), backend="cpp")
+        from deepmsi.nn import TCN
+        from deepmsi.ops import vsc_compress
+        print(backend.why_not("dilated_causal_conv1d", "cpp", "cpu"))
+        assert backend.why_not("dilated_causal_conv1d", "cpp", "cpu") in explain()
+        TCN(4, (4,)).last(torch.zeros(1, 4, 3)).sum().backward()
+        vsc_compress(torch.zeros(1, 4, 3), None, torch.zeros(1, 3), keep=2, backend="cpp")
     """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
-        "the extension _C_cpu is of another deepmsi than this one, and its residual_mlp takes other arguments: "
+        "the extension _C_cpu is of another deepmsi than this one, and its fold_weight_norm takes other arguments: "
         "run `pip install -e .`"
     )
 
