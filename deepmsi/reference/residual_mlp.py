@@ -11,6 +11,11 @@ def within(cu_seqlens: Tensor, x: Tensor) -> Tensor:
     return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1]).unsqueeze(1)
 
 
+def counted(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
+    """Return x with zeros in the rows that do not count: whatever they hold must not reach a weight's gradient."""
+    return x if cu_seqlens is None else torch.where(within(cu_seqlens, x), x, x.new_zeros(()))
+
+
 def residual_mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -24,7 +29,7 @@ def residual_mlp(
     eps: float,
 ) -> Tensor:
     """Return x + row_scale · LN(W2 gelu(W1 x + b1) + b2) for rows x [R, C]; those past the last offset stay x."""
-    narrow = x.to(fc1_weight.dtype)
+    narrow = counted(cu_seqlens, x).to(fc1_weight.dtype)
     hidden = torch.nn.functional.gelu(torch.nn.functional.linear(narrow, fc1_weight, fc1_bias))
     branch = torch.nn.functional.linear(hidden, fc2_weight, fc2_bias)
     y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)

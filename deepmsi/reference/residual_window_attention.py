@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepmsi.reference.residual_mlp import within
+from deepmsi.reference.residual_mlp import counted, within
 from deepmsi.reference.residual_norm import residual_norm
 from deepmsi.reference.window_attention import window_attention
 
@@ -32,7 +32,7 @@ def residual_window_attention(
 
     Rows past the last offset stay x.
     """
-    qkv = torch.nn.functional.linear(x, qkv_weight, qkv_bias)
+    qkv = torch.nn.functional.linear(counted(cu_seqlens, x), qkv_weight, qkv_bias)
     out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
     branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
     y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)

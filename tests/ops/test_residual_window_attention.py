@@ -179,3 +179,32 @@ def test_bad_arguments_are_named() -> None:
     doubles = [w.double() for w in weights]
     with pytest.raises(RuntimeError, match="takes float32, not float64"):
         residual_window_attention(grid.double(), *doubles, 2, (2, 4), 2, 1, bias_table=table.double(), backend="cpp")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str) -> None:
+    testing.need("residual_window_attention", backend, "cpu", torch.float32)
+    channels, positions = 16, torch.tensor([0, 3, 5, 1, 2, 9, 15, 0, 0], dtype=torch.int32)
+    shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), (channels,), (channels,), (channels,))
+    weights = [randn(*shape, seed=i, scale=0.2).requires_grad_() for i, shape in enumerate(shapes)]
+    table, logit_scale = randn(9, 2, seed=7).requires_grad_(), randn(2, seed=8).requires_grad_()
+    layout: dict[str, Any] = {"positions": positions, "cu_seqlens": offsets([3, 4])}
+    rows, found = randn(9, channels, seed=9), []
+    for held in (0.0, torch.nan):
+        x = rows.clone()
+        x[7:] = held
+        y = residual_window_attention(
+            x.requires_grad_(),
+            *weights,
+            2,
+            (4, 4),
+            2,
+            1,
+            bias_table=table,
+            logit_scale=logit_scale,
+            backend=backend,
+            **layout,
+        )
+        found.append([y[:7], *torch.autograd.grad(y, (x, *weights, table, logit_scale), torch.ones_like(y))])
+    for zeros, nans in zip(*found, strict=True):
+        assert torch.equal(zeros, nans)
