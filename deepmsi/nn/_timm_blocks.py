@@ -128,7 +128,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             whole
             and fuses("residual_window_attention", x)
             and unhooked(attn.proj_drop)
-            and plain(x, attn.qkv, attn.proj, norm)
+            and plain(x, attn.proj, norm, bare=(attn.qkv,))
         ):
             return _added(norm, block.drop_path1, x, block._attn(x))
         return residual_window_attention(
@@ -196,7 +196,7 @@ class FusedPatchMerging(PatchMerging):
         reduction: Any = self.reduction
         norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        if not (even and fuses("project_cells", x) and plain(x, reduction, norm)):
+        if not (even and fuses("project_cells", x) and plain(x, norm, bare=(reduction,))):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         return project_cells(cells, reduction.weight, reduction.bias, norm.weight, norm.bias, eps=norm.eps)

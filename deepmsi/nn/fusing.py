@@ -14,17 +14,21 @@ def fuses(op: str, x: Tensor) -> bool:
     return backend.fuses(op, device, torch.get_autocast_dtype(device) if narrows else x.dtype, channels=x.shape[-1])
 
 
-def plain(x: Tensor, *layers: nn.Module) -> bool:
+def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:
     """Whether calling layers on x does what torch's own do: no hooks, no other class, weights in the type of x.
+
+    Layers have a weight and a bias; ``bare`` ones may lack the bias.
 
     An adapter, a quantised layer or a parametrised weight makes another class of a layer. A module whose call is passed
     over, too, has to be :func:`unhooked`. Autocast takes weights of any type.
     """
     casts = x.dtype != torch.float64 and autocasts(x.device.type)
+    every = (*layers, *bare)
     return (
-        unhooked(*layers)
-        and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in layers)
-        and (casts or all(layer.weight.dtype == x.dtype for layer in layers))
+        unhooked(*every)
+        and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in every)
+        and all(layer.bias is not None for layer in layers)
+        and (casts or all(layer.weight.dtype == x.dtype for layer in every))
     )
 
 

@@ -286,7 +286,7 @@ class Block(nn.Module):
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
         source: Source | None = None
-        if fuses("residual_window_attention", x) and unhooked(attn) and plain(x, attn.qkv, attn.proj, norm):
+        if fuses("residual_window_attention", x) and unhooked(attn) and plain(x, attn.proj, norm, bare=(attn.qkv,)):
             y = residual_window_attention(
                 x,
                 attn.qkv.weight,
@@ -445,7 +445,7 @@ class PatchMerging(nn.Module):
 
     def _reduced(self, cells: Tensor) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
-        if fuses("project_cells", cells) and plain(cells, self.reduction, self.norm):
+        if fuses("project_cells", cells) and plain(cells, self.norm, bare=(self.reduction,)):
             norm = self.norm
             return project_cells(cells, self.reduction.weight, None, norm.weight, norm.bias, eps=norm.eps)
         return normed(self.norm, self.reduction(cells.flatten(3)))

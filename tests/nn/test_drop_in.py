@@ -168,6 +168,24 @@ def test_whatever_is_watched_is_called(name: str, part: str) -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("part", ["norm1", "norm2", "mlp.fc1", "mlp.fc2", "attn.proj"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_layer_without_bias_or_weight_computes(backend: str, device: str, part: str) -> None:
+    need("window_attention", backend, device, torch.float32)
+    stock = build("swinv2_tiny_window8_256", img_size=32).float()
+    block = stock.layers[0].blocks[0]
+    layer = block.get_submodule(part)
+    others = [nn.LayerNorm(16, elementwise_affine=False), nn.LayerNorm(16, bias=False)]
+    if "norm" not in part:
+        others = [nn.Linear(layer.in_features, layer.out_features, bias=False)]
+    frames = randn(1, 3, 32, 32, seed=2, device=device)
+    for other in others:
+        block.set_submodule(part, other)
+        stock.to(device)
+        with torch.no_grad(), deepmsi.use_backend(backend):
+            torch.testing.assert_close(deepmsi.fuse(copy.deepcopy(stock))(frames), stock(frames), rtol=1e-4, atol=1e-4)
+
+
 def test_an_attention_of_another_class_is_called() -> None:
     model = deepmsi.fuse(build("swinv2_tiny_window8_256", img_size=64).float())
     frames = randn(1, 3, 64, 64, seed=2)
