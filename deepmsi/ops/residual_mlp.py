@@ -54,6 +54,8 @@ def residual_mlp(
     if x.dim() < 1 or fc1_weight.dim() != 2 or fc1_weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{_OP}: x must be [..., C] and fc1_weight [H, C], not {shape(x)} and {shape(fc1_weight)}")
     hidden, channels = fc1_weight.shape
+    if hidden == 0 or channels == 0:
+        raise ValueError(f"{_OP}: fc1_weight must have an element at least, not {shape(fc1_weight)}")
     if fc2_weight.shape != (channels, hidden):
         raise ValueError(f"{_OP}: fc2_weight must be [{channels}, {hidden}], not {shape(fc2_weight)}")
     for name, vector, size in (

@@ -402,7 +402,7 @@ def residual_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type."""
     with torch.cuda.device_of(x):
-        grad_y, x = grad_y.contiguous(), x.contiguous()
+        grad_y, x, branch = grad_y.contiguous(), x.contiguous(), branch.contiguous()
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
         row_scale = None if row_scale is None else row_scale.contiguous()
         grad_branch, *norm = gradient_through_norm(
@@ -447,6 +447,10 @@ def _wide_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tenso
     """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
     grad_x = torch.empty_like(grad_y)
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in (layer.fc1, layer.fc1_bias, layer.fc2)]
+    if layer.cu_seqlens is not None:
+        # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
+        counts = torch.arange(x.shape[0], device=x.device) < layer.cu_seqlens[-1]
+        x = torch.where(counts[:, None], x, 0)
     for part in layer.parts(x.shape[0]):
         rows, grad = x[part], grad_branch[part]
         hidden = torch.addmm(layer.fc1_bias, rows, layer.fc1.t())

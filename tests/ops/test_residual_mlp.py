@@ -117,6 +117,28 @@ def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device
 
 
 @pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_what_lies_behind_the_frames_reaches_nothing_else(
+    backend: str, device: str, dtype: torch.dtype, channels: int
+) -> None:
+    testing.need("residual_mlp", backend, device, dtype)
+    found = []
+    for tail in (0.0, torch.nan, torch.inf):
+        sizes = ((9, channels), (20, channels), (20,), (channels, 20), *((channels,),) * 3)
+        inputs = [randn(*size, seed=n, dtype=dtype, device=device) for n, size in enumerate(sizes)]
+        inputs[0][5:] = tail
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        y = residual_mlp(*leaves, cu_seqlens=offsets((2, 3), device), backend=backend)
+        grads = torch.autograd.grad(y, leaves, randn(*y.shape, seed=9, dtype=dtype, device=device))
+        assert torch.equal(y[5:].nan_to_num(), leaves[0][5:].nan_to_num())
+        found.append((y[:5].detach(), *grads))
+    for other in found[1:]:
+        for value, wanted in zip(other, found[0], strict=True):
+            assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int) -> None:
     """x and weights in float32: products in 16 bits, the sum in float32. A kernel without 16 bits says so."""
@@ -197,7 +219,11 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> 
     torch.library.opcheck(forward, (*arguments, False))
     branch = forward(*arguments, True)[1]
     grad = randn(*arguments[0].shape[::-1], seed=30, device=device, dtype=dtype).t()
-    torch.library.opcheck(backward, (grad, arguments[0], branch, *arguments[1:]))
+    dense = (grad, arguments[0], branch, *arguments[1:])
+    torch.library.opcheck(backward, dense)
+    columns = [t.t().contiguous().t() if isinstance(t, Tensor) and t.dim() == 2 else t for t in dense]
+    for value, wanted in zip(backward(*columns), backward(*dense), strict=True):
+        assert torch.equal(value, wanted)
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -223,6 +249,7 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
     ("change", "words"),
     [
         ({"fc1_weight": torch.zeros(10, 5)}, r"x must be \[\.\.\., C\] and fc1_weight \[H, C\]"),
+        ({"fc1_weight": torch.zeros(0, 6)}, r"fc1_weight must have an element at least, not \[0, 6\]"),
         ({"fc2_weight": torch.zeros(10, 6)}, r"fc2_weight must be \[6, 10\]"),
         ({"fc1_bias": torch.zeros(6)}, r"fc1_bias must be \[10\]"),
         ({"row_scale": torch.zeros(3)}, r"row_scale must be \[8\]"),
@@ -231,7 +258,7 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"fc2_bias": torch.zeros(6).half()}, "weights and biases of fc1 and fc2 must be of one type"),
         ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
     ],
-    ids=["fc1", "fc2", "bias", "scale", "offsets", "type", "types", "float64"],
+    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "type", "types", "float64"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
