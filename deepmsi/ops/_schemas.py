@@ -54,6 +54,12 @@ def _register(
                     LIBRARY.impl(f"{name}_{direction}", launch, key)
         bwd = getattr(torch.ops.deepmsi, f"{name}_bwd").default
 
+        def second(ctx: Any, *grads: Tensor | None, _name: str = op) -> Any:
+            raise RuntimeError(f"{_name} has a second derivative on the reference backend alone")
+
+        # Else torch would warn, and leave this operation out of a second derivative.
+        torch.library.register_autograd(f"deepmsi::{name}_bwd", second, lib=LIBRARY)
+
         def backward_of(ctx: Any, *grads: Tensor | None, _bwd: Any = bwd) -> tuple[Any, ...]:
             return gradient(_bwd, ctx, *grads)
 

@@ -84,6 +84,18 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> None:
+    """Torch by itself warns, and leaves the operation out of it."""
+    testing.need(op, backend, device)
+    inputs, run = call(op, backend, device)
+    leaves = [x.requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(run(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op} has a second derivative on the reference backend alone"):
+        torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
 def test_a_kernel_is_proven_wherever_it_can_run(request: pytest.FixtureRequest, op: str, backend: str) -> None:
     """Read from what pytest collected: a kernel without its tests, or a type or device that they leave out, fails."""
