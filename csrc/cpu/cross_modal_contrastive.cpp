@@ -53,7 +53,7 @@ int64_t number_labels(const Tensor& a_any, const Tensor& b_any, std::vector<int3
   for (auto [any, list] : {std::pair{&a_any, a}, std::pair{&b_any, b}}) {
     STD_TORCH_CHECK(any->scalar_type() == ScalarType::Long && any->dim() == 1, kOp,
                     ": labels must be [B] int64");
-    const Tensor held = contiguous(*any);
+    const Tensor held = dense(*any);
     list->resize(any->size(0));
     for (size_t i = 0; i < list->size(); ++i) {
       (*list)[i] = numbers.emplace(pointer<const int64_t>(held)[i], static_cast<int32_t>(numbers.size()))
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
   STD_TORCH_CHECK(a_any.dim() == 2 && b_any.dim() == 3 && a_any.size(1) == b_any.size(2) &&
                       a_any.scalar_type() == ScalarType::Float && b_any.scalar_type() == ScalarType::Float,
                   kOp, ": a must be [B, D] and b [P, J, D], both float32");
-  const Tensor a = contiguous(a_any), b = contiguous(b_any);
+  const Tensor a = dense(a_any), b = contiguous(b_any);
   const int64_t rows = a.size(0), dim = a.size(1), pairs = b.size(0), columns = b.size(1);
   std::vector<int32_t> label, label_b;
   const int64_t classes = number_labels(labels, labels_b, &label, &label_b);
@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
                       row_offset + rows <= columns,
                   kOp, ": labels do not fit the rows, or the rows do not lie in the joined batch");
   std::optional<Tensor> valid, valid_b;
-  if (valid_any.has_value()) valid = contiguous(*valid_any);
-  if (valid_b_any.has_value()) valid_b = contiguous(*valid_b_any);
+  if (valid_any.has_value()) valid = dense(*valid_any);
+  if (valid_b_any.has_value()) valid_b = dense(*valid_b_any);
   STD_TORCH_CHECK(
       (!valid || (valid->scalar_type() == ScalarType::Bool && valid->numel() == pairs * rows)) &&
           (!valid_b || (valid_b->scalar_type() == ScalarType::Bool && valid_b->numel() == pairs * columns)),
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
 std::tuple<Tensor, Tensor> contrastive_bwd_cpu(Tensor grad_loss, Tensor grad_a, Tensor grad_b) {
   const float factor = static_cast<float>(number(grad_loss, kOp));
   auto scaled = [&](const Tensor& any) {
-    const Tensor x = contiguous(any);
+    const Tensor x = dense(any);
     Tensor y = torch::stable::new_empty(x, x.sizes());
     const float* from = pointer<const float>(x);
     float* to = pointer<float>(y);
