@@ -51,9 +51,14 @@ template <typename Run>
 void over_chunks(const Attention& a, const Run& run) {
   const WindowCall& call = a.call;
   const int64_t most = std::max(chunk_rows(3 * a.channels), call.w.height * call.w.width);
+  // Of about as many frames each: a small rest at the end would read all weights again for little.
+  const int64_t full = std::max<int64_t>(call.frames * most / std::max<int64_t>(call.valid, 1), 1);
+  const int64_t chunks = (call.frames + full - 1) / full;
   for (int64_t frame = 0, first = 0; first < call.valid;) {
-    int64_t end = frame;
-    while (end < call.frames && (end == frame || call.first_row(end + 1) - first <= most)) ++end;
+    int64_t end = frame + 1;
+    while (end < call.frames && (end - frame) * chunks < call.frames &&
+           call.first_row(end + 1) - first <= most)
+      ++end;
     Chunk chunk{end - frame, first, call.first_row(end) - first, {}, call.w};
     if (call.w.offset != nullptr) {
       for (int64_t f = frame; f <= end; ++f)

@@ -38,7 +38,7 @@ struct WindowAttention {
   int64_t bands() const { return (height - shift + window - 1) / window + (shift > 0 ? 1 : 0); }
 };
 
-constexpr int64_t kBiasPad = 16;  // a vector that begins at the last query may be read
+constexpr int64_t kBiasPad = 64;  // what a key's row may be read past its end: registers that hold 64 slots
 
 struct WindowAttentionKernels {
   // Bands [begin, end) counted over all frames. Each owns its rows of the outputs.

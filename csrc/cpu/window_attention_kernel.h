@@ -248,20 +248,44 @@ DEEPMSI_INLINE Vec<float> exponentiate(float* logit, Vec<float> high) {
   return e;
 }
 
+// How the bias of a vector of queries is read: side by side, picked out of the whole row in registers, or one
+// by one.
+enum class Queries { kInARow, kInRegisters, kScattered };
+
+// Slots that fit into registers: those of a window of 8.
+#if DEEPMSI_VECTOR_BYTES == 64 && !defined(__clang__)
+constexpr int64_t kSlotsInRegisters = 64;
+
+// row[slot] for every lane.
+DEEPMSI_INLINE Vec<float> pick(const float* row, VecInt slot) {
+  const Vec<float> low = __builtin_shuffle(load(row), load(row + kLanesF), slot);
+  const Vec<float> high = __builtin_shuffle(load(row + 2 * kLanesF), load(row + 3 * kLanesF), slot);
+  return slot < 2 * static_cast<int32_t>(kLanesF) ? low : high;
+}
+#else
+constexpr int64_t kSlotsInRegisters = 0;
+
+DEEPMSI_INLINE Vec<float> pick(const float*, VecInt) { return Vec<float>{}; }
+#endif
+
 // Turn products of keys and queries into exp(logit - the query's largest), and put down for each query the
 // inverse of their sum and the log-sum-exp.
-template <bool kInARow>
+template <Queries kQueries>
 DEEPMSI_INLINE void exponentials(const WindowAttention& w, const Window& window, float scale,
                                  const float* bias, WindowScratch& s) {
   const int64_t stride = whole_vectors(window.count);
   for (int64_t i = 0; i < stride; i += kLanesF) {
     Vec<float> high = Vec<float>{} - __builtin_inff();
+    VecInt slots;
+    __builtin_memcpy(&slots, window.slot + i, sizeof slots);
     for (int64_t j = 0; j < window.count; ++j) {
       const float* of_key = bias + bias_of_key(w, window.slot[j]);
       float* at = s.scores + j * stride + i;
       Vec<float> b;
-      if constexpr (kInARow) {
+      if constexpr (kQueries == Queries::kInARow) {
         b = load(of_key + window.slot[0] + i);
+      } else if constexpr (kQueries == Queries::kInRegisters) {
+        b = pick(of_key, slots);
       } else {
         float gathered[kLanesF];
         for (int64_t r = 0; r < kLanesF; ++r) gathered[r] = of_key[window.slot[i + r]];
@@ -295,9 +319,11 @@ DEEPMSI_INLINE void weights(const WindowAttention& w, const Window& window, int6
           stride);
   between();
   if (window.in_a_row()) {
-    exponentials<true>(w, window, scale_of(w, head), bias, s);
+    exponentials<Queries::kInARow>(w, window, scale_of(w, head), bias, s);
+  } else if (w.window * w.window <= kSlotsInRegisters) {
+    exponentials<Queries::kInRegisters>(w, window, scale_of(w, head), bias, s);
   } else {
-    exponentials<false>(w, window, scale_of(w, head), bias, s);
+    exponentials<Queries::kScattered>(w, window, scale_of(w, head), bias, s);
   }
 }
 
