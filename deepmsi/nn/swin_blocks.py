@@ -251,6 +251,8 @@ class Compression(nn.Module):
         source = None
         if self.norm is not None and self.norm.weight.requires_grad and unhooked(self.norm):
             source = Source(self.norm, (tokens,))
+        if not gate.requires_grad:  # it is 1, and there for its gradient
+            return y
         with remade(y, source):
             return y * gate.to(y.dtype).unsqueeze(1)
 
