@@ -215,6 +215,17 @@ inline const float* at_row(const float* x, int64_t row, int64_t width = 1) {
   return x == nullptr ? nullptr : x + row * width;
 }
 
+// Rows that count: those before the last offset, or all where there are no offsets.
+inline int64_t valid_rows(const std::optional<Tensor>& cu_seqlens, int64_t rows, const char* op) {
+  if (!cu_seqlens.has_value()) return rows;
+  STD_TORCH_CHECK(
+      cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
+      ": cu_seqlens must be [F + 1] int32");
+  const int64_t valid = pointer<const int32_t>(dense(*cu_seqlens))[cu_seqlens->size(0) - 1];
+  STD_TORCH_CHECK(0 <= valid && valid <= rows, op, ": cu_seqlens must end within the rows of x");
+  return valid;
+}
+
 // Rows past the last offset are nobody's: what stands for them is `from`'s, or zeros.
 inline void pass_rows(const Tensor& to, const Tensor* from, int64_t first) {
   if (to.size(0) <= first) return;

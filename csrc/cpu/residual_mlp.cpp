@@ -26,7 +26,7 @@ struct Mlp {
       : rows(x_any.size(0)),
         channels(x_any.size(1)),
         hidden(w1.size(0)),
-        valid(rows),
+        valid(valid_rows(cu_seqlens, rows, kOp)),
         x(floats(x_any, rows * channels, kOp, "x")),
         fc1_weight(floats(w1, hidden * channels, kOp, "fc1_weight")),
         fc1_bias(floats(b1, hidden, kOp, "fc1_bias")),
@@ -35,14 +35,7 @@ struct Mlp {
         norm_weight(floats(weight, channels, kOp, "norm_weight")),
         norm_bias(floats(bias, channels, kOp, "norm_bias")),
         row_scale(floats(scale, rows, kOp, "row_scale")),
-        eps(static_cast<float>(epsilon)) {
-    if (!cu_seqlens.has_value()) return;
-    STD_TORCH_CHECK(
-        cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-        kOp, ": cu_seqlens must be [F + 1] int32");
-    valid = pointer<const int32_t>(dense(*cu_seqlens))[cu_seqlens->size(0) - 1];
-    STD_TORCH_CHECK(0 <= valid && valid <= rows, kOp, ": cu_seqlens must end within the rows of x");
-  }
+        eps(static_cast<float>(epsilon)) {}
 };
 
 std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Tensor fc1_bias,

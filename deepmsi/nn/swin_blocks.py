@@ -98,12 +98,11 @@ class WindowAttention(nn.Module):
     """
 
     fixed_table: Tensor | None
-    offsets: Tensor
+    coordinate_bits: Tensor
 
     def __init__(self, dim: int, heads: int, window: int, shift: int, reference_window: int) -> None:
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
-        self.reference_window = reference_window
         self.recompute = False
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
@@ -112,8 +111,10 @@ class WindowAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
         step = torch.arange(1 - window, window)
-        # Integers, so that a change of the module's type cannot round them.
-        self.register_buffer("offsets", torch.cartesian_prod(step, step), persistent=False)
+        scaled = torch.cartesian_prod(step, step).float() / max(reference_window - 1, 1) * 8
+        coordinates = scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)
+        # As integers, so that a change of the module's type cannot round them.
+        self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
         self.register_buffer("fixed_table", None, persistent=False)
 
     def bias_table(self) -> Tensor:
@@ -122,9 +123,8 @@ class WindowAttention(nn.Module):
             return self.fixed_table
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
-        with without_autocast(self.offsets.device.type):
-            scaled = self.offsets.float() / max(self.reference_window - 1, 1) * 8
-            coordinates = (scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)).to(wide)
+        with without_autocast(self.coordinate_bits.device.type):
+            coordinates = self.coordinate_bits.view(torch.float32).to(wide)
             raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
 
@@ -440,16 +440,17 @@ class PatchMerging(nn.Module):
             cells = x.unflatten(1, (grid[0], 2)).unflatten(3, (grid[1], 2)).permute(0, 1, 3, 4, 2, 5)
             merged = Tokens(x, grid)
         if self.recompute:
-            y = again(self._reduced, autocast(cells), owners=(self,), draws=False)
+            y = again(self._reduced, autocast(cells), merged.cu_seqlens, owners=(self,), draws=False)
         else:
-            y = self._reduced(cells)
+            y = self._reduced(cells, merged.cu_seqlens)
         return merged._replace(x=y if merged.cu_seqlens is None else y.flatten(0, 2))
 
-    def _reduced(self, cells: Tensor) -> Tensor:
+    def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
         if fuses("project_cells", cells) and plain(cells, self.norm, bare=(self.reduction,)):
             norm = self.norm
-            return project_cells(cells, self.reduction.weight, None, norm.weight, norm.bias, eps=norm.eps)
+            weight = self.reduction.weight
+            return project_cells(cells, weight, None, norm.weight, norm.bias, cu_seqlens=cu_seqlens, eps=norm.eps)
         return normed(self.norm, self.reduction(cells.flatten(3)))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:

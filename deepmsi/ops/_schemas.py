@@ -344,16 +344,17 @@ _register(
 
 # --- project_cells
 # Forward: x [F, H, W, A, B, c], read where it lies, and all else in float32; y [R, C] for R = F·H·W. `branch` [R, C]
-# is what the norm reads, kept with `with_grad`, else [0, C]. Backward: the gradient of x lies as x does, and is empty
-# where it is not wanted.
+# is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the last of cu_seqlens [F' + 1] int32 give 0 and
+# get none of the gradient. Backward: the gradient of x lies as x does, and is empty where it is not wanted.
 
 _CELLS_FORWARD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, float eps, bool with_grad) -> "
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
+    "bool with_grad) -> "
     "(Tensor y, Tensor branch)"
 )
 _CELLS_BACKWARD = (
-    "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, float eps, bool wants_x) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, Tensor? cu_seqlens, float eps, "
+    "bool wants_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -368,19 +369,19 @@ def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tens
 
 
 def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, _, ctx.eps, ctx.with_grad = inputs
+    x, weight, bias, norm_weight, _, cu_seqlens, ctx.eps, ctx.with_grad = inputs
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, norm_weight)
+    ctx.save_for_backward(x, output[1], weight, norm_weight, cu_seqlens)
 
 
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None or not ctx.with_grad:
-        return (None,) * 7
+        return (None,) * 8
     wants_x = ctx.needs_input_grad[0]
     grad_x, grad_weight, grad_bias, *norm = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
-    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm, None, None)
+    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm, None, None, None)
 
 
 _register(

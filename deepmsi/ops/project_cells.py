@@ -18,6 +18,7 @@ def project_cells(
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
+    cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
@@ -33,6 +34,7 @@ def project_cells(
         weight: [C, A·B·c].
         bias: [C], or None.
         norm_weight, norm_bias: [C].
+        cu_seqlens: Offsets of frames in packed rows x [1, 1, R, A, B, c], [F + 1] int32; rows past the last one give 0.
         eps: Added to the variance.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
@@ -53,10 +55,16 @@ def project_cells(
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
+    if cu_seqlens is not None and (x.shape[:2] != (1, 1) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(
+            f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
+            f"{cu_seqlens.dtype} beside {shape(x)}"
+        )
+    arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if resolve(_OP, backend, x.device.type, x.dtype) == "reference":
-        return reference(x, weight, bias, norm_weight, norm_bias, eps)
+        return reference(x, *arguments)
     if x.stride(5) != 1:
         x = x.contiguous()
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
-    y, _ = torch.ops.deepmsi.project_cells_cpp_fwd(x, weight, bias, norm_weight, norm_bias, eps, with_grad)
+    y, _ = torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments, with_grad)
     return y.view(*x.shape[:3], channels)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepmsi import backend as backends
 from deepmsi.ops import project_cells
-from deepmsi.testing import assert_within_budget, poisoned_memory, randn
+from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn
 
 EPS = 1e-5
 
@@ -46,7 +46,9 @@ CASES: dict[str, tuple[tuple[int, ...], Any, int]] = {
 }
 
 
-def results(name: str, bias: bool, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def results(
+    name: str, bias: bool, backend: str, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+) -> dict[str, Tensor]:
     size, view, channels = CASES[name]
 
     def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -60,7 +62,7 @@ def results(name: str, bias: bool, backend: str, dtype: torch.dtype) -> dict[str
         inputs["bias"] = draw(channels, seed=3)
     inputs |= {"norm_weight": draw(channels, seed=4), "norm_bias": draw(channels, seed=5)}
     arguments = [inputs.get(key) for key in ("weight", "bias", "norm_weight", "norm_bias")]
-    y = project_cells(cells, *arguments, eps=EPS, backend=backend)
+    y = project_cells(cells, *arguments, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
     assert y.shape == (*cells.shape[:3], channels)
     grads = torch.autograd.grad(y, tuple(inputs.values()), randn(*y.shape, seed=20).to(dtype))
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
@@ -74,6 +76,22 @@ def test_keeps_the_error_budget(name: str, bias: bool) -> None:
     low, exact = results(name, bias, "reference", torch.float32), results(name, bias, "reference", torch.float64)
     for key, wanted in exact.items():
         assert_within_budget(got[key], low[key], wanted, key, roundings=8)
+
+
+@pytest.mark.parametrize("lengths", [(20, 0, 17), (50,), (0, 0)], ids=["some", "all", "none"])
+def test_rows_past_the_last_offset_give_zeros(lengths: tuple[int, ...]) -> None:
+    cu, valid = offsets(lengths), sum(lengths)
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        return results("rows", True, backend, dtype, cu)
+
+    with poisoned_memory():
+        got = run("cpp", torch.float32)
+    low, exact = run("reference", torch.float32), run("reference", torch.float64)
+    for key, wanted in exact.items():
+        assert_within_budget(got[key], low[key], wanted, key, roundings=8)
+    assert (got["y"][0, 0, valid:] == 0).all()
+    assert (got["x"][valid:] == 0).all()
 
 
 def test_any_thread_count_gives_the_same_bits() -> None:
@@ -99,12 +117,16 @@ def test_opcheck(name: str) -> None:
     depth = x.shape[3] * x.shape[4] * x.shape[5]
     weight, vectors = randn(channels, depth, seed=2), [randn(channels, seed=i) for i in (3, 4, 5)]
     leaves = [t.clone().requires_grad_() for t in (weight, *vectors)]
-    torch.library.opcheck(forward, (view(randn(*size, seed=1).requires_grad_()).detach(), *leaves, EPS, True))
-    torch.library.opcheck(forward, (x, weight, None, *vectors[1:], EPS, False))
-    y, branch = forward(x, weight, *vectors, EPS, True)
+    torch.library.opcheck(forward, (view(randn(*size, seed=1).requires_grad_()).detach(), *leaves, None, EPS, True))
+    torch.library.opcheck(forward, (x, weight, None, *vectors[1:], None, EPS, False))
+    y, branch = forward(x, weight, *vectors, None, EPS, True)
     grad = randn(channels, y.shape[0], seed=6).t()
     for wants_x in (True, False):
-        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], EPS, wants_x))
+        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, wants_x))
+    if name == "rows":
+        cu = offsets((20, 17))
+        torch.library.opcheck(forward, (x, *leaves, cu, EPS, True))
+        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], cu, EPS, True))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -129,9 +151,10 @@ def test_compiles_whole_at_any_size() -> None:
         ({"x": torch.zeros(2, 3)}, r"x must be \[F, H, W, A, B, c\]"),
         ({"weight": torch.zeros(5, 7)}, r"weight must be \[C, 16\]"),
         ({"norm_bias": torch.zeros(4)}, r"norm_bias must be \[5\]"),
+        ({"cu_seqlens": torch.tensor([0, 1])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
         ({"x": torch.zeros(1, 1, 1, 2, 2, 4, dtype=torch.int64)}, "floa"),
     ],
-    ids=["rank", "weight", "norm", "type"],
+    ids=["rank", "weight", "norm", "offsets", "type"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     good = {"x": torch.zeros(1, 1, 1, 2, 2, 4), "weight": torch.zeros(5, 16), "bias": None}
