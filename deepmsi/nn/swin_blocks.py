@@ -5,11 +5,13 @@ Parameters have timm's names. All frames run at once, in one of two layouts (:cl
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from deepmsi.backend import resolve
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
@@ -74,12 +76,27 @@ def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
         return norm(wide)
 
 
-def added(norm: nn.LayerNorm, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """Return x + scale · norm(branch), the scale one of each row or None for 1."""
-    if fuses("residual_norm", branch) and plain(branch, norm):
-        return residual_norm(x, branch, norm.weight, norm.bias, row_scale=scale, eps=norm.eps)
-    branch = normed(norm, branch)
-    return x + (branch if scale is None else branch * scale.unsqueeze(-1))
+def adding(norm: nn.LayerNorm, like: Tensor, scale: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what gives x + scale · norm(branch) for x and a branch such as ``like``; a scale of None is 1.
+
+    What computes it is chosen now, so that backward makes the same sum again under another backend, too.
+    """
+    if fuses("residual_norm", like) and plain(like, norm):
+        chosen = resolve("residual_norm", None, like.device.type, like.dtype, channels=like.shape[-1])
+        return partial(
+            residual_norm,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            row_scale=scale,
+            eps=norm.eps,
+            backend=chosen,
+        )
+
+    def added(x: Tensor, branch: Tensor) -> Tensor:
+        branch = normed(norm, branch)
+        return x + (branch if scale is None else branch * scale.unsqueeze(-1))
+
+    return added
 
 
 class WindowAttention(nn.Module):
@@ -310,11 +327,12 @@ class Block(nn.Module):
             )
         else:
             branch = attn(tokens)
-            y = added(norm, x, branch, scale)
+            added = adding(norm, branch, scale)
+            y = added(x, branch)
             kept = attn.qkv.weight.requires_grad and norm.weight.requires_grad and unhooked(norm)
             # Under autocast it is a copy of y in fewer bits that is kept.
             if kept and autocast(y) is y:
-                source = Source(lambda x, branch: added(norm, x, branch, scale), (x, branch))
+                source = Source(added, (x, branch))
         return tokens._replace(x=y), source
 
     def transform(self, tokens: Tokens, source: Source | None = None) -> Tokens:
@@ -326,7 +344,8 @@ class Block(nn.Module):
             with remade(x, source):
                 y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
             return tokens._replace(x=y)
-        return tokens._replace(x=added(norm, x, mlp(x, source), scale))
+        branch = mlp(x, source)
+        return tokens._replace(x=adding(norm, branch, scale)(x, branch))
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Attention and MLP, of a block that does not compress."""

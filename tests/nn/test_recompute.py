@@ -152,6 +152,23 @@ def test_what_is_made_again_is_what_was(
         assert torch.equal(grads[name], grad), name
 
 
+def test_backward_makes_it_again_on_the_backend_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("residual_norm", "triton", "cpu", torch.bfloat16)
+    model = build("none").bfloat16()
+    pixels = inputs(model, 2)[0].bfloat16()
+    found = []
+    for keeps_all in (True, False):
+        model.zero_grad()
+        with monkeypatch.context() as patch, backend.use_backend("triton"):
+            if keeps_all:
+                patch.setattr(swin_blocks, "remade", lambda value, source: nullcontext())
+            out = model(pixels)
+        out.float().square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for grad, exact in zip(*found, strict=True):
+        assert torch.equal(grad, exact)
+
+
 @pytest.mark.parametrize("position", ["none", *POSITIONS])
 def test_nothing_lives_but_what_is_counted(position: str) -> None:
     """Between forward and backward, and after it: nothing waits for the garbage collector, either."""
