@@ -139,6 +139,33 @@ def test_window_attention_reads_rows_past_2_to_the_31(backend: str, device: str)
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("op", ["dilated_causal_conv1d", "cross_modal_contrastive", "residual_norm", "residual_mlp"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_rows_past_2_to_the_31_are_read(op: str, backend: str, device: str) -> None:
+    testing.need(op, backend, device, torch.float16)
+    near = testing.randn(6, 16, 3, seed=1, dtype=torch.float16, device=device)
+    far = torch.empty(5 * FAR + 48, dtype=torch.float16, device=device).as_strided((6, 16, 3), (FAR, 3, 1))
+    far.copy_(near)
+
+    def draw(*size: int) -> Tensor:
+        return testing.randn(*size, seed=len(size), dtype=torch.float16, device=device)
+
+    def run(x: Tensor) -> Tensor:
+        rows = x.flatten(1)
+        if op == "dilated_causal_conv1d":
+            return ops.dilated_causal_conv1d(x, draw(8, 16, 3), draw(8), 1, backend=backend)
+        if op == "cross_modal_contrastive":
+            labels = torch.arange(6, device=device) % 2
+            return ops.cross_modal_contrastive(rows, rows.flip(0), labels, backend=backend)
+        if op == "residual_norm":
+            return ops.residual_norm(rows, rows, draw(48), draw(48), backend=backend)
+        layers = (draw(32, 48), draw(32), draw(48, 32), draw(48))
+        return ops.residual_mlp(rows, *layers, draw(48), draw(48), backend=backend)
+
+    for actual, wanted in zip(step(run, [far]), step(run, [near]), strict=True):
+        assert torch.equal(actual, wanted)
+
+
 # The CPU kernel refuses rows before the first offset, and to compress 4 GB takes it a minute.
 @pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place != ("cpp", "cpu")])
 def test_vsc_compress_reads_rows_past_2_to_the_31(backend: str, device: str) -> None:
