@@ -135,14 +135,16 @@ void over_rows(int64_t rows, const Run& run) {
 // A matrix B [depth, columns] in panels.
 class Packed {
  public:
-  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns].
-  Packed(const float* weight, bool transposed, int64_t depth, int64_t columns)
+  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; its rows lie
+  // `row` numbers apart where it is a part of a larger one.
+  Packed(const float* weight, bool transposed, int64_t depth, int64_t columns, int64_t row = 0)
       : depth_(depth), columns_(columns) {
+    if (row == 0) row = transposed ? depth : columns;
     const BlockKernels& k = block_kernels();
     const int64_t panels = (columns + k.panel - 1) / k.panel;
     memory_ = Floats(panels * k.panel * depth);
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      k.pack(weight, transposed ? depth : columns, transposed, depth, columns, begin, end, memory_.data());
+      k.pack(weight, row, transposed, depth, columns, begin, end, memory_.data());
     });
   }
   void multiply(int64_t rows, const float* a, float* c) const {
@@ -153,10 +155,10 @@ class Packed {
     block_kernels().multiply(rows, count, depth_, a, depth_, memory_.data() + first * depth_, depth_, false,
                              c, count);
   }
-  // By `count` rows from `first` on; added to c, unless they are the first.
-  void multiply_rows(int64_t rows, const float* a, int64_t first, int64_t count, float* c) const {
+  // By `count` rows from `first` on; added to c, where asked.
+  void multiply_rows(int64_t rows, const float* a, int64_t first, int64_t count, bool add, float* c) const {
     block_kernels().multiply(rows, columns_, count, a, count, memory_.data() + first * block_kernels().panel,
-                             depth_, first > 0, c, columns_);
+                             depth_, add, c, columns_);
   }
 
  private:

@@ -13,6 +13,9 @@ namespace {
 constexpr const char* kOp = "residual_mlp";
 // Hidden columns that the forward pass makes of a block of rows at a time; whole panels.
 constexpr int64_t kHiddenColumns = 512;
+// Bytes of all rows up to which these stay in cache while the weights pass by, a group of hidden columns at a
+// time.
+constexpr int64_t kRowBytes = int64_t{8} << 20;
 
 struct Mlp {
   int64_t rows, channels, hidden, valid;
@@ -48,26 +51,34 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Ten
   const BlockKernels& k = block_kernels();
   Tensor y = torch::stable::new_empty(m.x, {m.rows, m.channels});
   Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, m.channels});
-  const Packed first(pointer<const float>(m.fc1_weight), true, m.channels, m.hidden);
-  const Packed second(pointer<const float>(m.fc2_weight), true, m.hidden, m.channels);
   const int64_t width = std::min(m.hidden, kHiddenColumns), block = block_rows(width + 2 * m.channels);
-  over_rows(m.valid, [&](int64_t begin, int64_t end) {
-    const Floats hidden(block * width), kept(with_grad ? 0 : block * m.channels);
-    for (int64_t row = begin; row < end; row += block) {
-      const int64_t count = std::min(block, end - row), at = row * m.channels;
-      const float* in = pointer<const float>(m.x) + at;
-      float* z = with_grad ? pointer<float>(branch) + at : kept.data();
-      for (int64_t from = 0; from < m.hidden; from += width) {
-        const int64_t columns = std::min(width, m.hidden - from);
-        first.multiply_columns(count, in, from, columns, hidden.data());
-        k.bias_gelu(count, columns, hidden.data(), pointer<const float>(m.fc1_bias) + from);
-        second.multiply_rows(count, hidden.data(), from, columns, z);
+  // Few rows: the memory that a group's weights are packed into stays in cache, too. Many: all weights at
+  // once.
+  const bool few = m.valid * m.channels * static_cast<int64_t>(sizeof(float)) <= kRowBytes;
+  const int64_t span = few ? width : m.hidden;
+  for (int64_t start = 0; start < m.hidden; start += span) {
+    const int64_t group = std::min(span, m.hidden - start);
+    const Packed first(pointer<const float>(m.fc1_weight) + start * m.channels, true, m.channels, group);
+    const Packed second(pointer<const float>(m.fc2_weight) + start, true, group, m.channels, m.hidden);
+    over_rows(m.valid, [&](int64_t begin, int64_t end) {
+      const Floats hidden(block * width);
+      for (int64_t row = begin; row < end; row += block) {
+        const int64_t count = std::min(block, end - row), at = row * m.channels;
+        const float* in = pointer<const float>(m.x) + at;
+        float* z = pointer<float>(with_grad ? branch : y) + at;
+        for (int64_t from = 0; from < group; from += width) {
+          const int64_t columns = std::min(width, group - from);
+          first.multiply_columns(count, in, from, columns, hidden.data());
+          k.bias_gelu(count, columns, hidden.data(), pointer<const float>(m.fc1_bias) + start + from);
+          second.multiply_rows(count, hidden.data(), from, columns, start + from > 0, z);
+        }
+        if (start + group < m.hidden) continue;
+        k.norm(count, m.channels, z, pointer<const float>(m.fc2_bias), in,
+               at_row(pointer_or_null(m.row_scale), row), pointer<const float>(m.norm_weight),
+               pointer<const float>(m.norm_bias), m.eps, pointer<float>(y) + at);
       }
-      k.norm(count, m.channels, z, pointer<const float>(m.fc2_bias), in,
-             at_row(pointer_or_null(m.row_scale), row), pointer<const float>(m.norm_weight),
-             pointer<const float>(m.norm_bias), m.eps, pointer<float>(y) + at);
-    }
-  });
+    });
+  }
   pass_rows(y, &m.x, m.valid);
   pass_rows(branch, nullptr, m.valid);
   return {y, branch};

@@ -86,8 +86,10 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
     assert_budget(backend, device, dtype, *CASES[name])
 
 
-def test_the_cpu_kernel_keeps_the_error_budget_over_many_blocks() -> None:
-    assert_budget("cpp", "cpu", torch.float32, (3000,), 36, 1030, False)
+@pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
+def test_the_cpu_kernel_keeps_the_error_budget_over_many_blocks(case: Any) -> None:
+    """Weights that are packed in groups and, for more rows than stay in cache, at once."""
+    assert_budget("cpp", "cpu", torch.float32, *case)
 
 
 @pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])
