@@ -117,6 +117,10 @@ def bench_video_branch(
         module.eval()
     with torch.no_grad():
         torch.testing.assert_close(forward(), sides[same][1](), rtol=1e-3, atol=1e-3)
+    against = ""
+    if named := [name for name in sides if name.endswith("compiled")]:
+        # Compared in a case of its own: the eager forms are in that of a run without `--compile`.
+        sides, against = {name: sides[name] for name in named}, ", against torch.compile"
     floor = GFLOP[schedule] * 1e9 * frames / gemm_rate if schedule in GFLOP and direction == "forward" else None
     if direction == "forward":
         run: Callable[[], Any] = quiet(forward)
@@ -132,7 +136,7 @@ def bench_video_branch(
         rounds=5,
         floor=floor,
         op="VSCSwin",
-        case=f"{frames} frames, {schedule or 'uncompressed'}",
+        case=f"{frames} frames, {schedule or 'uncompressed'}{against}",
         direction=direction,
     )
 
