@@ -13,11 +13,11 @@ import os
 from typing import Any
 
 import torch
+from deepmsi._triton.residual_norm import add_normed, counted, gradient_through_norm, row_scale_of, unit_rows
 from torch import Tensor
 
 import triton
 import triton.language as tl
-from deepmsi._triton.residual_norm import add_normed, counted, gradient_through_norm, row_scale_of, unit_rows
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _MOST_FUSED = 256
