@@ -70,24 +70,24 @@ def results(
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("name", CASES)
-def test_keeps_the_error_budget(name: str, bias: bool) -> None:
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+def test_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str, bias: bool) -> None:
     with poisoned_memory():
-        got = results(name, bias, "cpp", torch.float32)
+        got = results(name, bias, backend, dtype)
     low, exact = results(name, bias, "reference", torch.float32), results(name, bias, "reference", torch.float64)
     for key, wanted in exact.items():
         assert_within_budget(got[key], low[key], wanted, key, roundings=8)
 
 
 @pytest.mark.parametrize("lengths", [(20, 0, 17), (50,), (0, 0)], ids=["some", "all", "none"])
-def test_rows_past_the_last_offset_give_zeros(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+def test_rows_behind_the_frames_give_zeros(
+    backend: str, device: str, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
     cu, valid = offsets(lengths), sum(lengths)
-
-    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        return results("rows", True, backend, dtype, cu)
-
     with poisoned_memory():
-        got = run("cpp", torch.float32)
-    low, exact = run("reference", torch.float32), run("reference", torch.float64)
+        got = results("rows", True, backend, dtype, cu)
+    low, exact = (results("rows", True, "reference", wide, cu) for wide in (dtype, torch.float64))
     for key, wanted in exact.items():
         assert_within_budget(got[key], low[key], wanted, key, roundings=8)
     assert (got["y"][0, 0, valid:] == 0).all()

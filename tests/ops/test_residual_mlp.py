@@ -87,9 +87,10 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
 
 
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
-def test_the_cpu_kernel_keeps_the_error_budget_over_many_blocks(case: Any) -> None:
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
     """Weights that are packed in groups and, for more rows than stay in cache, at once."""
-    assert_budget("cpp", "cpu", torch.float32, *case)
+    assert_budget(backend, device, dtype, *case)
 
 
 @pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])

@@ -28,10 +28,10 @@ def results(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
-def assert_budget(run: Any) -> None:
+def assert_budget(backend: str, dtype: torch.dtype, run: Any) -> None:
     with poisoned_memory():
-        got = run("cpp", torch.float32)
-    low, exact = run("reference", torch.float32), run("reference", torch.float64)
+        got = run(backend, dtype)
+    low, exact = run("reference", dtype), run("reference", torch.float64)
     for name, wanted in exact.items():
         assert_within_budget(got[name], low[name], wanted, name, roundings=8)
 
@@ -105,9 +105,10 @@ def attention(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_it_keeps_the_error_budget(name: str) -> None:
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+def test_it_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
     need()
-    assert_budget(lambda backend, dtype: attention(backend, dtype, **LAYOUTS[name]))
+    assert_budget(backend, dtype, lambda backend, dtype: attention(backend, dtype, **LAYOUTS[name]))
 
 
 def test_any_thread_count_gives_the_same_bits() -> None:
