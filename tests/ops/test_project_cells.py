@@ -70,7 +70,7 @@ def results(
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
 def test_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str, bias: bool) -> None:
     with poisoned_memory():
         got = results(name, bias, backend, dtype)
@@ -80,7 +80,7 @@ def test_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("lengths", [(20, 0, 17), (50,), (0, 0)], ids=["some", "all", "none"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
 def test_rows_behind_the_frames_give_zeros(
     backend: str, device: str, dtype: torch.dtype, lengths: tuple[int, ...]
 ) -> None:

@@ -87,7 +87,7 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
 
 
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
     """Weights that are packed in groups and, for more rows than stay in cache, at once."""
     assert_budget(backend, device, dtype, *case)

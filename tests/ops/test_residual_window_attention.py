@@ -105,7 +105,7 @@ def attention(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)])
+@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
 def test_it_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
     need()
     assert_budget(backend, dtype, lambda backend, dtype: attention(backend, dtype, **LAYOUTS[name]))
