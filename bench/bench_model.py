@@ -2,8 +2,9 @@
 
 Sides, each with the same weights and inputs: `timm` is timm's eager Swin V2, uncompressed; `batched` the same
 compression in plain PyTorch with timm's blocks, all frames in one batch, and `frame_by_frame` one frame at a time, as
-the released code runs it; `reference` is the model itself on the reference backend. With `--compile` also `timm` and
-`batched` under torch.compile. Dropout is off for the check of the numbers and on for training steps.
+the released code runs it; `reference` is the model itself on the reference backend. With `--compile`, `timm` and
+`batched` under torch.compile are a case of their own. Dropout is off for the check of the numbers and on for training
+steps.
 """
 
 import copy

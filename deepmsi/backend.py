@@ -126,7 +126,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
 
 
 def _file_of(name: str) -> Path | None:
-    return next(iter(sorted(_PACKAGE.glob(f"{name}*.so"))), None)
+    return min(_PACKAGE.glob(f"{name}*.so"), default=None)
 
 
 def _load_extension(name: str) -> str | None:

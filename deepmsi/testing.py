@@ -21,6 +21,16 @@ PLACES: tuple[tuple[str, str], ...] = tuple((b, d) for d in DEVICES for b in bac
 REFERENCES: tuple[tuple[str, str], ...] = tuple(("reference", d) for d in DEVICES)
 
 
+def places(op: str) -> tuple[tuple[str, str], ...]:
+    """Return the ones of ``PLACES`` for which an operation has a kernel at all; :func:`need` says if it runs here."""
+    return tuple((b, d) for b, d in PLACES if (k := backends.KERNELS.get((op, b))) is not None and d in k.devices)
+
+
+def typed_places(op: str, dtypes: Sequence[torch.dtype]) -> tuple[tuple[str, str, torch.dtype], ...]:
+    """Return the :func:`places` of an operation with each of the types that the kernel there takes."""
+    return tuple((b, d, t) for b, d in places(op) for t in dtypes if t in backends.KERNELS[op, b].dtypes)
+
+
 def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> None:
     """Skip the test that runs, with the sentence of ``explain()``, where a backend cannot run an operation here."""
     reason = backends.why_not(op, backend, device, dtype)

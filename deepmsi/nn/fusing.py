@@ -4,14 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi import backend
-from deepmsi.ops._arguments import autocasts
+from deepmsi.ops._arguments import autocast_type, autocasts
 
 
 def fuses(op: str, x: Tensor) -> bool:
     """Whether an operation that does the work of several modules is to compute it for x."""
-    device = x.device.type
-    narrows = x.dtype != torch.float64 and autocasts(device)
-    return backend.fuses(op, device, torch.get_autocast_dtype(device) if narrows else x.dtype, channels=x.shape[-1])
+    return backend.fuses(op, x.device.type, autocast_type(x), channels=x.shape[-1])
 
 
 def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:

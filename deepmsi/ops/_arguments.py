@@ -15,12 +15,16 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """Return x in the autocast type where autocast is on for its device; float64 stays as it is."""
+def autocast_type(x: Tensor) -> torch.dtype:
+    """Return the type that x is computed in: autocast's where that is on for its device; float64 stays as it is."""
     device = x.device.type
-    if x.dtype != torch.float64 and autocasts(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and autocasts(device) else x.dtype
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in its :func:`autocast_type`."""
+    dtype = autocast_type(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_floating, needs_grad, shape
+from deepmsi.ops._arguments import check_devices, check_floating, needs_grad, shape
 from deepmsi.reference.project_cells import project_cells as reference
 
 _OP = "project_cells"
@@ -55,6 +55,8 @@ def project_cells(
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
+        check_devices(x, _OP, "x", **{name: vector})
+    check_devices(x, _OP, "x", weight=weight, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None and (x.shape[:2] != (1, 1) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_floating, needs_grad, shape, without_autocast
+from deepmsi.ops._arguments import autocast, check_devices, check_floating, needs_grad, shape, without_autocast
 from deepmsi.reference.residual_mlp import residual_mlp as reference
 
 _OP = "residual_mlp"
@@ -73,6 +73,9 @@ def residual_mlp(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
+    layers = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale, "cu_seqlens": cu_seqlens}
+    check_devices(x, _OP, "x", **layers, **others)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = map(autocast, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     dtype = fc1_weight.dtype
     if {fc1_bias.dtype, fc2_weight.dtype, fc2_bias.dtype} != {dtype}:

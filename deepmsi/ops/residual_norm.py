@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_floating, shape, without_autocast
+from deepmsi.ops._arguments import check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.residual_norm import residual_norm as reference
 
 _OP = "residual_norm"
@@ -55,6 +55,8 @@ def residual_norm(
             raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
     if row_scale is not None and row_scale.shape != x.shape[:-1]:
         raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale}
+    check_devices(x, _OP, "x", branch=branch, **vectors)
     chosen = resolve(_OP, backend, x.device.type, branch.dtype, channels=channels)
     if chosen == "reference":
         with without_autocast(x.device.type):

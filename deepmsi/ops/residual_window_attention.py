@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import needs_grad, shape
+from deepmsi.ops._arguments import check_devices, needs_grad, shape
 from deepmsi.ops.window_attention import check_windows
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
@@ -75,6 +75,7 @@ def residual_window_attention(
     ):
         if tensor is not None and tensor.shape != size:
             raise ValueError(f"{_OP}: {name} must be {list(size)}, not {shape(tensor)}")
+        check_devices(x, _OP, "x", **{name: tensor})
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     chosen = resolve(_OP, backend, x.device.type, x.dtype, heads=heads, head_dim=channels // heads, window=window)
     if chosen == "reference":

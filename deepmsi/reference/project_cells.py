@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deepmsi.reference.packed import counted
+
 
 def project_cells(
     x: Tensor,
@@ -14,9 +16,7 @@ def project_cells(
     eps: float,
 ) -> Tensor:
     """Return LN(W x + b) [F, H, W, C] for cells x [F, H, W, A, B, c], each read in that order; 0 past the offsets."""
-    y = torch.nn.functional.linear(x.flatten(3), weight, bias)
+    rows = counted(cu_seqlens, x.flatten(3).flatten(0, 2))
+    y = torch.nn.functional.linear(rows, weight, bias)
     y = torch.nn.functional.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
-    if cu_seqlens is None:
-        return y
-    inside = torch.arange(y.shape[2], device=y.device) < cu_seqlens[-1]
-    return torch.where(inside[:, None], y, 0)
+    return counted(cu_seqlens, y).unflatten(0, x.shape[:3])

@@ -3,17 +3,8 @@
 import torch
 from torch import Tensor
 
+from deepmsi.reference.packed import counted, within
 from deepmsi.reference.residual_norm import residual_norm
-
-
-def within(cu_seqlens: Tensor, x: Tensor) -> Tensor:
-    """Return which rows of x [R, C] come before the last offset [R, 1] bool."""
-    return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1]).unsqueeze(1)
-
-
-def counted(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
-    """Return x with zeros in the rows that do not count: whatever they hold must not reach a weight's gradient."""
-    return x if cu_seqlens is None else torch.where(within(cu_seqlens, x), x, x.new_zeros(()))
 
 
 def residual_mlp(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepmsi.reference.residual_mlp import counted, within
+from deepmsi.reference.packed import counted, within
 from deepmsi.reference.residual_norm import residual_norm
 from deepmsi.reference.window_attention import window_attention
 

@@ -94,6 +94,19 @@ def test_rows_behind_the_frames_give_zeros(
     assert (got["x"][valid:] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str) -> None:
+    weight, norm = randn(5, 12, seed=1).requires_grad_(), randn(5, seed=2).requires_grad_()
+    grads = []
+    for behind in (0.0, torch.nan):
+        x = torch.cat((randn(4, 12, seed=3), torch.full((3, 12), behind))).view(1, 1, 7, 2, 2, 3)
+        y = project_cells(x, weight, None, norm, norm, cu_seqlens=offsets((1, 3)), backend=backend)
+        assert (y[0, 0, 4:] == 0).all()
+        grads.append(torch.autograd.grad(y.square().sum(), (weight, norm)))
+    for found, wanted in zip(*grads, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_any_thread_count_gives_the_same_bits() -> None:
     before = torch.get_num_threads()
     found = []

@@ -10,10 +10,12 @@ from torch import Tensor
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import residual_mlp
-from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, offsets, poisoned_memory, randn
+from deepmsi.testing import REFERENCES, assert_within_budget, offsets, poisoned_memory, randn
 
 EPS = 1e-5
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
+PLACES = testing.places("residual_mlp")
+TYPED = testing.typed_places("residual_mlp", (torch.float32, torch.bfloat16, torch.float16))
+TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
 
 
@@ -79,9 +81,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: torch.dtype) -> None:
     assert_budget(backend, device, dtype, *CASES[name])
 
@@ -95,8 +96,7 @@ def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, d
 
 @pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])
 @pytest.mark.parametrize("channels", [40, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_rows_behind_the_frames_are_passed_on(
     backend: str, device: str, dtype: torch.dtype, channels: int, lengths: tuple[int, ...]
 ) -> None:
@@ -210,8 +210,7 @@ def operator_arguments(empty: bool, device: str = "cpu", dtype: torch.dtype = to
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> None:
     testing.need("residual_mlp", backend, device, dtype)
     arguments = operator_arguments(empty, device, dtype)
@@ -260,8 +259,9 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"x": torch.zeros(8, 6, dtype=torch.int64)}, "floa"),
         ({"fc2_bias": torch.zeros(6).half()}, "weights and biases of fc1 and fc2 must be of one type"),
         ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
+        ({"fc2_weight": torch.zeros(6, 10, device="meta")}, "fc2_weight is on meta, x on cpu: move it"),
     ],
-    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "type", "types", "float64"],
+    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "type", "types", "float64", "device"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))

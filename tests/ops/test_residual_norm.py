@@ -8,10 +8,12 @@ from torch import Tensor
 
 from deepmsi import testing
 from deepmsi.ops import residual_norm
-from deepmsi.testing import DEVICES, PLACES, REFERENCES, assert_within_budget, poisoned_memory, randn
+from deepmsi.testing import DEVICES, REFERENCES, assert_within_budget, poisoned_memory, randn
 
 EPS = 1e-5
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
+PLACES = testing.places("residual_norm")
+TYPED = testing.typed_places("residual_norm", (torch.float32, torch.bfloat16, torch.float16))
+TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 # Rows' shape, channels, whether rows have a factor. One row; an odd number; channels that fill no block; wide rows.
 CASES: dict[str, tuple[tuple[int, ...], int, bool]] = {
     "one_row": ((1,), 32, False),
@@ -46,9 +48,8 @@ def run(
     return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: torch.dtype) -> None:
     testing.need("residual_norm", backend, device, dtype)
     with poisoned_memory():
@@ -89,7 +90,8 @@ def test_it_adds_what_layer_norm_gives(backend: str, device: str) -> None:
     testing.need("residual_norm", backend, device, torch.float32)
     x, branch = (randn(4, 6, 20, seed=seed, device=device) for seed in (1, 2))
     weight, bias, scale = (randn(*size, seed=9, device=device) for size in ((20,), (20,), (4, 6)))
-    y = residual_norm(x, branch.transpose(0, 1).contiguous().transpose(0, 1), weight, bias, row_scale=scale, eps=0.1)
+    strided = branch.transpose(0, 1).contiguous().transpose(0, 1)
+    y = residual_norm(x, strided, weight, bias, row_scale=scale, eps=0.1, backend=backend)
     wanted = x + scale.unsqueeze(-1) * torch.nn.functional.layer_norm(branch, (20,), weight, bias, 0.1)
     torch.testing.assert_close(y, wanted)
 
@@ -103,8 +105,7 @@ def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize(("backend", "device"), PLACES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> None:
     testing.need("residual_norm", backend, device, dtype)
     rows, channels = (0 if empty else 5), 6
@@ -150,8 +151,9 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"row_scale": torch.zeros(4)}, r"row_scale must be \[3\], not \[4\]"),
         ({"x": torch.zeros(3, 6, dtype=torch.int64)}, "x must be float16, .* not torch.int64"),
         ({"x": torch.zeros(3, 6).double()}, "float64 goes with float64 alone"),
+        ({"norm_weight": torch.zeros(6, device="meta")}, "norm_weight is on meta, x on cpu: move it"),
     ],
-    ids=["branch", "bias", "scale", "type", "float64"],
+    ids=["branch", "bias", "scale", "type", "float64", "device"],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
     arguments: dict[str, Any] = {name: torch.zeros(3, 6) for name in ("x", "branch")}
