@@ -53,15 +53,16 @@ DEEPMSI_INLINE int64_t columns_of(const ContrastiveStripe& s, int64_t panel) {
 inline void contrastive_scores(const ContrastiveStripe& s, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
     const int64_t width = columns_of(s, p) > kPanel / 2 ? kPanel : kPanel / 2;
-    product(s.height, width, s.dim, s.unit_a, s.dim, 1, s.turned_b + p * s.dim * kPanel, kPanel,
-            s.scores + p * s.height * kPanel, kPanel);
+    product<Left::kRows>(s.height, width, s.dim, s.unit_a, s.dim, s.turned_b + p * s.dim * kPanel, kPanel,
+                         s.scores + p * s.height * kPanel, kPanel);
   }
 }
 
 inline void contrastive_gradient_a(const ContrastiveStripe& s, int64_t begin, int64_t end) {
   for (int64_t p = 0; p < s.panels; ++p) {
-    product<true>(end - begin, s.dim, columns_of(s, p), s.scores + (p * s.height + begin) * kPanel, kPanel, 1,
-                  s.unit_b + p * kPanel * s.dim, s.dim, s.grad_a + begin * s.dim, s.dim);
+    product<Left::kRows, true>(end - begin, s.dim, columns_of(s, p),
+                               s.scores + (p * s.height + begin) * kPanel, kPanel,
+                               s.unit_b + p * kPanel * s.dim, s.dim, s.grad_a + begin * s.dim, s.dim);
   }
 }
 
@@ -69,8 +70,8 @@ inline void contrastive_gradient_b(const ContrastiveStripe& s, int64_t begin, in
   for (int64_t p = begin; p < end; ++p) {
     for (int64_t r = 0; r < s.height; r += kScoreDepth) {
       const int64_t depth = s.height - r < kScoreDepth ? s.height - r : kScoreDepth;
-      product<true>(columns_of(s, p), s.dim, depth, s.scores + (p * s.height + r) * kPanel, 1, kPanel,
-                    s.unit_a + r * s.dim, s.dim, s.grad_b + p * kPanel * s.dim, s.dim);
+      product<Left::kTurned, true>(columns_of(s, p), s.dim, depth, s.scores + (p * s.height + r) * kPanel,
+                                   kPanel, s.unit_a + r * s.dim, s.dim, s.grad_b + p * kPanel * s.dim, s.dim);
     }
   }
 }

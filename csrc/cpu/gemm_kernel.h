@@ -16,17 +16,18 @@ constexpr int kTile = DEEPMSI_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr int64_t kDepth = 256;
 
 // One panel of C, whose last columns may be missing.
-template <bool kAdd>
-inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row,
-                       int64_t step, const float* b, float* c, int64_t row_c) {
+template <Left kLeft, bool kAdd>
+inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
+                       const float* b, float* c, int64_t row_c) {
   if (columns >= kPanel) {
-    product_columns<kAdd, kTile, 2>(rows, depth, a, row, step, b, kPanel, c, row_c);
+    product_columns<kLeft, kAdd, kTile, 2>(rows, depth, a, row_a, b, kPanel, c, row_c);
     return;
   }
   float edge[kTile * kPanel];
   for (int64_t i = 0; i < rows; i += kTile) {
     const int64_t count = rows - i < kTile ? rows - i : kTile;
-    product_columns<false, kTile, 2>(count, depth, a + i * row, row, step, b, kPanel, edge, kPanel);
+    product_columns<kLeft, false, kTile, 2>(count, depth, a + i * (kLeft == Left::kTurned ? 1 : row_a), row_a,
+                                            b, kPanel, edge, kPanel);
     for (int64_t r = 0; r < count; ++r) {
       float* to = c + (i + r) * row_c;
       for (int64_t j = 0; j < columns; ++j)
@@ -78,13 +79,13 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const float* 
     const float* panel = packed + j * panel_depth;
     const int64_t width = columns - j, first = depth < kDepth ? depth : kDepth;
     if (add) {
-      gemm_panel<true>(rows, width, first, a, row_a, 1, panel, c + j, row_c);
+      gemm_panel<Left::kRows, true>(rows, width, first, a, row_a, panel, c + j, row_c);
     } else {
-      gemm_panel<false>(rows, width, first, a, row_a, 1, panel, c + j, row_c);
+      gemm_panel<Left::kRows, false>(rows, width, first, a, row_a, panel, c + j, row_c);
     }
     for (int64_t k = kDepth; k < depth; k += kDepth) {
-      gemm_panel<true>(rows, width, depth - k < kDepth ? depth - k : kDepth, a + k, row_a, 1,
-                       panel + k * kPanel, c + j, row_c);
+      gemm_panel<Left::kRows, true>(rows, width, depth - k < kDepth ? depth - k : kDepth, a + k, row_a,
+                                    panel + k * kPanel, c + j, row_c);
     }
   }
 }
@@ -95,7 +96,7 @@ inline void add_outer(int64_t rows, int64_t columns, int64_t depth, const float*
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t count = depth - k < kDepth ? depth - k : kDepth;
       pack(b + k * row_b + j, row_b, false, count, columns - j, 0, 1, scratch);
-      gemm_panel<true>(rows, columns - j, count, a + k * row_a, 1, row_a, scratch, c + j, row_c);
+      gemm_panel<Left::kTurned, true>(rows, columns - j, count, a + k * row_a, row_a, scratch, c + j, row_c);
     }
   }
 }

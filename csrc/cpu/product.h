@@ -6,11 +6,18 @@
 namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
-// c[i, j] (+)= sum over k of a[i * row + k * step] * b[k * stride_b + j] for kRows rows and kWide vectors of
-// columns, summed in the order of k.
-template <bool kAdd, int kRows, int kWide>
-DEEPMSI_INLINE void product_tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                                 int64_t stride_b, float* c, int64_t stride_c) {
+// How the left side lies: element [i, k] at a[i * stride + k], or turned round at a[k * stride + i]. A
+// template argument, so that the addresses of a tile's rows fit into the registers that are left.
+enum class Left { kRows, kTurned };
+
+// Not inlined, for the same reason: what is called from here has all registers to itself.
+#define DEEPMSI_ALONE __attribute__((noinline))
+
+// c[i, j] (+)= sum over k of a[i, k] * b[k * stride_b + j] for kRows rows and kWide vectors of columns,
+// summed in the order of k.
+template <Left kLeft, bool kAdd, int kRows, int kWide>
+DEEPMSI_ALONE void product_tile(int64_t depth, const float* a, int64_t stride_a, const float* b,
+                                int64_t stride_b, float* c, int64_t stride_c) {
   constexpr int64_t kLanesF = kLanes<float>;
   Vec<float> sum[kRows][kWide] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -19,7 +26,7 @@ DEEPMSI_INLINE void product_tile(int64_t depth, const float* a, int64_t row, int
     for (int j = 0; j < kWide; ++j) right[j] = load(b + k * stride_b + j * kLanesF);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const float left = a[i * row + k * step];
+      const float left = kLeft == Left::kTurned ? a[k * stride_a + i] : a[i * stride_a + k];
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) sum[i][j] += left * right[j];
     }
@@ -35,15 +42,17 @@ DEEPMSI_INLINE void product_tile(int64_t depth, const float* a, int64_t row, int
 }
 
 // The same for any number of rows: tiles of kRows, then of half as many.
-template <bool kAdd, int kRows, int kWide>
-DEEPMSI_INLINE void product_columns(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t step,
+template <Left kLeft, bool kAdd, int kRows, int kWide>
+DEEPMSI_INLINE void product_columns(int64_t rows, int64_t depth, const float* a, int64_t stride_a,
                                     const float* b, int64_t stride_b, float* c, int64_t stride_c) {
+  const int64_t row = kLeft == Left::kTurned ? 1 : stride_a;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    product_tile<kAdd, kRows, kWide>(depth, a + i * row, row, step, b, stride_b, c + i * stride_c, stride_c);
+    product_tile<kLeft, kAdd, kRows, kWide>(depth, a + i * row, stride_a, b, stride_b, c + i * stride_c,
+                                            stride_c);
   if constexpr (kRows > 1) {
-    product_columns<kAdd, kRows / 2, kWide>(rows - i, depth, a + i * row, row, step, b, stride_b,
-                                            c + i * stride_c, stride_c);
+    product_columns<kLeft, kAdd, kRows / 2, kWide>(rows - i, depth, a + i * row, stride_a, b, stride_b,
+                                                   c + i * stride_c, stride_c);
   }
 }
 
@@ -54,22 +63,21 @@ constexpr int kTallRows = 8, kWideRows = 4, kWideVectors = 4;
 constexpr int kTallRows = 6, kWideRows = 6, kWideVectors = 2;
 #endif
 
-// c [rows, columns] (+)= a b, where a may be read turned round (row and step) and columns is a multiple of
-// the lanes.
-template <bool kAdd = false>
-void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step,
-             const float* b, int64_t stride_b, float* c, int64_t stride_c) {
+// c [rows, columns] (+)= a b, where columns is a multiple of the lanes.
+template <Left kLeft, bool kAdd = false>
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t stride_a, const float* b,
+             int64_t stride_b, float* c, int64_t stride_c) {
   constexpr int64_t kLanesF = kLanes<float>;
   int64_t j = 0;
   for (; j + kWideVectors * kLanesF <= columns; j += kWideVectors * kLanesF)
-    product_columns<kAdd, kWideRows, kWideVectors>(rows, depth, a, row, step, b + j, stride_b, c + j,
-                                                   stride_c);
+    product_columns<kLeft, kAdd, kWideRows, kWideVectors>(rows, depth, a, stride_a, b + j, stride_b, c + j,
+                                                          stride_c);
   if (kWideVectors > 2 && j + 2 * kLanesF <= columns) {
-    product_columns<kAdd, kTallRows, 2>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
+    product_columns<kLeft, kAdd, kTallRows, 2>(rows, depth, a, stride_a, b + j, stride_b, c + j, stride_c);
     j += 2 * kLanesF;
   }
   if (j < columns)
-    product_columns<kAdd, kTallRows, 1>(rows, depth, a, row, step, b + j, stride_b, c + j, stride_c);
+    product_columns<kLeft, kAdd, kTallRows, 1>(rows, depth, a, stride_a, b + j, stride_b, c + j, stride_c);
 }
 
 }  // namespace

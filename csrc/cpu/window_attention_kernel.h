@@ -315,8 +315,8 @@ DEEPMSI_INLINE void weights(const WindowAttention& w, const Window& window, int6
                             const Between& between) {
   const int64_t stride = whole_vectors(window.count);
   const float* bias = w.bias + head * w.spread();
-  product(window.count, stride, w.head_dim, s.k, whole_vectors(w.head_dim), 1, s.qt, stride, s.scores,
-          stride);
+  product<Left::kRows>(window.count, stride, w.head_dim, s.k, whole_vectors(w.head_dim), s.qt, stride,
+                       s.scores, stride);
   between();
   if (window.in_a_row()) {
     exponentials<Queries::kInARow>(w, window, scale_of(w, head), bias, s);
@@ -337,7 +337,7 @@ void attend(const WindowAttention& w, const Window& window, const Window& next, 
     ahead.part_of_qkv(0);
     weights(w, window, head, s, [&]() __attribute__((always_inline)) { ahead.part_of_qkv(1); });
     ahead.part_of_qkv(2);
-    product(window.count, dim, window.count, s.scores, 1, stride, s.v, dim, s.result, dim);
+    product<Left::kTurned>(window.count, dim, window.count, s.scores, stride, s.v, dim, s.result, dim);
     for (int64_t i = 0; i < window.count; ++i) {
       float* row = s.result + i * dim;
       for (int64_t c = 0; c < dim; c += kLanesF) store(row + c, load(row + c) * s.inverse[i]);
@@ -410,7 +410,7 @@ void attend_backward(const WindowAttention& w, const Window& window, const Windo
     ahead.part_of_qkv(0);
     weights(w, window, head, s, [&]() __attribute__((always_inline)) { ahead.part_of_qkv(1); });
     ahead.part_of_qkv(2);
-    product(count, stride, w.head_dim, s.v, dim, 1, s.grad_out_t, stride, s.grad_scores, stride);
+    product<Left::kRows>(count, stride, w.head_dim, s.v, dim, s.grad_out_t, stride, s.grad_scores, stride);
     float* grad_bias = s.grad_bias + head * w.spread();
     if (window.in_a_row()) {
       logit_gradients<true>(w, window, scale_of(w, head), grad_bias, s);
@@ -419,9 +419,9 @@ void attend_backward(const WindowAttention& w, const Window& window, const Windo
     }
     ahead.grad_out();
     float *grad_q = s.grad_q, *grad_k = s.grad_k, *grad_v = s.result;
-    product(count, dim, count, s.scores, stride, 1, s.grad_out, dim, grad_v, dim);
-    product(count, dim, count, s.grad_scores, 1, stride, s.k, dim, grad_q, dim);
-    product(count, dim, count, s.grad_scores, stride, 1, s.q, dim, grad_k, dim);
+    product<Left::kRows>(count, dim, count, s.scores, stride, s.grad_out, dim, grad_v, dim);
+    product<Left::kTurned>(count, dim, count, s.grad_scores, stride, s.k, dim, grad_q, dim);
+    product<Left::kRows>(count, dim, count, s.grad_scores, stride, s.q, dim, grad_k, dim);
     if (w.head_scale != nullptr) {
       // The logits are linear in the scale, so d loss / d log scale is the sum of scaled product times
       // gradient.
