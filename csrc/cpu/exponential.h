@@ -15,24 +15,44 @@ DEEPMSI_INLINE float lane_max(Vec<float> v) {
   return top;
 }
 
+// The float whose exponent is n higher; n is `shifted` less kShift, which rounds to the nearest integer where it
+// is added.
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+DEEPMSI_INLINE Vec<float> raise_exponent(Vec<float> value, Vec<float> shifted) {
+  VecInt bits, n;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  __builtin_memcpy(&n, &shifted, sizeof n);
+  bits += n << 23;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (relative error 1e-7); below -87
-// it is 2e-38.
+// it is less than 2e-38.
 DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> lowest = Vec<float>{} - 87.0f;
   x = x < lowest ? lowest : x;
-  // Adding 1.5 * 2^23 rounds to the nearest integer.
-  const Vec<float> n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Vec<float> shifted = x * 1.44269504f + kShift, n = shifted - kShift;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const VecInt power = (__builtin_convertvector(n, VecInt) + 127) << 23;
-  Vec<float> scale;
-  __builtin_memcpy(&scale, &power, sizeof scale);
-  return p * scale;
+  return raise_exponent(p * (r * r) + r + 1.0f, shifted);
+}
+
+// 2^x for x <= 0, with a relative error of 2e-9 before rounding; below -126 it is less than 2e-38.
+DEEPMSI_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
+  const Vec<float> lowest = Vec<float>{} - 126.0f;
+  x = x < lowest ? lowest : x;
+  const Vec<float> shifted = x + kShift, r = x - (shifted - kShift);
+  Vec<float> p = r * 1.535336189e-4f + 1.339887442e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  return raise_exponent(p * r + 1.0f, shifted);
 }
 
 // log x for a normal x > 0: the exponent and 2 artanh((m - 1) / (m + 1)) by its series, for m in [0.7, 1.4].

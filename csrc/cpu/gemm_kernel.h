@@ -129,7 +129,7 @@ inline void bias_gelu(int64_t rows, int64_t columns, float* x, const float* bias
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
       float* at = x + r * columns + c;
       const Vec<float> h = load_some(at, columns - c) + load_some(bias + c, columns - c);
-      store_some(at, h * normal_cdf(h), columns - c);
+      store_some(at, h * normal(h).below, columns - c);
     }
   }
 }
@@ -138,10 +138,10 @@ inline void bias_gelu_slope(int64_t rows, int64_t columns, float* x, const float
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
       float* at = x + r * columns + c;
-      const Vec<float> h = load_some(at, columns - c) + load_some(bias + c, columns - c),
-                       below = normal_cdf(h);
-      store_some(y + r * columns + c, h * below, columns - c);
-      store_some(at, below + h * normal_pdf(h), columns - c);
+      const Vec<float> h = load_some(at, columns - c) + load_some(bias + c, columns - c);
+      const Normal n = normal(h);
+      store_some(y + r * columns + c, h * n.below, columns - c);
+      store_some(at, n.below + h * n.density, columns - c);
     }
   }
 }
