@@ -405,11 +405,13 @@ class Ceilings:
     def _measure(self, dtype: torch.dtype) -> tuple[float, float]:
         """Return operations a second of a product, and bytes a second, infinite on a CPU."""
         side = 768 if self.device == "cpu" else 8192
-        a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+        # Not torch's own generator, which no longer draws after a capture that failed.
+        draw = torch.Generator(self.device).manual_seed(0)
+        a, b = (torch.randn(side, side, generator=draw, device=self.device).to(dtype) for _ in range(2))
         rate = 2 * side**3 / self._least(lambda: torch.mm(a, b))
         if self.device == "cpu":
             return rate, float("inf")
-        source = torch.randn(2**28, device=self.device)
+        source = torch.randn(2**28, generator=draw, device=self.device)
         target = torch.empty_like(source)
         return rate, 2 * source.nbytes / self._least(lambda: target.copy_(source))
 

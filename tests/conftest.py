@@ -2,7 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,22 @@ if torch.cuda.is_available():
 else:
     # Read when triton and deepmsi are imported: without a GPU the Triton kernels run under the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End a process of pytest-xdist whose GPU a test has broken: no later test there could pass, and another begins."""
+    report = yield
+    if call.excinfo is not None and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            print(f"{item.nodeid}: {report.longreprtext}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+    return report
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

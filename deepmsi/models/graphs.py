@@ -84,18 +84,19 @@ def _shapes_vary(model: DeepMSI) -> str | None:
 
 
 class _Branch(nn.Module):
-    """A video branch with nothing but tensors in and out."""
+    """A video branch with nothing but tensors in and out, which runs under an autocast of its own."""
 
-    def __init__(self, branch: VideoBranch) -> None:
+    def __init__(self, branch: VideoBranch, autocast: torch.autocast) -> None:
         super().__init__()
-        self.branch = branch
+        self.branch, self.autocast = branch, autocast
 
     def forward(self, pixel_values: Tensor, guide: Tensor | None = None) -> Tensor:
-        return self.branch.encode(pixel_values, guide)[0]
+        with self.autocast:
+            return self.branch.encode(pixel_values, guide)[0]
 
 
 class VideoGraphs:
-    """Forward and backward of a video branch, a graph for each number of videos that comes.
+    """Forward and backward of a video branch, a graph for each number of videos that comes, and for each autocast.
 
     One is captured when its shape is first seen; `LIMIT` of them at most, all others run as they are. The graphs share
     one pool of memory, so that no second forward may come between a forward and its backward. Parameters may change in
@@ -113,7 +114,8 @@ class VideoGraphs:
     def __call__(self, pixel_values: Tensor, guide: Tensor | None) -> Tensor | None:
         """Features `[V, dim]` of `[V, T, 3, S, S]` under `[V, G]`; None where this shape has no graph and gets none."""
         given = (pixel_values,) if guide is None else (pixel_values, guide)
-        key = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in given)
+        shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in given)
+        key = (_autocast_of(pixel_values.device), shapes)
         if key not in self.graphs:
             if len(self.graphs) == LIMIT:
                 return None
@@ -130,13 +132,16 @@ class VideoGraphs:
             # A loader's thread may pin memory meanwhile.
             options["capture_error_mode"] = "thread_local"
         device = given[0].device
-        # The branch need not be on the current device, whose streams are captured. A module, for only a module's
-        # parameters get gradients from a graph; autocast may not keep copies of weights.
-        with torch.cuda.device_of(given[0]), torch.random.fork_rng([device]), _autocast_without_cache(device):
-            return cast(
-                Callable[..., Tensor],
-                torch.cuda.make_graphed_callables(_Branch(self.branch).train(), samples, **options),
-            )
+        # A module, for only a module's parameters get gradients from a graph. Autocast is on in its forward alone, as
+        # it is outside of a graph: backward would multiply in fewer bits what forward multiplied in float32.
+        module = _Branch(self.branch, _autocast_without_cache(device)).train()
+        # The branch need not be on the current device, whose streams are captured.
+        with (
+            torch.cuda.device_of(given[0]),
+            torch.random.fork_rng([device]),
+            torch.autocast(device.type, enabled=False),
+        ):
+            return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(module, samples, **options))
 
 
 class CapturedInference:

@@ -124,7 +124,9 @@ class Recorder:
         self.replayed = 0
 
     def __call__(self, module: nn.Module, samples: tuple[Tensor, ...], **options: Any) -> Callable[..., Tensor]:
-        assert not torch.is_autocast_cache_enabled()
+        # Backward is captured here, too, and autocast would change what it computes.
+        assert not torch.is_autocast_enabled("cpu")
+        assert not module.autocast._cache_enabled
         assert module.training
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         assert not any(hooks)
@@ -145,7 +147,8 @@ class Recorder:
                 assert arg.dtype == sample.dtype
                 assert arg.requires_grad == sample.requires_grad
                 assert arg.data_ptr() != address
-            return module(*args)
+            with torch.autocast("cpu", enabled=False):  # a graph runs under the autocast of its capture
+                return module(*args)
 
         return replay
 
