@@ -159,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y_any, T
   Tensor grad_x = want_x ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
   Tensor grad_weight =
       want_weight ? torch::stable::new_empty(x, weight.sizes()) : torch::stable::new_empty(x, {0});
+  prefer_large_pages(grad_weight);
   Tensor grad_g = torch::stable::new_empty(x, {want_weight && g.has_value() ? conv.outputs : 0, 1, 1});
   Tensor grad_bias = torch::stable::new_empty(x, {conv.outputs});
   conv.residual_given = residual;

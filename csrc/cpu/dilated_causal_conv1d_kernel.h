@@ -115,7 +115,7 @@ DEEPMSI_INLINE void multiply(const Side& side, int64_t rows, int64_t columns, in
       const int64_t depth = side.depth(pass), blocks = ceil_div(active, kTileRows);
       for (int64_t p = from; p < to; ++p) {
         const int64_t column = p * kPanel<A>;
-        const Panel<A> b = side.panel(pass, column, smaller(kPanel<A>, columns - column), blocks == 1, panel);
+        const Panel<A> b = side.panel(pass, column, smaller(kPanel<A>, columns - column), blocks <= 2, panel);
         Ahead ahead = p + 1 < to          ? side.ahead(pass, column + kPanel<A>)
                       : pass + 1 < passes ? side.ahead(pass + 1, from * kPanel<A>)
                                           : Ahead{reinterpret_cast<const char*>(b.values), 0};
@@ -644,31 +644,38 @@ DEEPMSI_INLINE void unfold_row(const CausalConv& call, int64_t o, const typename
 
 template <typename A>
 constexpr int64_t kUnfolded = kPanel<A> < 16 ? kPanel<A> : 16;  // outputs that are turned back at once
+// Of their rows: odd in cache lines, as kRowStride is.
+template <typename A>
+DEEPMSI_INLINE int64_t unfolded_stride(int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(A);
+  return ceil_div(size, 2 * kLine) * 2 * kLine + kLine;
+}
 
 template <typename T>
 void normed_grad_weight(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
   using A = typename Storage<T>::Wide;
   constexpr int64_t kRows = kUnfolded<A>;
   const int64_t size = call.inputs * call.taps;
+  const int64_t stride = unfolded_stride<A>(size);
   A* turned = reinterpret_cast<A*>(scratch);
   A* rows = turned + size * kPanel<A>;
   const NormedGradWeightSide<T> side{{call}, turned};
   for (int64_t p = begin; p < end; ++p) {
     multiply_panel<A, true>(side, size, call.outputs, ceil_div(call.rows(), kDepth), p,
-                            reinterpret_cast<char*>(rows + size * kRows));
+                            reinterpret_cast<char*>(rows + stride * kRows));
     const int64_t first = p * kPanel<A>, count = smaller(kPanel<A>, call.outputs - first);
     for (int64_t from = 0; from < count; from += kRows) {
       int64_t s = 0;
       for (; s + 4 <= size; s += 4) {
         for (int64_t o = 0; o < kRows; o += 4) {
-          turn_square(turned + s * kPanel<A> + from + o, kPanel<A>, rows + o * size + s, size);
+          turn_square(turned + s * kPanel<A> + from + o, kPanel<A>, rows + o * stride + s, stride);
         }
       }
       for (; s < size; ++s) {
-        for (int64_t o = 0; o < kRows; ++o) rows[o * size + s] = turned[s * kPanel<A> + from + o];
+        for (int64_t o = 0; o < kRows; ++o) rows[o * stride + s] = turned[s * kPanel<A> + from + o];
       }
       for (int64_t o = from; o < smaller(count, from + kRows); ++o) {
-        unfold_row<T>(call, first + o, rows + (o - from) * size);
+        unfold_row<T>(call, first + o, rows + (o - from) * stride);
       }
     }
   }
