@@ -148,7 +148,7 @@ _EXTENSIONS: dict[str, str | None] = {
     "cuda": _load_extension("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
 }
 # What a module calls beside an operation's own operators, on one device.
-_BESIDE = {("dilated_causal_conv1d", "cpu"): ("fold_weight_norm",)}
+_BESIDE = {("dilated_causal_conv1d", "cpu"): ("weight_normed_conv1d",)}
 _SCHEMAS = _built_for.schemas()
 # None of an extension that does not tell, which is then taken at its word.
 _BUILT_FOR = {

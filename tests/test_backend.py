@@ -118,7 +118,7 @@ def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
         pytest.skip(backend._EXTENSIONS["cpu"])
     # The package as it is, over an extension whose tables name none of a newer operation's kernels.
     for built in copy_of_the_package(tmp_path).glob("*.so"):
-        names = (b"residual_mlp_cpp_", b"fold_weight_norm_cpp_") if built.name.startswith("_C_cpu") else ()
+        names = (b"residual_mlp_cpp_", b"weight_normed_conv1d_cpp_") if built.name.startswith("_C_cpu") else ()
         content = built.read_bytes()
         for name in names:
             assert name in content
@@ -147,7 +147,7 @@ def test_an_extension_from_before_an_operation_leaves_it_to_the_reference(
     lines = done.stdout.splitlines()
     assert [line.split(" and lacks ")[1] for line in lines] == [
         "residual_mlp: run `pip install -e .`",
-        "fold_weight_norm: run `pip install -e .`",
+        "weight_normed_conv1d: run `pip install -e .`",
     ]
     assert all("_C_cpu is older than this deepmsi" in line for line in lines)
 
@@ -167,8 +167,8 @@ def test_an_extension_of_other_schemas_leaves_the_operation_to_the_reference(tmp
     schemas = copy_of_the_package(tmp_path) / "ops" / "_schemas.py"
     text = schemas.read_text(encoding="utf-8")
     # An argument more than the extension has, and a comment, which changes nothing.
-    assert text.count('"(Tensor v, Tensor g) ->') == 1
-    text = text.replace('"(Tensor v, Tensor g) ->', '"(Tensor v, Tensor g, bool fast) ->')
+    assert text.count('"(Tensor x, Tensor v, Tensor g, ') == 1
+    text = text.replace('"(Tensor x, Tensor v, Tensor g, ', '"(Tensor x, Tensor v, Tensor g, bool fast, ')
     schemas.write_text(text + "# more\n", encoding="utf-8")
     code = """if True:
         import torch
@@ -184,7 +184,7 @@ def test_an_extension_of_other_schemas_leaves_the_operation_to_the_reference(tmp
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
-        "the extension _C_cpu is of another deepmsi than this one, and its fold_weight_norm takes other arguments: "
+        "the extension _C_cpu is of another deepmsi than this one, and its weight_normed_conv1d takes other arguments: "
         "run `pip install -e .`"
     )
 
@@ -192,7 +192,7 @@ def test_an_extension_of_other_schemas_leaves_the_operation_to_the_reference(tmp
 def test_every_compiled_operation_has_its_schemas_told() -> None:
     """What cannot be compared is not: a form of registration that is not understood would go unseen."""
     told = _built_for.schemas()
-    assert set(backend.OPS) | {"fold_weight_norm"} == set(told)
+    assert set(backend.OPS) | {"weight_normed_conv1d"} == set(told)
     assert len(set(told.values())) == len(told)
 
 

@@ -19,7 +19,12 @@ struct CausalConv {
   uint64_t seed;
 
   const void* x;       // T [batch, length, inputs]
-  const void* weight;  // T [taps, inputs, outputs]
+  const void* weight;  // T [taps, inputs, outputs]; of a weight norm v and what follows stand in its place
+
+  // The weight of output o is g[o] v[o] / |v[o]|.
+  const void* v;  // T [outputs, inputs, taps]
+  const void* g;  // T [outputs]
+  void* norms;    // A [2, outputs]: |v| and g / |v|
 
   // Forward.
   const void* bias;      // T [outputs] or null
@@ -35,30 +40,13 @@ struct CausalConv {
   void* grad_residual;  // T or null
   void* grad_x;         // T [batch, length, inputs] or null
   void* grad_weight;    // T [taps, inputs, outputs] or null
+  void* grad_v;         // T [outputs, inputs, taps]
+  void* grad_g;         // T [outputs]
   void* grad_bias;      // T [outputs]
 
   int64_t rows() const { return batch * count; }
   int64_t first() const { return length - 1 - (count - 1) * step; }
 };
-
-// weight[tap][c][o] = g[o] v[o][c][tap] / |v[o]|: weight norm over an output, laid out as the convolution
-// reads it.
-struct WeightFold {
-  int64_t outputs, inputs, taps;
-  const void* v;  // T [outputs, inputs, taps]
-  const void* g;  // T [outputs]
-  void* norm;     // A [outputs]
-
-  // Forward.
-  void* weight;  // T [taps, inputs, outputs]
-
-  // Backward.
-  const void* grad_weight;
-  void* grad_v;
-  void* grad_g;
-};
-
-constexpr int64_t kFoldOutputs = 16;  // outputs of a task: a cache line of floats
 
 struct CausalConvKernels {
   // Tiles [begin, end) of a product; each owns its part of the output and sums it in the same order
@@ -70,12 +58,16 @@ struct CausalConvKernels {
   void (*gradient)(const CausalConv&, int64_t begin, int64_t end);
   // Columns [begin, end) of grad_bias.
   void (*grad_bias)(const CausalConv&, int64_t begin, int64_t end);
-  // Tasks [begin, end) of kFoldOutputs outputs each; scratch holds kFoldOutputs x inputs x taps of A.
-  void (*fold)(const WeightFold&, int64_t begin, int64_t end, char* scratch);
-  void (*unfold)(const WeightFold&, int64_t begin, int64_t end, char* scratch);
+  // The products of a weight norm. Those of the outputs go by panels of `panel` of them, all rows of one at
+  // once.
+  void (*normed_forward)(const CausalConv&, int64_t begin, int64_t end, char* scratch);
+  void (*normed_grad_x)(const CausalConv&, int64_t begin, int64_t end, char* scratch);
+  void (*normed_grad_weight)(const CausalConv&, int64_t begin, int64_t end, char* scratch);
+  int64_t panel;
   // Of a product of rows x columns.
   int64_t (*tiles)(int64_t rows, int64_t columns);
   int64_t (*scratch_bytes)(int64_t rows);
+  int64_t (*normed_scratch_bytes)(const CausalConv&, int64_t rows);
 };
 
 namespace baseline {

@@ -115,7 +115,7 @@ DEEPMSI_INLINE void multiply(const Side& side, int64_t rows, int64_t columns, in
       const int64_t depth = side.depth(pass), blocks = ceil_div(active, kTileRows);
       for (int64_t p = from; p < to; ++p) {
         const int64_t column = p * kPanel<A>;
-        const Panel<A> b = side.panel(pass, column, smaller(kPanel<A>, columns - column), blocks == 1, panel);
+        const Panel<A> b = side.panel(pass, column, smaller(kPanel<A>, columns - column), blocks <= 2, panel);
         Ahead ahead = p + 1 < to          ? side.ahead(pass, column + kPanel<A>)
                       : pass + 1 < passes ? side.ahead(pass + 1, from * kPanel<A>)
                                           : Ahead{reinterpret_cast<const char*>(b.values), 0};
@@ -220,12 +220,12 @@ DEEPMSI_INLINE void turn_square(const T* from, int64_t from_stride, A* to, int64
   for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &row[i], sizeof row[i]);
 }
 
-// What a product over taps is made of: pass = (tap, a piece of the depth).
+// What a product over taps is made of: pass = (a piece of the depth, tap).
 struct Taps {
-  int64_t depth, pieces;
-  explicit Taps(int64_t size) : depth(size), pieces(ceil_div(size, kDepth)) {}
-  DEEPMSI_INLINE int64_t tap(int64_t pass) const { return pass / pieces; }
-  DEEPMSI_INLINE int64_t from(int64_t pass) const { return pass % pieces * kDepth; }
+  int64_t depth, taps;
+  DEEPMSI_INLINE int64_t passes() const { return ceil_div(depth, kDepth) * taps; }
+  DEEPMSI_INLINE int64_t tap(int64_t pass) const { return pass % taps; }
+  DEEPMSI_INLINE int64_t from(int64_t pass) const { return pass / taps * kDepth; }
   DEEPMSI_INLINE int64_t size(int64_t pass) const { return smaller(kDepth, depth - from(pass)); }
 };
 
@@ -300,9 +300,9 @@ struct ForwardSide {
 template <typename T>
 void forward(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
   using A = typename Storage<T>::Wide;
-  const Taps taps(call.inputs);
-  multiply<A, false>(ForwardSide<T>{call, taps}, call.rows(), call.outputs, call.taps * taps.pieces, begin,
-                     end, scratch);
+  const Taps taps{call.inputs, call.taps};
+  multiply<A, false>(ForwardSide<T>{call, taps}, call.rows(), call.outputs, taps.passes(), begin, end,
+                     scratch);
 }
 
 template <typename T>
@@ -393,9 +393,9 @@ struct GradXSide {
 template <typename T>
 void grad_x(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
   using A = typename Storage<T>::Wide;
-  const Taps taps(call.outputs);
-  multiply<A, false>(GradXSide<T>{call, taps}, call.batch * call.length, call.inputs, call.taps * taps.pieces,
-                     begin, end, scratch);
+  const Taps taps{call.outputs, call.taps};
+  multiply<A, false>(GradXSide<T>{call, taps}, call.batch * call.length, call.inputs, taps.passes(), begin,
+                     end, scratch);
 }
 
 // Rows are the weights of (tap, input), summands the output rows.
@@ -470,99 +470,229 @@ void grad_bias(const CausalConv& call, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
-void fold(const WeightFold& fold, int64_t begin, int64_t end, char* scratch) {
-  using A = typename Storage<T>::Wide;
-  const int64_t size = fold.inputs * fold.taps;
-  A* rows = reinterpret_cast<A*>(scratch);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * kFoldOutputs, count = smaller(kFoldOutputs, fold.outputs - first);
-    A scale[kFoldOutputs];
-    for (int64_t o = 0; o < count; ++o) {
-      widen(static_cast<const T*>(fold.v) + (first + o) * size, rows + o * size, size);
-      const A norm = root(dot(rows + o * size, rows + o * size, size));
-      static_cast<A*>(fold.norm)[first + o] = norm;
-      scale[o] = to_wide(static_cast<const T*>(fold.g)[first + o]) / norm;
-    }
-    for (int64_t i = 0; i < size; i += kFoldOutputs) {
-      const int64_t width = smaller(kFoldOutputs, size - i);
-      A square[kFoldOutputs][kFoldOutputs];
-      if (count == kFoldOutputs && width == kFoldOutputs) {
-        for (int64_t o = 0; o < kFoldOutputs; o += 4) {
-          for (int64_t k = 0; k < kFoldOutputs; k += 4) {
-            turn_square(rows + o * size + i + k, size, &square[k][o], kFoldOutputs);
-          }
-        }
-      } else {
-        for (int64_t k = 0; k < width; ++k) {
-          for (int64_t o = 0; o < count; ++o) square[k][o] = rows[o * size + i + k];
+// A weight norm's products read v itself, [outputs, inputs, taps], so that neither the folded weight nor its
+// gradient ever lies in memory: at a few rows, writing and reading those would take longer than all else.
+
+// Outputs [first, first + count) of v, turned round: summand s = input * taps + tap of them at to[s]. Their
+// norms are taken on the way.
+template <typename T, typename A = typename Storage<T>::Wide>
+DEEPMSI_INLINE void turn_panel(const CausalConv& call, int64_t first, int64_t count, A* to) {
+  constexpr int64_t kWide = kPanel<A>, kAtOnce = 64 / sizeof(T), kAhead = 4 * kAtOnce;
+  const int64_t size = call.inputs * call.taps;
+  const T* v = static_cast<const T*>(call.v) + first * size;
+  A sum[kWide] = {};
+  for (int64_t from = 0; from < size; from += kAtOnce) {
+    const int64_t width = smaller(kAtOnce, size - from);
+    A* rows = to + from * kWide;
+    if (count == kWide && width == kAtOnce) {
+      for (int64_t o = 0; o < kWide; o += 4) {
+        for (int64_t i = o; i < o + 4; ++i) __builtin_prefetch(v + i * size + from + kAhead, 0, 2);
+        for (int64_t k = 0; k < kAtOnce; k += 4) {
+          turn_square(v + o * size + from + k, size, rows + k * kWide + o, kWide);
         }
       }
+    } else {
       for (int64_t k = 0; k < width; ++k) {
-        for (int64_t o = 0; o < count; ++o) square[k][o] *= scale[o];
-        const int64_t input = (i + k) / fold.taps, tap = (i + k) % fold.taps;
-        narrow(square[k], static_cast<T*>(fold.weight) + (tap * fold.inputs + input) * fold.outputs + first,
-               count);
+        for (int64_t o = 0; o < kWide; ++o) {
+          rows[k * kWide + o] = o < count ? to_wide(v[o * size + from + k]) : A(0);
+        }
+      }
+    }
+    A squares[kWide] = {};
+    for (int64_t k = 0; k < width; ++k) {
+      for (int64_t o = 0; o < kWide; ++o) squares[o] += rows[k * kWide + o] * rows[k * kWide + o];
+    }
+    for (int64_t o = 0; o < kWide; ++o) sum[o] += squares[o];
+  }
+  A* norms = static_cast<A*>(call.norms) + first;
+  for (int64_t o = 0; o < count; ++o) {
+    norms[o] = root(sum[o]);
+    norms[call.outputs + o] = to_wide(static_cast<const T*>(call.g)[first + o]) / norms[o];
+  }
+}
+
+template <typename T>
+struct NormedForwardSide : ForwardSide<T> {
+  using A = typename Storage<T>::Wide;
+  const A* turned;  // of the one panel that is asked for
+
+  DEEPMSI_INLINE Panel<A> panel(int64_t pass, int64_t, int64_t, bool, A*) const {
+    const int64_t taps = this->call.taps;
+    return {turned + (this->taps.from(pass) * taps + this->taps.tap(pass)) * kPanel<A>, taps * kPanel<A>};
+  }
+  DEEPMSI_INLINE Ahead ahead(int64_t pass, int64_t column) const {
+    const Panel<A> next = panel(pass, column, 0, false, nullptr);
+    return {reinterpret_cast<const char*>(next.values), next.stride * static_cast<int64_t>(sizeof(A))};
+  }
+
+  DEEPMSI_INLINE void finish(int64_t row, int64_t count, int64_t column, int64_t columns, A* sums,
+                             int64_t stride) const {
+    const A* scale = static_cast<const A*>(this->call.norms) + this->call.outputs + column;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t c = 0; c < columns; ++c) sums[r * stride + c] *= scale[c];
+    }
+    ForwardSide<T>::finish(row, count, column, columns, sums, stride);
+  }
+};
+
+// The one panel p of a product, all chunks of its rows.
+template <typename A, bool kTurned, typename Side>
+DEEPMSI_INLINE void multiply_panel(const Side& side, int64_t rows, int64_t columns, int64_t passes, int64_t p,
+                                   char* scratch) {
+  const int64_t panels = ceil_div(columns, kPanel<A>);
+  for (int64_t tile = p; tile < product_tiles(rows, columns, kPanel<A>); tile += panels) {
+    multiply<A, kTurned>(side, rows, columns, passes, tile, tile + 1, scratch);
+  }
+}
+
+template <typename T>
+void normed_forward(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
+  using A = typename Storage<T>::Wide;
+  const Taps taps{call.inputs, call.taps};
+  A* turned = reinterpret_cast<A*>(scratch);
+  const NormedForwardSide<T> side{{call, taps}, turned};
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * kPanel<A>;
+    turn_panel<T>(call, first, smaller(kPanel<A>, call.outputs - first), turned);
+    multiply_panel<A, false>(side, call.rows(), call.outputs, taps.passes(), p,
+                             scratch + call.inputs * call.taps * kPanel<A> * sizeof(A));
+  }
+}
+
+template <typename T>
+struct NormedGradXSide : GradXSide<T> {
+  using A = typename Storage<T>::Wide;
+
+  DEEPMSI_INLINE int64_t rows(int64_t pass, int64_t row, int64_t count, A* to, int32_t* where) const {
+    const int64_t active = GradXSide<T>::rows(pass, row, count, to, where), size = this->taps.size(pass);
+    const A* scale = static_cast<const A*>(this->call.norms) + this->call.outputs + this->taps.from(pass);
+    for (int64_t r = 0; r < active; ++r) {
+      for (int64_t k = 0; k < size; ++k) to[r * kRowStride + k] *= scale[k];
+    }
+    return active;
+  }
+
+  DEEPMSI_INLINE const T* weights(int64_t pass, int64_t column) const {
+    const int64_t taps = this->call.taps;
+    return static_cast<const T*>(this->call.v) + (this->taps.from(pass) * this->call.inputs + column) * taps +
+           this->taps.tap(pass);
+  }
+  // The taps of a weight lie together, and a panel takes one of them.
+  DEEPMSI_INLINE Panel<A> panel(int64_t pass, int64_t column, int64_t columns, bool, A* to) const {
+    const T* from = weights(pass, column);
+    const int64_t depth = this->taps.size(pass), taps = this->call.taps, size = this->call.inputs * taps;
+    for (int64_t k = 0; k < depth; ++k, from += size, to += kPanel<A>) {
+      if (columns == kPanel<A> && taps == 3) {
+        for (int64_t c = 0; c < kPanel<A>; ++c) to[c] = to_wide(from[c * 3]);
+      } else {
+        for (int64_t c = 0; c < kPanel<A>; ++c) to[c] = c < columns ? to_wide(from[c * taps]) : A(0);
+      }
+    }
+    return {to - depth * kPanel<A>, kPanel<A>};
+  }
+  DEEPMSI_INLINE Ahead ahead(int64_t pass, int64_t column) const {
+    return {reinterpret_cast<const char*>(weights(pass, column)),
+            this->call.inputs * this->call.taps * static_cast<int64_t>(sizeof(T))};
+  }
+};
+
+template <typename T>
+void normed_grad_x(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
+  using A = typename Storage<T>::Wide;
+  const Taps taps{call.outputs, call.taps};
+  multiply<A, false>(NormedGradXSide<T>{{call, taps}}, call.batch * call.length, call.inputs, taps.passes(),
+                     begin, end, scratch);
+}
+
+template <typename T>
+struct NormedGradWeightSide : GradWeightSide<T> {
+  using A = typename Storage<T>::Wide;
+  A* turned;  // as turn_panel lays it out
+
+  DEEPMSI_INLINE void finish(int64_t row, int64_t count, int64_t, int64_t columns, const A* sums,
+                             int64_t stride) const {
+    const int64_t inputs = this->call.inputs, taps = this->call.taps;
+    for (int64_t r = 0; r < count; ++r) {
+      A* to = turned + ((row + r) % inputs * taps + (row + r) / inputs) * kPanel<A>;
+      for (int64_t c = 0; c < columns; ++c) to[c] = sums[r * stride + c];
+    }
+  }
+};
+
+// With u = v / |v| and w the gradient of g u: grad_g = <w, u>, grad_v = g / |v| (w - <w, u> u).
+template <typename T>
+DEEPMSI_INLINE void unfold_row(const CausalConv& call, int64_t o, const typename Storage<T>::Wide* w) {
+  using A = typename Storage<T>::Wide;
+  constexpr int64_t kSums = 64;
+  const int64_t size = call.inputs * call.taps;
+  const T* v = static_cast<const T*>(call.v) + o * size;
+  T* to = static_cast<T*>(call.grad_v) + o * size;
+  A sum[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+    for (int64_t k = 0; k < kSums; ++k) sum[k] += w[i + k] * to_wide(v[i + k]);
+  }
+  for (; i < size; ++i) sum[0] += w[i] * to_wide(v[i]);
+  double total = 0;
+  for (int64_t k = 0; k < kSums; ++k) total += static_cast<double>(sum[k]);
+  const A* norms = static_cast<const A*>(call.norms);
+  const A norm = norms[o], scale = norms[call.outputs + o];
+  const A along = static_cast<A>(total) / norm, back = along / norm;
+  static_cast<T*>(call.grad_g)[o] = Storage<T>::narrow(along);
+  for (int64_t c = 0; c < size; ++c) to[c] = Storage<T>::narrow(scale * (w[c] - back * to_wide(v[c])));
+}
+
+template <typename A>
+constexpr int64_t kUnfolded = kPanel<A> < 16 ? kPanel<A> : 16;  // outputs that are turned back at once
+// Of their rows: odd in cache lines, as kRowStride is.
+template <typename A>
+DEEPMSI_INLINE int64_t unfolded_stride(int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(A);
+  return ceil_div(size, 2 * kLine) * 2 * kLine + kLine;
+}
+
+template <typename T>
+void normed_grad_weight(const CausalConv& call, int64_t begin, int64_t end, char* scratch) {
+  using A = typename Storage<T>::Wide;
+  constexpr int64_t kRows = kUnfolded<A>;
+  const int64_t size = call.inputs * call.taps;
+  const int64_t stride = unfolded_stride<A>(size);
+  A* turned = reinterpret_cast<A*>(scratch);
+  A* rows = turned + size * kPanel<A>;
+  const NormedGradWeightSide<T> side{{call}, turned};
+  for (int64_t p = begin; p < end; ++p) {
+    multiply_panel<A, true>(side, size, call.outputs, ceil_div(call.rows(), kDepth), p,
+                            reinterpret_cast<char*>(rows + stride * kRows));
+    const int64_t first = p * kPanel<A>, count = smaller(kPanel<A>, call.outputs - first);
+    for (int64_t from = 0; from < count; from += kRows) {
+      int64_t s = 0;
+      for (; s + 4 <= size; s += 4) {
+        for (int64_t o = 0; o < kRows; o += 4) {
+          turn_square(turned + s * kPanel<A> + from + o, kPanel<A>, rows + o * stride + s, stride);
+        }
+      }
+      for (; s < size; ++s) {
+        for (int64_t o = 0; o < kRows; ++o) rows[o * stride + s] = turned[s * kPanel<A> + from + o];
+      }
+      for (int64_t o = from; o < smaller(count, from + kRows); ++o) {
+        unfold_row<T>(call, first + o, rows + (o - from) * stride);
       }
     }
   }
 }
 
-// With u = v / |v| and w the gradient of the folded row: grad_g = <w, u>, grad_v = g / |v| (w - <w, u> u).
-template <typename T>
-void unfold(const WeightFold& fold, int64_t begin, int64_t end, char* scratch) {
-  using A = typename Storage<T>::Wide;
-  const int64_t size = fold.inputs * fold.taps;
-  A* rows = reinterpret_cast<A*>(scratch);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * kFoldOutputs, count = smaller(kFoldOutputs, fold.outputs - first);
-    for (int64_t i = 0; i < size; i += kFoldOutputs) {
-      const int64_t width = smaller(kFoldOutputs, size - i);
-      A square[kFoldOutputs][kFoldOutputs];
-      for (int64_t k = 0; k < width; ++k) {
-        const int64_t input = (i + k) / fold.taps, tap = (i + k) % fold.taps;
-        widen(static_cast<const T*>(fold.grad_weight) + (tap * fold.inputs + input) * fold.outputs + first,
-              square[k], count);
-      }
-      if (count == kFoldOutputs && width == kFoldOutputs) {
-        for (int64_t o = 0; o < kFoldOutputs; o += 4) {
-          for (int64_t k = 0; k < kFoldOutputs; k += 4) {
-            turn_square(&square[k][o], kFoldOutputs, rows + o * size + i + k, size);
-          }
-        }
-      } else {
-        for (int64_t o = 0; o < count; ++o) {
-          for (int64_t k = 0; k < width; ++k) rows[o * size + i + k] = square[k][o];
-        }
-      }
-    }
-    for (int64_t o = 0; o < count; ++o) {
-      const T* v = static_cast<const T*>(fold.v) + (first + o) * size;
-      T* to = static_cast<T*>(fold.grad_v) + (first + o) * size;
-      const A* w = rows + o * size;
-      constexpr int64_t kSums = 64;
-      A sum[kSums] = {};
-      int64_t i = 0;
-      for (; i + kSums <= size; i += kSums) {
-        for (int64_t k = 0; k < kSums; ++k) sum[k] += w[i + k] * to_wide(v[i + k]);
-      }
-      for (; i < size; ++i) sum[0] += w[i] * to_wide(v[i]);
-      double total = 0;
-      for (int64_t k = 0; k < kSums; ++k) total += static_cast<double>(sum[k]);
-      const A norm = static_cast<const A*>(fold.norm)[first + o];
-      const A along = static_cast<A>(total) / norm;
-      const A scale = to_wide(static_cast<const T*>(fold.g)[first + o]) / norm, back = along / norm;
-      static_cast<T*>(fold.grad_g)[first + o] = Storage<T>::narrow(along);
-      for (int64_t c = 0; c < size; ++c) to[c] = Storage<T>::narrow(scale * (w[c] - back * to_wide(v[c])));
-    }
-  }
+template <typename A>
+int64_t normed_scratch_bytes(const CausalConv& call, int64_t rows) {
+  return static_cast<int64_t>(sizeof(A)) * call.inputs * call.taps *
+         (kPanel<A> + kUnfolded<A>)+scratch_bytes<A>(rows);
 }
 
 template <typename T>
 CausalConvKernels kernels_of() {
   using A = typename Storage<T>::Wide;
-  return {forward<T>, grad_x<T>, grad_weight<T>, gradient<T>,     grad_bias<T>,
-          fold<T>,    unfold<T>, tiles<A>,       scratch_bytes<A>};
+  return {forward<T>,   grad_x<T>,         grad_weight<T>,   gradient<T>,
+          grad_bias<T>, normed_forward<T>, normed_grad_x<T>, normed_grad_weight<T>,
+          kPanel<A>,    tiles<A>,          scratch_bytes<A>, normed_scratch_bytes<A>};
 }
 
 }  // namespace causal_conv

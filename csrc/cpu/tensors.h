@@ -10,6 +10,10 @@
 #include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "isa.h"
 #include "storage.h"
 
@@ -38,6 +42,19 @@ inline ScalarType wide_of(ScalarType type) {
 }
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// Asks for large pages under a tensor that is still to be written. The first write to a page of fresh memory
+// costs a fault, and to a gradient of megabytes those cost more than what is computed. A system that gives no
+// such pages stays with small ones.
+inline void prefer_large_pages(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (start + x.numel() * x.element_size()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 template <typename P>
 P* pointer(const Tensor& x) {

@@ -83,10 +83,12 @@ class TemporalBlock(nn.Module):
         step: int = 1,
         residual: Tensor | None = None,
     ) -> Tensor:
+        weight, g = self._weight(conv)
         return causal_conv_rows(
             x,
-            self._weight(conv),
+            weight,
             conv.bias,
+            g=g,
             dilation=self.dilation if dilation is None else dilation,
             count=count,
             step=step,
@@ -98,22 +100,23 @@ class TemporalBlock(nn.Module):
 
     def _shortcut(self, x: Tensor, count: int | None = None, step: int = 1) -> Tensor:
         if self.downsample is not None:
-            weight = self._weight(self.downsample)
+            weight, _ = self._weight(self.downsample)
             return causal_conv_rows(x, weight, self.downsample.bias, count=count, step=step)
         return x if count is None else x[:, x.shape[1] - 1 - (count - 1) * step :: step]
 
-    def _weight(self, conv: nn.Conv1d) -> Tensor:
-        """Return a convolution's weight [k, Cin, Cout], weight norm folded in; in evaluation from the time before.
+    def _weight(self, conv: nn.Conv1d) -> tuple[Tensor, Tensor | None]:
+        """Return a convolution's weight [k, Cin, Cout] and None, or v [Cout, Cin, k] and g of its weight norm.
+
+        In evaluation the norm is folded in, and the weight is that of the time before.
 
         A change in place shows in the version of a parameter and one of storage in its address; only what is done to
         ``parameter.data`` stays unseen until the next call of ``train()`` or ``eval()``.
         """
         norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
-        fold = pack if norm is None else fold_weight_norm
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
         if self.training or wanted or torch.compiler.is_compiling() or any(p.is_inference() for p in sources):
-            return fold(*sources)
+            return (norm.original1, norm.original0) if norm is not None else (pack(conv.weight), None)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
         key = (narrowed, tuple((p.data_ptr(), p._version, p.dtype) for p in sources))
@@ -121,8 +124,9 @@ class TemporalBlock(nn.Module):
         if held is None or held[0] != key:
             # A tensor that was made in inference mode could not be saved for the gradient of x.
             with torch.inference_mode(False), torch.no_grad():
-                held = self._folded[conv] = (key, autocast(fold(*sources)))
-        return held[1]
+                weight = fold_weight_norm(*sources) if norm is not None else pack(conv.weight)
+                held = self._folded[conv] = (key, autocast(weight))
+        return held[1], None
 
 
 def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:

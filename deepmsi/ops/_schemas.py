@@ -644,40 +644,65 @@ _register(
 )
 
 
-# --- fold_weight_norm
-# Forward: v [Cout, Cin, k] and g [Cout, 1, 1] of a weight norm to g v / |v| as [k, Cin, Cout], and the norms |v| [Cout]
-# in the type that sums.
+# --- weight_normed_conv1d
+# The same with v [Cout, Cin, k] and g [Cout, 1, 1] of a weight norm in place of the weight, on the CPU. `norms`
+# [2, Cout]: |v| and g / |v|, in the type that sums.
 
-_FOLD_FORWARD = "(Tensor v, Tensor g) -> (Tensor weight, Tensor norm)"
-_FOLD_BACKWARD = "(Tensor grad_weight, Tensor v, Tensor g, Tensor norm) -> (Tensor grad_v, Tensor grad_g)"
-
-
-def _fold_fake_forward(v: Tensor, g: Tensor) -> Any:
-    outputs, inputs, taps = v.shape
-    return v.new_empty((taps, inputs, outputs)), v.new_empty((outputs,), dtype=accumulate_dtype(v.dtype))
-
-
-def _fold_fake_backward(grad_weight: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> Any:
-    return v.new_empty(v.shape), g.new_empty(g.shape)
+_NORMED_FORWARD = (
+    "(Tensor x, Tensor v, Tensor g, Tensor? bias, Tensor? residual, Tensor? seed, int dilation, int? count, int step, "
+    "bool relu, float dropout, bool with_grad) -> (Tensor y, Tensor active, Tensor norms)"
+)
+_NORMED_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor v, Tensor g, Tensor norms, Tensor y, Tensor active, int dilation, int step, "
+    "bool relu, bool residual, float dropout, bool want_x, bool want_weight) -> "
+    "(Tensor grad_x, Tensor grad_v, Tensor grad_g, Tensor grad_bias, Tensor grad_residual)"
+)
 
 
-def _fold_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
+def _normed_fake_forward(x: Tensor, v: Tensor, g: Tensor, *others: Any) -> Any:
+    y, active = _conv_fake_forward(x, v.permute(2, 1, 0), *others)
+    return y, active, x.new_empty((2, v.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+
+def _normed_fake_backward(
+    grad_y: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor, y: Tensor, active: Tensor, *facts: Any
+) -> Any:
+    grad_x, _, grad_bias, grad_residual = _conv_fake_backward(grad_y, x, v.permute(2, 1, 0), y, active, *facts)
+    want_weight = facts[-1]
+    return (
+        grad_x,
+        x.new_empty(v.shape if want_weight else (0,)),
+        x.new_empty((v.shape[0] if want_weight else 0, 1, 1)),
+        grad_bias,
+        grad_residual,
+    )
+
+
+def _normed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, v, g, _, residual, _, dilation, _, step, relu, dropout, _ = inputs
+    y, active, norms = output
+    ctx.mark_non_differentiable(active, norms)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(x, v, g, norms, y if relu or residual is not None else active, active)
+    ctx.facts = (dilation, step, relu, residual is not None, dropout)
 
 
-def _fold_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return (None, None) if grads[0] is None else bwd(grads[0], *ctx.saved_tensors)
+def _normed_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if grads[0] is None:
+        return (None,) * 12
+    want_x, want_v, want_g, want_bias, want_residual = ctx.needs_input_grad[:5]
+    found = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_v or want_g)
+    wanted = (want_x, want_v, want_g, want_bias, want_residual)
+    return (*(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 7)
 
 
 _register(
-    "fold_weight_norm",
-    _FOLD_FORWARD,
-    _FOLD_BACKWARD,
-    _fold_fake_forward,
-    _fold_fake_backward,
-    _fold_setup_context,
-    _fold_gradient,
+    "weight_normed_conv1d",
+    _NORMED_FORWARD,
+    _NORMED_BACKWARD,
+    _normed_fake_forward,
+    _normed_fake_backward,
+    _normed_setup_context,
+    _normed_gradient,
     backends=("cpp",),
 )

@@ -67,7 +67,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def fold_weight_norm(v: Tensor, g: Tensor) -> Tensor:
-    """Return g v / |v| of a weight norm, as :func:`pack` lays it out: one pass on the CPU, forward and backward.
+    """Return g v / |v| of a weight norm, as :func:`pack` lays it out.
 
     Args:
         v: [Cout, Cin, k].
@@ -76,8 +76,6 @@ def fold_weight_norm(v: Tensor, g: Tensor) -> Tensor:
     Returns:
         [k, Cin, Cout].
     """
-    if v.device.type == "cpu" and resolve(_OP, None, "cpu", v.dtype) == "cpp":
-        return torch.ops.deepmsi.fold_weight_norm_cpp_fwd(v, g)[0]
     return pack(torch._weight_norm(v, g, 0))
 
 
@@ -86,6 +84,7 @@ def causal_conv_rows(
     weight: Tensor,
     bias: Tensor | None,
     *,
+    g: Tensor | None = None,
     dilation: int = 1,
     count: int | None = None,
     step: int = 1,
@@ -102,8 +101,10 @@ def causal_conv_rows(
 
     Args:
         x: [B, n, Cin].
-        weight: [k, Cin, Cout] (see :func:`pack`).
+        weight: [k, Cin, Cout] (see :func:`pack`), or v [Cout, Cin, k] of a weight norm where g is given.
         bias: [Cout].
+        g: [Cout, 1, 1]. The CPU then reads v itself, forward and backward, and never writes the folded weight or its
+            gradient.
         dilation: d, in rows of x.
         count: Number of positions, ``step`` rows apart and the last one at the end; None takes every row.
         step: Distance of two positions.
@@ -116,18 +117,24 @@ def causal_conv_rows(
     Returns:
         [B, count, Cout].
     """
-    x, weight = autocast(x), autocast(weight)
-    bias = autocast(bias) if bias is not None else None
+    x = autocast(x)
+    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0 if g is None else 2])
+    if g is not None and not (chosen == "cpp" and x.device.type == "cpu"):
+        weight, g = fold_weight_norm(weight, g), None
+    weight = autocast(weight)
+    bias, g = (autocast(t) if t is not None else None for t in (bias, g))
     residual = residual.to(x.dtype) if residual is not None else None
     if seed is None or dropout == 0:
         seed, dropout = None, 0.0
-    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0])
     with without_autocast(x.device.type):
         if chosen == "reference":
             return reference_rows(x, weight, bias, residual, seed, dilation, count, step, relu, dropout)
+        read = (t for t in (x, weight, g, bias, residual) if t is not None)
+        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+        others = (bias, residual, seed, dilation, count, step, relu, dropout, with_grad)
+        if g is not None:
+            return torch.ops.deepmsi.weight_normed_conv1d_cpp_fwd(x, weight, g, *others)[0]
         forward = torch.ops.deepmsi.dilated_causal_conv1d_cpp_fwd
         if chosen == "triton":
             forward = torch.ops.deepmsi.dilated_causal_conv1d_triton_fwd
-        read = (t for t in (x, weight, bias, residual) if t is not None)
-        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in read)
-        return forward(x, weight, bias, residual, seed, dilation, count, step, relu, dropout, with_grad)[0]
+        return forward(x, weight, *others)[0]

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from deepmsi import backend as backends
 from deepmsi import testing
-from deepmsi.backend import use_backend
 from deepmsi.ops import dilated_causal_conv1d
-from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
+from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, pack
 from deepmsi.reference.dilated_causal_conv1d import keep_mask
 from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, poisoned_memory, randn
 
@@ -43,7 +42,7 @@ def naive(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer over rows; `count` None is every row."""
+    """One layer over rows; `count` None is every row. `normed`: its weight is that of a weight norm."""
 
     batch: int = 2
     rows: int = 9
@@ -57,6 +56,7 @@ class Case:
     relu: bool = True
     residual: bool = False
     dropout: float = 0.0
+    normed: bool = False
 
     def run(
         self, backend: str, device: str, dtype: torch.dtype, compute: torch.dtype | None = None
@@ -64,9 +64,11 @@ class Case:
         """Return the output and every gradient, from inputs that are rounded to dtype and computed in `compute`."""
         scale = (self.taps * self.inputs) ** -0.5
         size = (self.batch, self.rows if self.count is None else self.count, self.outputs)
+        shape = (self.taps, self.inputs, self.outputs)
         drawn = {
             "x": randn(self.batch, self.rows, self.inputs, seed=1, dtype=dtype, device=device),
-            "weight": randn(self.taps, self.inputs, self.outputs, seed=2, dtype=dtype, device=device, scale=scale),
+            "weight": randn(*(shape[::-1] if self.normed else shape), seed=2, dtype=dtype, device=device, scale=scale),
+            "g": randn(self.outputs, 1, 1, seed=6, dtype=dtype, device=device) if self.normed else None,
             "bias": randn(self.outputs, seed=3, dtype=dtype, device=device) if self.bias else None,
             "residual": randn(*size, seed=4, dtype=dtype, device=device) if self.residual else None,
         }
@@ -112,7 +114,8 @@ def assert_budget(case: Case, backend: str, device: str, dtype: torch.dtype, rou
         case.run("reference", device, dtype),
         case.run("reference", device, dtype, torch.float64),
     )
-    names = ["y", *(n for n in ("x", "weight", "bias", "residual") if n in ("x", "weight") or getattr(case, n))]
+    given = {"x": True, "weight": True, "g": case.normed, "bias": case.bias, "residual": case.residual}
+    names = ["y", *(name for name, there in given.items() if there)]
     for name, x, l, e in zip(names, found, low, exact, strict=True):
         assert x.dtype == dtype
         assert_within_budget(x, l, e, name, roundings)
@@ -181,6 +184,20 @@ def test_large_cases_keep_the_error_budget(backend: str, device: str, case: str,
     assert_budget(LARGE[case], backend, device, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float64", *DTYPES])
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+@pytest.mark.parametrize(("backend", "device"), [("cpp", "cpu")])
+def test_a_weight_norm_keeps_the_error_budget(backend: str, device: str, case: str, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    need(backend, device, kind)
+    normed = replace((CASES | LARGE)[case], normed=True)
+    if kind != torch.float64:
+        assert_budget(normed, backend, device, kind)
+        return
+    for found, exact in zip(normed.run(backend, device, kind), normed.run("reference", device, kind), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(0, 4),
@@ -195,6 +212,7 @@ def test_large_cases_keep_the_error_budget(backend: str, device: str, case: str,
     relu=st.booleans(),
     residual=st.booleans(),
     dropout=st.sampled_from([0.0, 0.4]),
+    normed=st.booleans(),
 )
 def test_properties(rows: int, count: int | None, step: int, relu: bool, dropout: float, **others: Any) -> None:
     """Whatever the sizes, every kernel keeps the error budget."""
@@ -330,7 +348,8 @@ def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: 
             torch.set_num_threads(threads)
             results.append(CASES[case].run(backend, device, torch.float32))
             if backend == "cpp":
-                results[-1] += LARGE["many_rows"].run(backend, device, torch.float32)
+                for normed in (False, True):
+                    results[-1] += replace(LARGE["many_rows"], normed=normed).run(backend, device, torch.float32)
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -389,37 +408,46 @@ def test_opcheck(backend: str, device: str, form: str) -> None:
         torch.library.opcheck(backward, (torch.ones_like(y), x.detach(), weight.detach(), y, active, *facts, *wanted))
 
 
-@pytest.mark.parametrize("dtype", ["float64", *DTYPES])
-@pytest.mark.parametrize("size", [(5, 3, 3), (16, 16, 1), (35, 40, 3), (1, 1, 1)], ids=str)
-def test_folding_a_weight_norm(size: tuple[int, int, int], dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    need("cpp", "cpu", kind)
-    drawn = [randn(*size, seed=1, dtype=kind), randn(size[0], 1, 1, seed=2, dtype=kind)]
-    weights = pack(randn(*size, seed=3, dtype=kind))
-    results = []
-    for name, compute in (("cpp", kind), ("reference", kind), ("reference", torch.float64)):
-        leaves = [t.to(compute).requires_grad_() for t in drawn]
-        with use_backend(name), poisoned_memory():
-            folded = fold_weight_norm(*leaves)
-            results.append((folded, *torch.autograd.grad(folded, leaves, weights.to(compute))))
-    for name, found, low, exact in zip(("weight", "v", "g"), *results, strict=True):
-        assert found.dtype == kind
-        if kind == torch.float64:
-            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
-            continue
-        # An element of few numbers may lie on the scale of what cancels in it.
-        assert_within_budget(found, low, exact, name, roundings=2, scale=max(exact.abs().max().item(), 0.5))
-
-
-def test_opcheck_of_the_fold() -> None:
+@pytest.mark.parametrize("form", ["plain", "fused", "cone", "inference", "empty", "no_output", "permuted"])
+def test_opcheck_of_a_weight_norm(form: str) -> None:
     need("cpp", "cpu")
-    v, g = randn(5, 3, 2, seed=1).requires_grad_(), randn(5, 1, 1, seed=2).requires_grad_()
-    turned = randn(2, 3, 5, seed=3).transpose(0, 2).requires_grad_()
-    for x in (v, turned, randn(0, 3, 2, seed=1)):
-        torch.library.opcheck(torch.ops.deepmsi.fold_weight_norm_cpp_fwd.default, (x, g[: x.shape[0]]))
+    batch, outputs, count = 0 if form == "empty" else 2, 0 if form == "no_output" else 4, 2 if form == "cone" else None
+    x, v, g, bias = (
+        randn(batch, 5, 3, seed=1),
+        randn(outputs, 3, 2, seed=2),
+        randn(outputs, 1, 1, seed=5),
+        randn(outputs, seed=3),
+    )
+    residual = None if form == "plain" else randn(batch, count or 5, outputs, seed=4)
+    if form == "permuted":
+        x, v, residual = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, v, residual))
+    for t in (x, v, g, bias, residual):
+        if t is not None:
+            t.requires_grad_(form != "inference")
+    args = (x, v, g, bias, residual, torch.tensor(5), 2, count, 1, True, 0.3, form != "inference")
+    torch.library.opcheck(torch.ops.deepmsi.weight_normed_conv1d_cpp_fwd.default, args)
+    if form == "inference":
+        return
     with torch.no_grad():
-        weight, norm = torch.ops.deepmsi.fold_weight_norm_cpp_fwd(v, g)
-    torch.library.opcheck(torch.ops.deepmsi.fold_weight_norm_cpp_bwd.default, (weight, v.detach(), g.detach(), norm))
+        y, active, norms = torch.ops.deepmsi.weight_normed_conv1d_cpp_fwd(*args)
+    read = (torch.ones_like(y), x.detach(), v.detach(), g.detach(), norms, y, active)
+    backward = torch.ops.deepmsi.weight_normed_conv1d_cpp_bwd.default
+    for wanted in ((True, True), (False, False)):
+        torch.library.opcheck(backward, (*read, 2, 1, True, residual is not None, 0.3, *wanted))
+
+
+def test_only_what_a_weight_norm_wants_is_computed() -> None:
+    need("cpp", "cpu")
+    drawn = [randn(2, 7, 5, seed=1), randn(6, 5, 3, seed=2), randn(6, 1, 1, seed=3)]
+
+    def gradients(wanted: set[int]) -> list[Tensor]:
+        x, v, g = (t.clone().requires_grad_(i in wanted) for i, t in enumerate(drawn))
+        y = causal_conv_rows(x, v, None, g=g, backend="cpp")
+        return list(torch.autograd.grad(y.square().sum(), [t for t in (x, v, g) if t.requires_grad]))
+
+    whole = gradients({0, 1, 2})
+    for i in range(3):
+        assert torch.equal(gradients({i})[0], whole[i])
 
 
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
@@ -470,9 +498,15 @@ for dtype in (torch.float32, torch.float64):
         leaves = [randn(2, 31, 40, seed=1, dtype=dtype), randn(3, 40, 37, seed=2, dtype=dtype),
                   randn(37, seed=3, dtype=dtype), randn(2, 15, 37, seed=4, dtype=dtype)]
         x, weight, bias, residual = (t.requires_grad_() for t in leaves)
-        y = causal_conv_rows(x, weight, bias, residual=residual, count=15, step=2, dilation=3, relu=True,
-                             seed=torch.tensor(7), dropout=0.2, backend=backend)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias, residual))))
+        normed = {"weight": randn(37, 40, 3, seed=5, dtype=dtype).requires_grad_(),
+                  "g": randn(37, 1, 1, seed=6, dtype=dtype).requires_grad_()}
+        found = []
+        for weights in ({"weight": weight}, normed):
+            y = causal_conv_rows(x, bias=bias, residual=residual, count=15, step=2, dilation=3, relu=True,
+                                 seed=torch.tensor(7), dropout=0.2, backend=backend, **weights)
+            leaves = (x, bias, residual, *weights.values())
+            found += [y, *torch.autograd.grad(y.square().sum(), leaves)]
+        results.append(found)
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
 """
