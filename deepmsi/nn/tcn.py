@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from deepmsi.backend import transforms
 from deepmsi.errors import UserError
 from deepmsi.ops._arguments import autocast, autocasts, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
@@ -112,7 +113,8 @@ class TemporalBlock(nn.Module):
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
         fold = pack if norm is None else fold_weight_norm
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
-        if self.training or wanted or torch.compiler.is_compiling() or any(p.is_inference() for p in sources):
+        traced = torch.compiler.is_compiling() or transforms()
+        if self.training or wanted or traced or any(p.is_inference() for p in sources):
             return fold(*sources)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
