@@ -16,7 +16,7 @@ from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, without_autocast
+from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
 
 
 class Tokens(NamedTuple):
@@ -136,9 +136,9 @@ class WindowAttention(nn.Module):
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
-        if self.fixed_table is not None:
-            return self.fixed_table
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
+        if self.fixed_table is not None and not needs_grad(hidden.weight, hidden.bias, out.weight):
+            return self.fixed_table
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
         with without_autocast(self.coordinate_bits.device.type):
             coordinates = self.coordinate_bits.view(torch.float32).to(wide)
@@ -403,9 +403,11 @@ class PatchEmbed(nn.Module):
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
 
-        Where that is folded in, uint8 frames are embedded as they are.
+        Where that is folded in, and no gradient of the embedding is wanted, uint8 frames are embedded as they are.
         """
-        if self.pixel_weight is not None and frames.dtype == torch.uint8:
+        folded = self.pixel_weight is not None and not needs_grad(self.proj.weight, self.proj.bias)
+        if folded and frames.dtype == torch.uint8:
+            assert self.pixel_weight is not None
             return self._embedded(frames.to(self.pixel_weight.dtype), self.pixel_weight, self.pixel_bias)
         source = None
         if prepare is not None:
