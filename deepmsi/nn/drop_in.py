@@ -26,8 +26,10 @@ def fuse(model: Model) -> Model:
         The same object.
 
     Raises:
-        UserError: There is no such block in the model, or one cannot be fused; the model is then unchanged.
+        UserError: It is no model, there is no such block in the model, or one cannot be fused; the model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"fuse takes a model, such as timm.create_model gives, not {model!r}")
     try:
         blocks = importlib.import_module("deepmsi.nn._timm_blocks")
     except (ImportError, RuntimeError) as error:

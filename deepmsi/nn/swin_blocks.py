@@ -403,11 +403,11 @@ class PatchEmbed(nn.Module):
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
 
-        Where that is folded in, and no gradient of the embedding is wanted, uint8 frames are embedded as they are.
+        Where that is folded in, uint8 frames are embedded as they are, unless ``prepare`` has to be followed by a
+        gradient of the embedding.
         """
-        folded = self.pixel_weight is not None and not needs_grad(self.proj.weight, self.proj.bias)
-        if folded and frames.dtype == torch.uint8:
-            assert self.pixel_weight is not None
+        learns = prepare is not None and needs_grad(self.proj.weight, self.proj.bias)
+        if self.pixel_weight is not None and frames.dtype == torch.uint8 and not learns:
             return self._embedded(frames.to(self.pixel_weight.dtype), self.pixel_weight, self.pixel_bias)
         source = None
         if prepare is not None:

@@ -229,9 +229,17 @@ class TCN(nn.Module):
         """Feed one frame of every stream: x [B, Cin] and the state so far to [B, Cout] and the new state.
 
         Equal at every step to the network on the stream's whole sequence since its first frame.
+
+        Raises:
+            ValueError: x or the state has the wrong shape.
         """
+        blocks = self.blocks()
+        if x.dim() != 2 or x.shape[1] != self.inputs:
+            raise ValueError(f"TCN.step: x must be [B, {self.inputs}], not {shape(x)}")
+        if len(state) != 2 * len(blocks) or any(part.shape[0] != x.shape[0] for part in state):
+            raise ValueError(f"TCN.step: the state is not one of init_state({x.shape[0]}), as x {shape(x)} needs")
         following: list[Tensor] = []
-        for block, first, second, seeds in zip(self.blocks(), state[::2], state[1::2], self._seeds(x), strict=True):
+        for block, first, second, seeds in zip(blocks, state[::2], state[1::2], self._seeds(x), strict=True):
             x, first, second = block.step(x, first, second, seeds)
             following += [first, second]
         return x, tuple(following)
@@ -239,6 +247,9 @@ class TCN(nn.Module):
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() != 3 or x.shape[1] != self.inputs:
             raise ValueError(f"{name}: x must be [B, {self.inputs}, T], not {shape(x)}")
+        dtype = cast(Tensor, self.blocks()[0].conv1.bias).dtype
+        if x.dtype != dtype and not autocasts(x.device.type):
+            raise ValueError(f"{name}: x is {x.dtype} and the weights are {dtype}: bring one to the other's type")
 
     def _seeds(self, x: Tensor) -> list[Seeds]:
         """Return what the dropouts of each block draw from: one draw of torch's generator for the whole network."""

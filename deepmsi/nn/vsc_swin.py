@@ -111,6 +111,8 @@ class VSCSwin(nn.Module):
             raise UserError(f"VSCSwin: depths {tuple(depths)}, heads {tuple(heads)} and windows must match in number")
         if img_size % patch_size:
             raise UserError(f"VSCSwin: img_size {img_size} is no multiple of patch_size {patch_size}")
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f"VSCSwin: drop_path_rate must lie in [0, 1), not {drop_path_rate}")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.num_features = embed_dim * 2 ** (count - 1)
         self.schedule = Schedule.resolve(schedule, depths, compression)
@@ -313,6 +315,8 @@ class VSCSwin(nn.Module):
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
+        if prepare is None and not frames.is_floating_point() and self.patch_embed.pixel_weight is None:
+            raise ValueError(f"VSCSwin: frames must be normalised, or prepare must do it, not {frames.dtype}")
 
         def embed(frames: Tensor) -> Tensor:
             return self.patch_embed(frames, prepare)

@@ -225,6 +225,8 @@ def test_refusals_leave_the_model_as_it_is() -> None:
         deepmsi.fuse(
             timm.create_model("swinv2_cr_tiny_224", img_size=56, depths=(1, 1), embed_dim=16, num_heads=(2, 4))
         )
+    with pytest.raises(UserError, match="takes a model"):
+        deepmsi.fuse("swinv2_tiny_window8_256")  # type: ignore[type-var]
     with pytest.raises(UserError, match="no block"):
         deepmsi.fuse(nn.Linear(2, 2))
     oblong = build("swin_tiny_patch4_window7_224", img_size=(56, 16), window_size=7)

@@ -429,6 +429,7 @@ def test_loading() -> None:
         ({"img_size": 40}, "no multiple of its window"),
         ({"heads": (3, 2, 2)}, "do not divide"),
         ({"heads": (1, 2)}, "must match in number"),
+        ({"drop_path_rate": 1.0}, "must lie in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -441,6 +442,8 @@ def test_wrong_inputs_are_told() -> None:
     model = small("paper").float()
     with pytest.raises(ValueError, match="frames must be"):
         model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="must be normalised"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 16))
     with pytest.raises(ValueError, match="give one"):
         model(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="guide must be"):
