@@ -528,6 +528,8 @@ def _timm_model(name: str, pretrained: bool, img_size: int | None) -> Any:
     if not name.startswith("swinv2_") or name.startswith("swinv2_cr_") or name.split(".")[0] not in timm.list_models():
         near = ", ".join(timm.list_models("swinv2_tiny*"))
         raise UserError(f"timm has no Swin V2 named {name!r} (swinv2_cr_* is another architecture); such are: {near}")
+    if "." in name and name not in (tagged := timm.list_pretrained(f"{name.split('.')[0]}.*")):
+        raise UserError(f"timm has no weights named {name!r}; such are: {', '.join(tagged)}")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
