@@ -339,7 +339,7 @@ def test_autocast_and_mistakes() -> None:
     for run in (tcn, tcn.last):
         with pytest.raises(ValueError, match=r"x must be \[B, 5, T\]"):
             run(torch.randn(2, 4, 7))
-        with pytest.raises(ValueError, match="x is torch.float64 and the weights are torch.float32"):
+        with pytest.raises(ValueError, match=r"x is torch\.float64 and the weights are torch\.float32"):
             run(torch.randn(2, 5, 7).double())
     for x, state, words in (
         (torch.randn(2, 4), tcn.init_state(2), r"x must be \[B, 5\]"),

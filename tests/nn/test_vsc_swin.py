@@ -450,7 +450,7 @@ def test_wrong_inputs_are_told() -> None:
         model(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8))
     with pytest.raises(UserError, match="no Swin V2 named"):
         VSCSwin.from_timm("swinv2_cr_tiny_224")
-    with pytest.raises(UserError, match="no weights named .* such are: swinv2_tiny_window8_256.ms_in1k"):
+    with pytest.raises(UserError, match=r"no weights named .* such are: swinv2_tiny_window8_256\.ms_in1k"):
         VSCSwin.from_timm("swinv2_tiny_window8_256.ms_in2k")
 
 
