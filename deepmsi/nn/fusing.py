@@ -33,6 +33,16 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
     )
 
 
+def content_of(*parameters: Tensor) -> tuple[tuple[int, int], ...] | None:
+    """Return what tells whether parameters hold what they held before; None where nothing does: no own parameters.
+
+    A change in place shows in the version and one of storage in the address.
+    """
+    if not all(type(parameter) is nn.Parameter for parameter in parameters) or backend.transforms():
+        return None
+    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters)
+
+
 def unhooked(*modules: nn.Module) -> bool:
     """Whether no hook watches or changes what modules compute, on one of them or on all, and no ``forward`` of its own.
 

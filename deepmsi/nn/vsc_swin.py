@@ -458,14 +458,12 @@ class VSCSwin(nn.Module):
     def fix_bias_tables(self) -> "VSCSwin":
         """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.
 
-        Loading weights does so, too. Call it again after the weights have changed otherwise.
+        Loading weights does so, too. Where the weights have changed otherwise the tables are computed in every call.
         """
         self.eval()
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, WindowAttention):
-                    module.fixed_table = None
-                    module.fixed_table = module.bias_table()
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.fix_table()
         return self
 
     def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":

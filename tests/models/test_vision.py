@@ -146,6 +146,19 @@ def test_gradients_in_evaluation_are_those_without_folding() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@torch.no_grad()
+def test_weights_that_change_in_place_are_read_again() -> None:
+    """As an average of the weights is written into a model that has predicted."""
+    video, pixels = branch(schedule=None).eval(), torch.stack(videos())
+    video.fold()
+    video(pixels, None)
+    for parameter in video.parameters():
+        parameter.mul_(1.1).add_(0.01)
+    fresh = branch(schedule=None).eval()
+    fresh.load_state_dict(video.state_dict())
+    torch.testing.assert_close(video(pixels, None)[0], fresh(pixels, None)[0])
+
+
 def test_statistics_of_each_position_are_not_folded() -> None:
     video = branch(pixel_statistics=True)
     video.fit_pixel_statistics(videos())

@@ -487,3 +487,23 @@ def test_a_log_that_watches_the_merging_leaves_it_fused(monkeypatch: pytest.Monk
         torch.testing.assert_close(model(frames), expected, rtol=1e-4, atol=1e-4)
     assert seen == [1]
     assert len(calls) == 8
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1"])
+def test_an_adapter_in_the_place_of_a_layer_is_called(part: str) -> None:
+    class Flipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(-1)
+
+    model = VSCSwin.small(schedule=None).eval()
+    frames = randn(1, 3, 64, 64, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05
+        block = model.stages()[0].each()[0]
+        layer = block.get_submodule(part)
+        before = model(frames)
+        other = Flipped(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        other.load_state_dict({key: value.flip(0) for key, value in layer.state_dict().items()})
+        block.set_submodule(part, other)
+        torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
