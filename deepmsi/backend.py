@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from deepmsi import _built_for
 from deepmsi._version import __version__
@@ -238,6 +239,8 @@ def why_not(
     kernel = KERNELS.get((op, backend))
     if kernel is None:
         return f"{op} has no {backend} implementation"
+    if device is not None and transforms():
+        return "kernels have gradients alone: transforms of torch.func and forward mode run on the reference"
     if backend == "triton" and _TRITON is not None:
         return _TRITON
     if device is None:
@@ -256,6 +259,11 @@ def why_not(
         names = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         return f"{backend} {op} takes {names}, not {str(dtype).removeprefix('torch.')}"
     return kernel.limit(facts) if kernel.limit is not None else None
+
+
+def transforms() -> bool:
+    """Whether ``torch.func`` or a level of forward mode is around the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def require(op: str, backend: str, device: str, dtype: torch.dtype, **facts: int) -> None:

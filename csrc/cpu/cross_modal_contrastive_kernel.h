@@ -101,13 +101,30 @@ DEEPMSI_INLINE Vec<float> log1p_unit(Vec<float> t) {
   return 2.0f * (z + z * w * p);
 }
 
+// Panels whose columns a lane adds up before what it has goes to the whole sum: bounds the error of long
+// rows.
+constexpr int64_t kSumPanels = 16;
+
+// The sums of a group of rows, lane by lane.
+struct RowSums {
+  Vec<float> part[kRowGroup] = {}, whole[kRowGroup] = {};
+
+  DEEPMSI_INLINE void add_up() {
+    for (int64_t r = 0; r < kRowGroup; ++r) whole[r] += part[r], part[r] = Vec<float>{};
+  }
+  DEEPMSI_INLINE float of(int64_t r) const { return lane_sum<float>(whole[r] + part[r]); }
+};
+
 // Runs over the scores of rows [begin, end) of a stripe, panel after panel: visit(row - begin, scores, other,
-// same) for each vector, where `other` and `same` say which columns are its negatives and its positives.
-template <typename Visit>
-DEEPMSI_INLINE void for_scores(const ContrastiveStripe& s, int64_t begin, int64_t end, const Visit& visit) {
+// same) for each vector, where `other` and `same` say which columns are its negatives and its positives. The
+// sums are added up every few panels.
+template <typename Visit, typename... Sums>
+DEEPMSI_INLINE void for_scores(const ContrastiveStripe& s, int64_t begin, int64_t end, const Visit& visit,
+                               Sums&... sums) {
   constexpr int64_t kLanesF = kLanes<float>;
   const VecInt none = VecInt{};
   for (int64_t p = 0; p < s.panels; ++p) {
+    if (p % kSumPanels == 0) (sums.add_up(), ...);
     for (int64_t v = 0; v < kPanel; v += kLanesF) {
       const int64_t column = p * kPanel + v;
       VecInt label;
@@ -127,33 +144,40 @@ DEEPMSI_INLINE void for_scores(const ContrastiveStripe& s, int64_t begin, int64_
 
 inline void contrastive_row_group(const ContrastiveStripe& s, int64_t begin, int64_t end) {
   const Vec<float> zero = {}, one = zero + 1.0f, lowest = zero - __builtin_inff();
-  Vec<float> high[kRowGroup], sum[kRowGroup], pull[kRowGroup], loss[kRowGroup];
+  Vec<float> high[kRowGroup];
+  RowSums sum, pull, loss;
   float top[kRowGroup], log_z[kRowGroup], push[kRowGroup];
-  for (int64_t r = 0; r < kRowGroup; ++r) high[r] = lowest, sum[r] = pull[r] = loss[r] = zero;
+  for (int64_t r = 0; r < kRowGroup; ++r) high[r] = lowest;
   for_scores(s, begin, end, [&](int64_t r, float* at, VecInt other, VecInt) {
     const Vec<float> score = other ? load(at) : lowest;
     high[r] = score > high[r] ? score : high[r];
   });
   for (int64_t r = 0; r < end - begin; ++r) top[r] = lane_max(high[r]);
   // A negative's share of Z takes its score's place; its factor is known after the row.
-  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt other, VecInt same) {
-    const Vec<float> score = load(at), e = other ? exp_nonpositive(score - top[r]) : zero;
-    sum[r] += e;
-    store(at, same ? score : e);
-  });
-  for (int64_t r = 0; r < end - begin; ++r) log_z[r] = top[r] + __builtin_logf(lane_sum<float>(sum[r]));
+  for_scores(
+      s, begin, end,
+      [&](int64_t r, float* at, VecInt other, VecInt same) {
+        const Vec<float> score = load(at), e = other ? exp_nonpositive(score - top[r]) : zero;
+        sum.part[r] += e;
+        store(at, same ? score : e);
+      },
+      sum);
+  for (int64_t r = 0; r < end - begin; ++r) log_z[r] = top[r] + __builtin_logf(sum.of(r));
   // Positive: softplus(x) with x = log Z - s, whose derivative is the logistic function of x.
-  for_scores(s, begin, end, [&](int64_t r, float* at, VecInt, VecInt same) {
-    const Vec<float> score = load(at), x = log_z[r] - score, t = exp_nonpositive(x < zero ? x : -x);
-    const Vec<float> rest = one / (one + t), logistic = same ? (x < zero ? t * rest : rest) : zero;
-    loss[r] += same ? (x < zero ? zero : x) + log1p_unit(t) : zero;
-    pull[r] += logistic;
-    store(at, same ? -s.share[begin + r] * logistic : score);
-  });
+  for_scores(
+      s, begin, end,
+      [&](int64_t r, float* at, VecInt, VecInt same) {
+        const Vec<float> score = load(at), x = log_z[r] - score, t = exp_nonpositive(x < zero ? x : -x);
+        const Vec<float> rest = one / (one + t), logistic = same ? (x < zero ? t * rest : rest) : zero;
+        loss.part[r] += same ? (x < zero ? zero : x) + log1p_unit(t) : zero;
+        pull.part[r] += logistic;
+        store(at, same ? -s.share[begin + r] * logistic : score);
+      },
+      pull, loss);
   for (int64_t r = 0; r < end - begin; ++r) {
     const float share = s.share[begin + r];
-    push[r] = share * lane_sum<float>(pull[r]) / lane_sum<float>(sum[r]);
-    s.loss[begin + r] = share > 0 ? static_cast<double>(share) * lane_sum<float>(loss[r]) : 0.0;
+    push[r] = share * pull.of(r) / sum.of(r);
+    s.loss[begin + r] = share > 0 ? static_cast<double>(share) * loss.of(r) : 0.0;
   }
   for_scores(s, begin, end, [&](int64_t r, float* at, VecInt, VecInt same) {
     const Vec<float> score = load(at);

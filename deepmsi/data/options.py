@@ -10,7 +10,7 @@ from deepmsi.errors import UserError
 class PrepareOptions(BaseModel):
     """How clips become arrays. Equal options and equal input give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     frames: int = Field(15, ge=1, le=4096, description="frames per utterance, T")
     size: int = Field(256, ge=8, le=4096, description="edge of a stored frame in pixels")

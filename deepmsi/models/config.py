@@ -20,9 +20,9 @@ OFFLINE_AUDIO = "logmel"
 
 
 class Section(BaseModel):
-    """Base of every configuration section: unknown keys are refused, assignments are validated."""
+    """Base of every configuration section: unknown keys are refused, assignments are validated, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
 
 
 class VisionConfig(Section):

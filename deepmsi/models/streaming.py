@@ -119,9 +119,22 @@ class EmotionStream:
 
     @torch.inference_mode()
     def restart(self, streams: Sequence[int] | Tensor | None = None) -> None:
-        """Begin some streams anew (default: all): their next frame is their first."""
+        """Begin some streams anew (default: all): their next frame is their first.
+
+        Args:
+            streams: their numbers, or a mask `[B]` bool; none of them is fine.
+
+        Raises:
+            UserError: there is no such stream.
+        """
         fresh = torch.zeros_like(self.seen, dtype=torch.bool)
-        fresh[slice(None) if streams is None else torch.as_tensor(streams, device=fresh.device)] = True
+        if streams is None:
+            fresh[:] = True
+        elif (chosen := torch.as_tensor(streams, device=fresh.device)).numel():
+            try:
+                fresh[chosen] = True
+            except IndexError as error:
+                raise UserError(f"restart: there is no such stream: {streams} of {self.streams} streams.") from error
         self.seen = self.seen.masked_fill(fresh, 0)
         self._forget(fresh)
 

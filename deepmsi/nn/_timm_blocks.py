@@ -7,10 +7,10 @@ that timm does around the attention (drop path, checkpointing, changes of the in
 from typing import Any, cast
 
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from timm.layers.activations import GELU
 from timm.models import swin_transformer, swin_transformer_v2
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
 
@@ -30,11 +30,15 @@ def why_not(block: Any) -> str | None:
 
 def _attend(block: Any, qkv: Tensor, **options: Any) -> Tensor:
     """Attend over the (padded) grid of qkv, and project."""
-    attn = block.attn
-    out = window_attention(
-        qkv, attn.num_heads, (qkv.shape[1], qkv.shape[2]), block.window_size[0], block.shift_size[0], **options
-    )
-    return attn.proj_drop(attn.proj(out))
+    attn, size, shift = block.attn, (qkv.shape[1], qkv.shape[2]), block.shift_size[0]
+    out = attn.proj(window_attention(qkv, attn.num_heads, size, block.window_size[0], shift, **options))
+    if not _drops(attn.proj_drop):
+        return attn.proj_drop(out)
+    # timm draws what is dropped window by window.
+    windows = window_partition(out.roll((-shift, -shift), (1, 2)) if shift else out, block.window_size)
+    dropped = attn.proj_drop(windows.flatten(1, 2)).view(windows.shape)
+    out = window_reverse(dropped, block.window_size, *size)
+    return out.roll((shift, shift), (1, 2)) if shift else out
 
 
 def _padding(block: Any, x: Tensor) -> tuple[int, int]:
@@ -68,22 +72,35 @@ def _crop_as_timm(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return cropped.roll((shift, shift), (1, 2)) if shift else cropped
 
 
-def _runs_fused(block: Any) -> bool:
-    """Whether the operation computes this call: no dropout on the attention's weights, and nobody watches or has
-    replaced what is passed over."""
+def _runs_fused(block: Any, x: Tensor) -> bool:
+    """Whether the operation computes this call: no dropout on the attention's weights, nobody watches or has replaced
+    what is passed over, and x is a tensor, not what stands for one while ``torch.fx`` traces."""
     attn = block.attn
     usual = type(attn) in (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
-    if not (usual and unhooked(attn, attn.softmax, attn.attn_drop)):
+    if not (usual and isinstance(x, Tensor) and _passed_over(attn.attn_drop) and unhooked(attn, attn.softmax)):
         return False
-    return not _drops(attn.attn_drop) and why_not(block) is None
+    return type(attn.softmax) is torch.nn.Softmax and why_not(block) is None
 
 
-def _drops(dropout: torch.nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0
+def _drops(dropout: torch.nn.Module) -> bool:
+    """Whether a layer may change what it is given: anything but a dropout that is off."""
+    if type(dropout) is torch.nn.Dropout:
+        return dropout.training and dropout.p > 0
+    return type(dropout) is not torch.nn.Identity
+
+
+def _passed_over(*dropouts: torch.nn.Module) -> bool:
+    """Whether dropouts need not be called: they change nothing, and nobody watches them."""
+    return not any(map(_drops, dropouts)) and unhooked(*dropouts)
+
+
+def _draws_as_timm(drop_path: torch.nn.Module) -> bool:
+    """Whether a drop path is timm's own: a factor for each frame."""
+    return type(drop_path) in (DropPath, torch.nn.Identity) and unhooked(drop_path)
 
 
 def _drawn(drop_path: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """Let timm's own module draw the factor of each frame's branch, for its rows [B, H, W] or [B, L]."""
+    """Let timm's module draw the factor of each frame's branch, for its rows [B, H, W] or [B, L]."""
     if type(drop_path) is torch.nn.Identity or not drop_path.training:
         return None
     return cast(Tensor, drop_path(x.new_ones(x.shape[0], *[1] * (x.dim() - 2)))).expand(x.shape[:-1])
@@ -91,7 +108,7 @@ def _drawn(drop_path: torch.nn.Module, x: Tensor) -> Tensor | None:
 
 def _added(norm: Any, drop_path: torch.nn.Module, x: Tensor, branch: Tensor) -> Tensor:
     """Return x + drop_path(norm(branch))."""
-    if fuses("residual_norm", branch) and plain(branch, norm) and unhooked(drop_path):
+    if fuses("residual_norm", branch) and plain(branch, norm) and _draws_as_timm(drop_path):
         scale = _drawn(drop_path, x)
         return residual_norm(x, branch, norm.weight, norm.bias, row_scale=scale, eps=norm.eps)
     return x + drop_path(norm(branch))
@@ -101,7 +118,7 @@ class FusedSwinBlock(SwinTransformerBlock):
     """A block of timm's Swin V1 and S3."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        if not _runs_fused(self):
+        if not _runs_fused(self, x):
             return super()._attn(x)
         attn: Any = self.attn
         out = _attend(
@@ -117,17 +134,17 @@ class FusedSwinV2Block(SwinTransformerV2Block):
     """A block of timm's Swin V2; where it is as timm built it, each half runs as one operation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._transform(self._attend(x))
+        return self._transform(self._attend(x)) if isinstance(x, Tensor) else super().forward(x)
 
     def _attend(self, x: Tensor) -> Tensor:
         """x + drop_path(norm(attention(x)))."""
         block: Any = self
         attn, norm = block.attn, block.norm1
-        whole = _runs_fused(block) and not any(_padding(block, x)) and not _drops(attn.proj_drop)
+        whole = _runs_fused(block, x) and not any(_padding(block, x)) and _passed_over(attn.proj_drop)
         if not (
             whole
             and fuses("residual_window_attention", x)
-            and unhooked(attn.proj_drop)
+            and _draws_as_timm(block.drop_path1)
             and plain(x, attn.proj, norm, bare=(attn.qkv,))
         ):
             return _added(norm, block.drop_path1, x, block._attn(x))
@@ -158,9 +175,9 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             and type(mlp.act) in (GELU, torch.nn.GELU)
             and getattr(mlp.act, "approximate", "none") == "none"
             and type(mlp.norm) is torch.nn.Identity
-            and not _drops(mlp.drop1)
-            and not _drops(mlp.drop2)
-            and unhooked(mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
+            and _passed_over(mlp.drop1, mlp.drop2)
+            and unhooked(mlp, mlp.act, mlp.norm)
+            and _draws_as_timm(block.drop_path2)
         )
         if usual and fuses("residual_mlp", x) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
@@ -177,7 +194,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         return 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
 
     def _attn(self, x: Tensor) -> Tensor:
-        if not _runs_fused(self):
+        if not _runs_fused(self, x):
             return super()._attn(x)
         attn: Any = self.attn
         padded, bias = _pad_as_timm(self, x), self._qkv_bias()
@@ -193,6 +210,8 @@ class FusedPatchMerging(PatchMerging):
     """The merging of timm's Swin V2, as one operation where the grid is even."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            return super().forward(x)
         reduction: Any = self.reduction
         norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0

@@ -15,9 +15,9 @@ def fuse(model: Model) -> Model:
 
     Weights, state dict and outputs stay; shift, partition, bias, softmax and reversal become one operation. Training
     and inference alike: drop path and the dropout of projections stay timm's; in training with dropout on the
-    attention's weights (``attn_drop_rate``), which the operation has not, a block computes as timm does. Grids that
-    are no multiple of the window are padded as timm pads them. Works on any module that contains such blocks, and
-    again on one that is fused.
+    attention's weights (``attn_drop_rate``), which the operation has not, a block computes as timm does, and so does
+    one whose parts are replaced, patched or watched. Grids that are no multiple of the window are padded as timm pads
+    them. Works on any module that contains such blocks, and again on one that is fused.
 
     Args:
         model: The model, or a module that contains it.
@@ -26,8 +26,10 @@ def fuse(model: Model) -> Model:
         The same object.
 
     Raises:
-        UserError: There is no such block in the model, or one cannot be fused; the model is then unchanged.
+        UserError: It is no model, there is no such block in it, or one cannot be fused; the model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"fuse takes a model, such as timm.create_model gives, not {model!r}")
     try:
         blocks = importlib.import_module("deepmsi.nn._timm_blocks")
     except (ImportError, RuntimeError) as error:

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepmsi import backend
 from deepmsi.ops._arguments import autocast_type, autocasts
@@ -17,8 +19,8 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
 
     Layers have a weight and a bias; ``bare`` ones may lack the bias.
 
-    An adapter, a quantised layer or a parametrised weight makes another class of a layer. A module whose call is passed
-    over, too, has to be :func:`unhooked`. Autocast takes weights of any type.
+    An adapter, a quantised layer or a parametrised weight makes another class of a layer, or of its weight. A module
+    whose call is passed over, too, has to be :func:`unhooked`. Autocast takes weights of any type.
     """
     casts = x.dtype != torch.float64 and autocasts(x.device.type)
     every = (*layers, *bare)
@@ -26,13 +28,31 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
         unhooked(*every)
         and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in every)
         and all(layer.bias is not None for layer in layers)
+        and not any(is_traceable_wrapper_subclass(layer.weight) for layer in every)
         and (casts or all(layer.weight.dtype == x.dtype for layer in every))
     )
 
 
+def content_of(*parameters: Tensor) -> tuple[tuple[int, int], ...] | None:
+    """Return what tells whether parameters hold what they held before; None where nothing does: no own parameters.
+
+    A change in place shows in the version and one of storage in the address.
+    """
+    if not all(type(parameter) is nn.Parameter for parameter in parameters) or backend.transforms():
+        return None
+    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters)
+
+
 def unhooked(*modules: nn.Module) -> bool:
-    """Whether no hook watches or changes what modules compute."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Whether no hook watches or changes what modules compute, on one of them or on all, and no ``forward`` of its own.
+
+    Tools that bring weights from elsewhere for a call put another ``forward`` on the module.
+    """
+    return not _has_any_global_hook() and not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
         for module in modules
     )

@@ -6,17 +6,17 @@ Parameters have timm's names. All frames run at once, in one of two layouts (:cl
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.fusing import fuses, plain, unhooked
+from deepmsi.nn.fusing import content_of, fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, without_autocast
+from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
 
 
 class Tokens(NamedTuple):
@@ -133,17 +133,29 @@ class WindowAttention(nn.Module):
         # As integers, so that a change of the module's type cannot round them.
         self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
         self.register_buffer("fixed_table", None, persistent=False)
+        self._fixed_from: Any = None
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
-        if self.fixed_table is not None:
-            return self.fixed_table
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
+        if self.fixed_table is not None:
+            weights = (hidden.weight, hidden.bias, out.weight)
+            held = torch.compiler.is_compiling() or content_of(*weights) == self._fixed_from
+            if held and not needs_grad(*weights):
+                return self.fixed_table
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
         with without_autocast(self.coordinate_bits.device.type):
             coordinates = self.coordinate_bits.view(torch.float32).to(wide)
             raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
+
+    @torch.no_grad()
+    def fix_table(self) -> None:
+        """Keep the position bias of now, for as long as its weights stay and no gradient of them is wanted."""
+        self.fixed_table = None
+        self.fixed_table = self.bias_table()
+        hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
+        self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of q, k and v [3C]; keys have none."""
@@ -164,10 +176,17 @@ class WindowAttention(nn.Module):
         # What is kept is the copy that the product reads.
         return self.proj(anew(attended, autocast(x), table, owners=(self,), draws=False))
 
+    def _projected(self, x: Tensor) -> Tensor:
+        """Return q, k and v; an adapter, a quantised or a watched layer in the place of theirs is called."""
+        if plain(x, bare=(self.qkv,)):
+            return nn.functional.linear(x, self.qkv.weight, self.qkv_bias())
+        qkv = self.qkv(x)
+        return qkv + self.qkv_bias().to(qkv.dtype)
+
     def _attended(self, tokens: Tokens, table: Tensor) -> Tensor:
         packed = tokens.cu_seqlens is not None
         return window_attention(
-            nn.functional.linear(tokens.x, self.qkv.weight, self.qkv_bias()),
+            self._projected(tokens.x),
             self.heads,
             tokens.grid,
             self.window,
@@ -388,6 +407,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.register_buffer("pixel_weight", None, persistent=False)
         self.register_buffer("pixel_bias", None, persistent=False)
+        self._folded_from: Any = None
 
     @torch.no_grad()
     def fold(self, mean: Tensor, std: Tensor) -> None:
@@ -395,7 +415,9 @@ class PatchEmbed(nn.Module):
 
         W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is.
         """
-        weight, bias = self.proj.weight.double(), cast(Tensor, self.proj.bias).double()
+        own = cast(Tensor, self.proj.bias)
+        self._folded_from = content_of(self.proj.weight, own)
+        weight, bias = self.proj.weight.double(), own.double()
         scaled = weight / std.double()
         self.pixel_weight = (scaled / 255).to(self.proj.weight.dtype)
         self.pixel_bias = (bias - (scaled * mean.double()).sum((1, 2, 3))).to(self.proj.weight.dtype)
@@ -403,9 +425,10 @@ class PatchEmbed(nn.Module):
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
 
-        Where that is folded in, uint8 frames are embedded as they are.
+        Where that is folded in, uint8 frames are embedded as they are; given ``prepare``, only while the weights stay
+        and no gradient of them is wanted.
         """
-        if self.pixel_weight is not None and frames.dtype == torch.uint8:
+        if self.pixel_weight is not None and frames.dtype == torch.uint8 and (prepare is None or self._holds()):
             return self._embedded(frames.to(self.pixel_weight.dtype), self.pixel_weight, self.pixel_bias)
         source = None
         if prepare is not None:
@@ -417,6 +440,11 @@ class PatchEmbed(nn.Module):
             frames = prepared(frames)
         with remade(frames, source):
             return self._embedded(frames)
+
+    def _holds(self) -> bool:
+        weights = (self.proj.weight, cast(Tensor, self.proj.bias))
+        held = torch.compiler.is_compiling() or content_of(*weights) == self._folded_from
+        return held and not needs_grad(*weights)
 
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""

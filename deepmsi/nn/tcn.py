@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from deepmsi.backend import transforms
 from deepmsi.errors import UserError
 from deepmsi.ops._arguments import autocast, autocasts, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
@@ -115,7 +116,8 @@ class TemporalBlock(nn.Module):
         norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
-        if self.training or wanted or torch.compiler.is_compiling() or any(p.is_inference() for p in sources):
+        traced = torch.compiler.is_compiling() or transforms()
+        if self.training or wanted or traced or any(p.is_inference() for p in sources):
             return (norm.original1, norm.original0) if norm is not None else (pack(conv.weight), None)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
@@ -231,9 +233,17 @@ class TCN(nn.Module):
         """Feed one frame of every stream: x [B, Cin] and the state so far to [B, Cout] and the new state.
 
         Equal at every step to the network on the stream's whole sequence since its first frame.
+
+        Raises:
+            ValueError: x or the state has the wrong shape.
         """
+        blocks = self.blocks()
+        if x.dim() != 2 or x.shape[1] != self.inputs:
+            raise ValueError(f"TCN.step: x must be [B, {self.inputs}], not {shape(x)}")
+        if len(state) != 2 * len(blocks) or any(part.shape[0] != x.shape[0] for part in state):
+            raise ValueError(f"TCN.step: the state is not one of init_state({x.shape[0]}), as x {shape(x)} needs")
         following: list[Tensor] = []
-        for block, first, second, seeds in zip(self.blocks(), state[::2], state[1::2], self._seeds(x), strict=True):
+        for block, first, second, seeds in zip(blocks, state[::2], state[1::2], self._seeds(x), strict=True):
             x, first, second = block.step(x, first, second, seeds)
             following += [first, second]
         return x, tuple(following)
@@ -241,6 +251,9 @@ class TCN(nn.Module):
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() != 3 or x.shape[1] != self.inputs:
             raise ValueError(f"{name}: x must be [B, {self.inputs}, T], not {shape(x)}")
+        dtype = cast(Tensor, self.blocks()[0].conv1.bias).dtype
+        if x.dtype != dtype and not autocasts(x.device.type):
+            raise ValueError(f"{name}: x is {x.dtype} and the weights are {dtype}: bring one to the other's type")
 
     def _seeds(self, x: Tensor) -> list[Seeds]:
         """Return what the dropouts of each block draw from: one draw of torch's generator for the whole network."""

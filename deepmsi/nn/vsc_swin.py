@@ -111,6 +111,8 @@ class VSCSwin(nn.Module):
             raise UserError(f"VSCSwin: depths {tuple(depths)}, heads {tuple(heads)} and windows must match in number")
         if img_size % patch_size:
             raise UserError(f"VSCSwin: img_size {img_size} is no multiple of patch_size {patch_size}")
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f"VSCSwin: drop_path_rate must lie in [0, 1), not {drop_path_rate}")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.num_features = embed_dim * 2 ** (count - 1)
         self.schedule = Schedule.resolve(schedule, depths, compression)
@@ -313,6 +315,8 @@ class VSCSwin(nn.Module):
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
+        if prepare is None and not frames.is_floating_point() and self.patch_embed.pixel_weight is None:
+            raise ValueError(f"VSCSwin: frames must be normalised, or prepare must do it, not {frames.dtype}")
 
         def embed(frames: Tensor) -> Tensor:
             return self.patch_embed(frames, prepare)
@@ -454,14 +458,12 @@ class VSCSwin(nn.Module):
     def fix_bias_tables(self) -> "VSCSwin":
         """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.
 
-        Loading weights does so, too. Call it again after the weights have changed otherwise.
+        Loading weights does so, too. Where the weights have changed otherwise the tables are computed in every call.
         """
         self.eval()
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, WindowAttention):
-                    module.fixed_table = None
-                    module.fixed_table = module.bias_table()
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.fix_table()
         return self
 
     def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":
@@ -524,6 +526,8 @@ def _timm_model(name: str, pretrained: bool, img_size: int | None) -> Any:
     if not name.startswith("swinv2_") or name.startswith("swinv2_cr_") or name.split(".")[0] not in timm.list_models():
         near = ", ".join(timm.list_models("swinv2_tiny*"))
         raise UserError(f"timm has no Swin V2 named {name!r} (swinv2_cr_* is another architecture); such are: {near}")
+    if "." in name and name not in (tagged := timm.list_pretrained(f"{name.split('.')[0]}.*")):
+        raise UserError(f"timm has no weights named {name!r}; such are: {', '.join(tagged)}")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

@@ -45,11 +45,8 @@ class CompressionLog:
             last = stages[-1].downsample
             if last is not None:
                 self.hooks.append(last.register_forward_hook(partial(self._merged, f"cells/stage{len(stages)}")))
-        if measure and (model.video is None or not self.hooks or _static(model)):
-            raise UserError(
-                "train.capacity_quantile is for a video branch that keeps tokens by a threshold and reserves no rows: "
-                "leave it out."
-            )
+        if measure:
+            check_measurable(model)
 
     @torch.no_grad()
     def _compressed(self, number: int, module: VSC, args: tuple[Any, ...], out: Any) -> None:
@@ -147,7 +144,15 @@ class CompressionLog:
             hook.remove()
 
 
-def _static(model: DeepMSI) -> bool:
-    assert model.video is not None
-    schedule = model.video.backbone.schedule
-    return schedule is None or schedule.static
+def check_measurable(model: DeepMSI) -> None:
+    """Refuse a model that has no capacity to find.
+
+    Raises:
+        UserError: nothing is kept by a threshold, or rows are reserved already.
+    """
+    schedule = None if model.video is None else model.video.backbone.schedule
+    if schedule is None or schedule.static:
+        raise UserError(
+            "train.capacity_quantile is for a video branch that keeps tokens by a threshold and reserves no rows: "
+            "leave it out."
+        )

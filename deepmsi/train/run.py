@@ -32,6 +32,7 @@ from deepmsi.data.files import leaving_no_empty
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig
+from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
 from deepmsi.train.evaluate import (
@@ -199,6 +200,8 @@ class _Run:
         fold = next((fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()), self.folds[0])
         config, seed = self._config(fold.train), derive_seed(self.recipe.seed, fold.name)
         model = self._new_model(config, seed)
+        if self.recipe.train.capacity_quantile is not None:
+            check_measurable(model)
         self.planned = config, seed, model
         there = room(self.recipe.train)
         if choose:

@@ -125,5 +125,15 @@ def test_mistakes_are_told(tiny: Callable[..., DeepMSI], frames: Tensor) -> None
         stream.step(frames[:2, 0])
     with pytest.raises(UserError, match="2 utterances were given for 3 streams"):
         stream.hear(text_features=torch.zeros(2, 12))
+    with pytest.raises(UserError, match="no such stream: \\[3\\] of 3 streams"):
+        stream.restart([3])
     with pytest.raises(UserError, match="at least 1"):
         EmotionStream(tiny(), 0)
+
+
+def test_none_or_some_begin_anew(tiny: Callable[..., DeepMSI], frames: Tensor) -> None:
+    stream = EmotionStream(tiny(), STREAMS)
+    stream.step(frames[:, 0])
+    for streams, seen in (([], [1, 1, 1]), (torch.tensor([False, True, False]), [1, 0, 1]), ([0, 2], [0, 0, 0])):
+        stream.restart(streams)
+        assert stream.seen.tolist() == seen

@@ -132,6 +132,33 @@ def test_folding_changes_no_feature_and_goes_in_training() -> None:
     assert video.backbone.patch_embed.proj.weight.grad.abs().max() > 0
 
 
+def test_gradients_in_evaluation_are_those_without_folding() -> None:
+    """Whoever trains or explains a model that has predicted before: no weight may be taken for a constant."""
+    video, pixels = branch(schedule=None).eval(), torch.stack(videos())
+    grads = []
+    for fold in (False, True):
+        if fold:
+            video.fold()
+        video.zero_grad()
+        video(pixels, None)[0].sum().backward()
+        grads.append({name: p.grad for name, p in video.named_parameters()})
+    assert grads[0].keys() == {name for name, grad in grads[1].items() if grad is not None}
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@torch.no_grad()
+def test_weights_that_change_in_place_are_read_again() -> None:
+    """As an average of the weights is written into a model that has predicted."""
+    video, pixels = branch(schedule=None).eval(), torch.stack(videos())
+    video.fold()
+    video(pixels, None)
+    for parameter in video.parameters():
+        parameter.mul_(1.1).add_(0.01)
+    fresh = branch(schedule=None).eval()
+    fresh.load_state_dict(video.state_dict())
+    torch.testing.assert_close(video(pixels, None)[0], fresh(pixels, None)[0])
+
+
 def test_statistics_of_each_position_are_not_folded() -> None:
     video = branch(pixel_statistics=True)
     video.fit_pixel_statistics(videos())

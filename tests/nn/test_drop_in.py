@@ -225,6 +225,8 @@ def test_refusals_leave_the_model_as_it_is() -> None:
         deepmsi.fuse(
             timm.create_model("swinv2_cr_tiny_224", img_size=56, depths=(1, 1), embed_dim=16, num_heads=(2, 4))
         )
+    with pytest.raises(UserError, match="takes a model"):
+        deepmsi.fuse("swinv2_tiny_window8_256")  # type: ignore[type-var]
     with pytest.raises(UserError, match="no block"):
         deepmsi.fuse(nn.Linear(2, 2))
     oblong = build("swin_tiny_patch4_window7_224", img_size=(56, 16), window_size=7)
@@ -232,3 +234,101 @@ def test_refusals_leave_the_model_as_it_is() -> None:
     with pytest.raises(UserError, match="only square ones"):
         deepmsi.fuse(oblong)
     assert [type(module) for module in oblong.modules()] == kinds
+
+
+@pytest.mark.parametrize("size", [64, 56], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_dropout_of_the_projection_is_drawn_in_timms_order(name: str, size: int) -> None:
+    model = build(name, img_size=size, window_size=4, proj_drop_rate=0.3).train()
+    assert_fused_equal(model, randn(2, 3, size, size, seed=2, dtype=torch.float64), seed=11)
+
+
+class Doubled(nn.Module):
+    """In place of a layer that passes things on: what it does must not be passed over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("other", [Doubled, nn.Identity])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize(
+    "part",
+    ["attn.softmax", "attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2", "drop_path1", "drop_path2"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_replaced_part_is_called(training: bool, part: str, name: str, other: type[nn.Module]) -> None:
+    stock = build(name, img_size=32, window_size=4).float().train(training)
+    stock.layers[0].blocks[1].set_submodule(part, other())
+    frames, found = randn(1, 3, 32, 32, seed=2), []
+    with torch.no_grad():
+        for model in (deepmsi.fuse(copy.deepcopy(stock)), stock):
+            torch.manual_seed(11)
+            found.append(model(frames))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["attn", "attn.proj", "norm1", "mlp", "mlp.fc2", "drop_path2"])
+def test_a_forward_of_its_own_is_called(part: str) -> None:
+    """As tools have it that bring a layer's weights to the device for a call."""
+    model = deepmsi.fuse(build("swinv2_tiny_window8_256", img_size=32).float())
+    frames = randn(1, 3, 32, 32, seed=2)
+    with torch.no_grad():
+        before = model(frames)
+        layer = model.layers[0].blocks[0].get_submodule(part)
+        forward, seen = layer.forward, []
+
+        def brought(*inputs: Any, **options: Any) -> Any:
+            seen.append(1)
+            return forward(*inputs, **options)
+
+        layer.forward = brought
+        torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
+    assert seen == [1]
+
+
+def test_hooks_on_all_modules_see_timms() -> None:
+    stock = build("swinv2_tiny_window8_256", img_size=32).float()
+    fused = deepmsi.fuse(copy.deepcopy(stock))
+    frames = randn(1, 3, 32, 32, seed=2)
+    seen: list[str] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module._get_name()))
+    try:
+        stock(frames)
+        wanted, seen[:] = list(seen), []
+        fused(frames)
+    finally:
+        hook.remove()
+    assert [name.removeprefix("Fused").replace("SwinV2", "SwinTransformerV2") for name in seen] == wanted
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_transforms_of_torch_func_are_timms(name: str) -> None:
+    """A tangent that a kernel cannot carry must not be lost."""
+    stock = build(name, img_size=32, window_size=4).float()
+    fused = deepmsi.fuse(copy.deepcopy(stock))
+    frames, tangent = randn(2, 3, 32, 32, seed=2), randn(2, 3, 32, 32, seed=4)
+
+    def of_each_frame(model: nn.Module) -> dict[str, Tensor]:
+        def loss(weights: dict[str, Tensor], frame: Tensor) -> Tensor:
+            return torch.func.functional_call(model, weights, (frame[None],)).square().sum()
+
+        weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, frames)
+
+    found = [(torch.func.jvp(model, (frames,), (tangent,))[1], of_each_frame(model)) for model in (fused, stock)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(frames, tangent)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                *(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent for model in (fused, stock)),
+                rtol=1e-3,
+                atol=1e-3,
+            )
+
+
+def test_a_graph_of_modules_is_timms() -> None:
+    stock = build("swinv2_tiny_window8_256", img_size=32)
+    frames = randn(1, 3, 32, 32, seed=2, dtype=torch.float64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(deepmsi.fuse(copy.deepcopy(stock)))(frames), stock(frames))

@@ -339,5 +339,32 @@ def test_autocast_and_mistakes() -> None:
     for run in (tcn, tcn.last):
         with pytest.raises(ValueError, match=r"x must be \[B, 5, T\]"):
             run(torch.randn(2, 4, 7))
+        with pytest.raises(ValueError, match=r"x is torch\.float64 and the weights are torch\.float32"):
+            run(torch.randn(2, 5, 7).double())
+    for x, state, words in (
+        (torch.randn(2, 4), tcn.init_state(2), r"x must be \[B, 5\]"),
+        (torch.randn(2, 5), tcn.init_state(2)[:3], r"init_state\(2\)"),
+        (torch.randn(3, 5), tcn.init_state(2), r"init_state\(3\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tcn.step(x, state)
     with pytest.raises(UserError, match="dropout must lie"):
         TCN(5, (6,), dropout=1.0)
+
+
+def test_transforms_of_torch_func_are_the_references() -> None:
+    """Many networks at once, in evaluation too, and tangents."""
+    many = [TCN(6, (5, 7), 3, 0.0).eval() for _ in range(3)]
+    x, tangent = randn(2, 6, 9, seed=1), randn(2, 6, 9, seed=2)
+    weights, buffers = torch.func.stack_module_state(many)
+
+    def one(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(many[0], (weights, buffers), (x,))
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(one)(weights, buffers), torch.stack([tcn(x) for tcn in many]))
+        found = torch.func.jvp(many[0], (x,), (tangent,))[1]
+        step = 1e-3
+        torch.testing.assert_close(
+            found, (many[0](x + step * tangent) - many[0](x - step * tangent)) / (2 * step), rtol=1e-2, atol=1e-3
+        )

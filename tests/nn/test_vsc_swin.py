@@ -429,6 +429,7 @@ def test_loading() -> None:
         ({"img_size": 40}, "no multiple of its window"),
         ({"heads": (3, 2, 2)}, "do not divide"),
         ({"heads": (1, 2)}, "must match in number"),
+        ({"drop_path_rate": 1.0}, "must lie in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -441,12 +442,16 @@ def test_wrong_inputs_are_told() -> None:
     model = small("paper").float()
     with pytest.raises(ValueError, match="frames must be"):
         model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="must be normalised"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 16))
     with pytest.raises(ValueError, match="give one"):
         model(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="guide must be"):
         model(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8))
     with pytest.raises(UserError, match="no Swin V2 named"):
         VSCSwin.from_timm("swinv2_cr_tiny_224")
+    with pytest.raises(UserError, match=r"no weights named .* such are: swinv2_tiny_window8_256\.ms_in1k"):
+        VSCSwin.from_timm("swinv2_tiny_window8_256.ms_in2k")
 
 
 def test_a_schedule_round_trips_through_plain_data() -> None:
@@ -482,3 +487,23 @@ def test_a_log_that_watches_the_merging_leaves_it_fused(monkeypatch: pytest.Monk
         torch.testing.assert_close(model(frames), expected, rtol=1e-4, atol=1e-4)
     assert seen == [1]
     assert len(calls) == 8
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1"])
+def test_an_adapter_in_the_place_of_a_layer_is_called(part: str) -> None:
+    class Flipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(-1)
+
+    model = VSCSwin.small(schedule=None).eval()
+    frames = randn(1, 3, 64, 64, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05
+        block = model.stages()[0].each()[0]
+        layer = block.get_submodule(part)
+        before = model(frames)
+        other = Flipped(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        other.load_state_dict({key: value.flip(0) for key, value in layer.state_dict().items()})
+        block.set_submodule(part, other)
+        torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)

@@ -112,6 +112,12 @@ def test_a_capacity_is_for_thresholds(vision: dict[str, Any]) -> None:
         CompressionLog(model_of(**vision), measure=True)
 
 
+def test_a_run_without_a_capacity_to_find_leaves_nothing_behind(video_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="keeps tokens by a threshold"):
+        train(recipe({"keep": 16}, capacity_quantile=0.9), video_corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 class Killed(BaseException):
     """Stands for a kill."""
 

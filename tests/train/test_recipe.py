@@ -94,6 +94,8 @@ def test_no_augmentation_is_none_at_all() -> None:
         ("train..lr=3", "write key=value"),
         ("train.lr=[1", "the value is no YAML"),
         ("preset.deep=3", "preset is 'small' and has no keys of its own"),
+        ("train.memory_limit=.inf", "train.memory_limit: input should be a finite number"),
+        ("train.lr=inf", "train.lr: input should be a finite number"),
     ],
 )
 def test_a_mistaken_override_gets_its_sentence(override: str, sentence: str) -> None:
