@@ -683,8 +683,9 @@ void normed_grad_weight(const CausalConv& call, int64_t begin, int64_t end, char
 
 template <typename A>
 int64_t normed_scratch_bytes(const CausalConv& call, int64_t rows) {
-  return static_cast<int64_t>(sizeof(A)) * call.inputs * call.taps *
-         (kPanel<A> + kUnfolded<A>)+scratch_bytes<A>(rows);
+  const int64_t size = call.inputs * call.taps;
+  return static_cast<int64_t>(sizeof(A)) *
+         (size * kPanel<A> + unfolded_stride<A>(size) * kUnfolded<A>)+scratch_bytes<A>(rows);
 }
 
 template <typename T>
