@@ -15,8 +15,8 @@ DEEPMSI_INLINE float lane_max(Vec<float> v) {
   return top;
 }
 
-// The float whose exponent is n higher; n is `shifted` less kShift, which rounds to the nearest integer where it
-// is added.
+// The float whose exponent is n higher; n is `shifted` less kShift, which rounds to the nearest integer where
+// it is added.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
 DEEPMSI_INLINE Vec<float> raise_exponent(Vec<float> value, Vec<float> shifted) {
   VecInt bits, n;
