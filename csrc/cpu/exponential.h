@@ -7,6 +7,7 @@ namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
 typedef int32_t VecInt __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
+typedef uint32_t VecBits __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));  // which may overflow
 
 DEEPMSI_INLINE float lane_max(Vec<float> v) {
   float top = v[0];
@@ -19,7 +20,7 @@ DEEPMSI_INLINE float lane_max(Vec<float> v) {
 // it is added.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
 DEEPMSI_INLINE Vec<float> raise_exponent(Vec<float> value, Vec<float> shifted) {
-  VecInt bits, n;
+  VecBits bits, n;
   __builtin_memcpy(&bits, &value, sizeof bits);
   __builtin_memcpy(&n, &shifted, sizeof n);
   bits += n << 23;
