@@ -26,8 +26,8 @@ inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const float
   float edge[kTile * kPanel];
   for (int64_t i = 0; i < rows; i += kTile) {
     const int64_t count = rows - i < kTile ? rows - i : kTile;
-    product_columns<kLeft, false, kTile, 2>(count, depth, a + i * (kLeft == Left::kTurned ? 1 : row_a), row_a,
-                                            b, kPanel, edge, kPanel);
+    product_columns<kLeft, false, kTile, 2>(count, depth, a + i * row_stride<kLeft>(row_a), row_a, b, kPanel,
+                                            edge, kPanel);
     for (int64_t r = 0; r < count; ++r) {
       float* to = c + (i + r) * row_c;
       for (int64_t j = 0; j < columns; ++j)

@@ -10,14 +10,17 @@ namespace {
 // template argument, so that the addresses of a tile's rows fit into the registers that are left.
 enum class Left { kRows, kTurned };
 
-// Not inlined, for the same reason: what is called from here has all registers to itself.
-#define DEEPMSI_ALONE __attribute__((noinline))
+// How far apart its rows lie.
+template <Left kLeft>
+DEEPMSI_INLINE int64_t row_stride(int64_t stride) {
+  return kLeft == Left::kTurned ? 1 : stride;
+}
 
 // c[i, j] (+)= sum over k of a[i, k] * b[k * stride_b + j] for kRows rows and kWide vectors of columns,
-// summed in the order of k.
+// summed in the order of k. Not inlined, so that it has all registers to itself.
 template <Left kLeft, bool kAdd, int kRows, int kWide>
-DEEPMSI_ALONE void product_tile(int64_t depth, const float* a, int64_t stride_a, const float* b,
-                                int64_t stride_b, float* c, int64_t stride_c) {
+__attribute__((noinline)) void product_tile(int64_t depth, const float* a, int64_t stride_a, const float* b,
+                                            int64_t stride_b, float* c, int64_t stride_c) {
   constexpr int64_t kLanesF = kLanes<float>;
   Vec<float> sum[kRows][kWide] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -45,7 +48,7 @@ DEEPMSI_ALONE void product_tile(int64_t depth, const float* a, int64_t stride_a,
 template <Left kLeft, bool kAdd, int kRows, int kWide>
 DEEPMSI_INLINE void product_columns(int64_t rows, int64_t depth, const float* a, int64_t stride_a,
                                     const float* b, int64_t stride_b, float* c, int64_t stride_c) {
-  const int64_t row = kLeft == Left::kTurned ? 1 : stride_a;
+  const int64_t row = row_stride<kLeft>(stride_a);
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
     product_tile<kLeft, kAdd, kRows, kWide>(depth, a + i * row, stride_a, b, stride_b, c + i * stride_c,

@@ -6,7 +6,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepmsi import backend
-from deepmsi.ops._arguments import autocast_type, autocasts
+from deepmsi.ops._arguments import autocast_type, autocasts, needs_grad
+
+Content = tuple[tuple[int, int, torch.dtype], ...]
 
 
 def fuses(op: str, x: Tensor) -> bool:
@@ -33,14 +35,22 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
     )
 
 
-def content_of(*parameters: Tensor) -> tuple[tuple[int, int], ...] | None:
-    """Return what tells whether parameters hold what they held before; None where nothing does: no own parameters.
+def content_of(*parameters: Tensor) -> Content | None:
+    """Return what tells whether parameters hold what they held before, or None where nothing does.
 
-    A change in place shows in the version and one of storage in the address.
+    A change in place shows in the version and one of storage in the address; only what is done to ``parameter.data``
+    stays unseen. Nothing tells of weights that are computed, of those made in inference mode, and under transforms.
     """
-    if not all(type(parameter) is nn.Parameter for parameter in parameters) or backend.transforms():
+    own = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
+    if not own or backend.transforms():
         return None
-    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters)
+    return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+
+
+def stands(content: Content | None, *parameters: Tensor) -> bool:
+    """Whether what was computed from parameters of this content may stand for them: no gradient of them is wanted."""
+    held = torch.compiler.is_compiling() or (content is not None and content == content_of(*parameters))
+    return held and not needs_grad(*parameters)
 
 
 def unhooked(*modules: nn.Module) -> bool:

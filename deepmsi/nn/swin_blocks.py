@@ -6,17 +6,17 @@ Parameters have timm's names. All frames run at once, in one of two layouts (:cl
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.fusing import content_of, fuses, plain, unhooked
+from deepmsi.nn.fusing import Content, content_of, fuses, plain, stands, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
+from deepmsi.ops._arguments import autocast, without_autocast
 
 
 class Tokens(NamedTuple):
@@ -133,16 +133,13 @@ class WindowAttention(nn.Module):
         # As integers, so that a change of the module's type cannot round them.
         self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
         self.register_buffer("fixed_table", None, persistent=False)
-        self._fixed_from: Any = None
+        self._fixed_from: Content | None = None
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
-        if self.fixed_table is not None:
-            weights = (hidden.weight, hidden.bias, out.weight)
-            held = torch.compiler.is_compiling() or content_of(*weights) == self._fixed_from
-            if held and not needs_grad(*weights):
-                return self.fixed_table
+        if self.fixed_table is not None and stands(self._fixed_from, hidden.weight, hidden.bias, out.weight):
+            return self.fixed_table
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
         with without_autocast(self.coordinate_bits.device.type):
             coordinates = self.coordinate_bits.view(torch.float32).to(wide)
@@ -407,7 +404,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.register_buffer("pixel_weight", None, persistent=False)
         self.register_buffer("pixel_bias", None, persistent=False)
-        self._folded_from: Any = None
+        self._folded_from: Content | None = None
 
     @torch.no_grad()
     def fold(self, mean: Tensor, std: Tensor) -> None:
@@ -442,9 +439,7 @@ class PatchEmbed(nn.Module):
             return self._embedded(frames)
 
     def _holds(self) -> bool:
-        weights = (self.proj.weight, cast(Tensor, self.proj.bias))
-        held = torch.compiler.is_compiling() or content_of(*weights) == self._folded_from
-        return held and not needs_grad(*weights)
+        return stands(self._folded_from, self.proj.weight, cast(Tensor, self.proj.bias))
 
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""

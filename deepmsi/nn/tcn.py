@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from deepmsi.backend import transforms
 from deepmsi.errors import UserError
-from deepmsi.ops._arguments import autocast, autocasts, shape
+from deepmsi.nn.fusing import content_of
+from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 
 # What a stream remembers: for every convolution its last (k - 1)·d inputs [B, (k - 1)·d, C].
@@ -110,18 +110,16 @@ class TemporalBlock(nn.Module):
 
         In evaluation the norm is folded in, and the weight is that of the time before.
 
-        A change in place shows in the version of a parameter and one of storage in its address; only what is done to
-        ``parameter.data`` stays unseen until the next call of ``train()`` or ``eval()``.
+        What :func:`content_of` does not see stays unseen until the next call of ``train()`` or ``eval()``.
         """
         norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
-        traced = torch.compiler.is_compiling() or transforms()
-        if self.training or wanted or traced or any(p.is_inference() for p in sources):
+        in_use = self.training or needs_grad(*sources) or torch.compiler.is_compiling()
+        if in_use or (content := content_of(*sources)) is None:
             return (norm.original1, norm.original0) if norm is not None else (pack(conv.weight), None)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
-        key = (narrowed, tuple((p.data_ptr(), p._version, p.dtype) for p in sources))
+        key = (narrowed, content)
         held = self._folded.get(conv)
         if held is None or held[0] != key:
             # A tensor that was made in inference mode could not be saved for the gradient of x.

@@ -146,15 +146,30 @@ def test_gradients_in_evaluation_are_those_without_folding() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("computed", [False, True], ids=["own", "parametrised"])
 @torch.no_grad()
-def test_weights_that_change_in_place_are_read_again() -> None:
+def test_weights_that_change_in_place_are_read_again(computed: bool) -> None:
     """As an average of the weights is written into a model that has predicted."""
-    video, pixels = branch(schedule=None).eval(), torch.stack(videos())
+
+    def build() -> VideoBranch:
+        video = branch(schedule=None)
+        if computed:
+            mlp = video.backbone.stages()[0].each()[0].attn.cpb_mlp
+            for layer in (mlp[0], mlp[2], video.backbone.patch_embed.proj):
+                torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+        return video
+
+    video, pixels = build(), torch.stack(videos())
     video.fold()
     video(pixels, None)
     for parameter in video.parameters():
         parameter.mul_(1.1).add_(0.01)
-    fresh = branch(schedule=None).eval()
+    fresh = build()
     fresh.load_state_dict(video.state_dict())
     torch.testing.assert_close(video(pixels, None)[0], fresh(pixels, None)[0])
 
