@@ -209,7 +209,7 @@ def operations() -> str:
         cpu = ""
         if kernel is not None and "cpu" in kernel.devices:
             cpu = f"forward, backward; {', '.join(str(dtype).removeprefix('torch.') for dtype in kernel.dtypes)}"
-        cuda = on_a_gpu(op, done="compiled", compiler="nvcc")
+        cuda = on_a_gpu(op, done="emulated, compiled", compiler="nvcc")
         triton = on_a_gpu(op, done="interpreted, compiled", compiler="aot")
         lines.append(f"| `{op}` | forward, backward | {cpu} | {cuda} | {triton} |")
     return "\n".join(lines)

@@ -148,8 +148,8 @@ _EXTENSIONS: dict[str, str | None] = {
     "cpu": _load_extension("_C_cpu"),
     "cuda": _load_extension("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
 }
-# What a module calls beside an operation's own operators, on one device.
-_BESIDE = {("dilated_causal_conv1d", "cpu"): ("weight_normed_conv1d",)}
+# What an operation calls beside its own operators, by device: the extension there has these too.
+BESIDE = {("dilated_causal_conv1d", "cpu"): ("weight_normed_conv1d",)}
 _SCHEMAS = _built_for.schemas()
 # None of an extension that does not tell, which is then taken at its word.
 _BUILT_FOR = {
@@ -164,7 +164,7 @@ def _outdated(op: str, device: str) -> str | None:
     name = f"_C_{device}"
     if _EXTENSIONS[device] is not None:
         return None
-    for operator in (op, *_BESIDE.get((op, device), ())):
+    for operator in (op, *BESIDE.get((op, device), ())):
         for direction in ("fwd", "bwd"):
             try:
                 found = torch._C._dispatch_has_kernel_for_dispatch_key(

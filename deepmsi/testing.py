@@ -31,9 +31,9 @@ def typed_places(op: str, dtypes: Sequence[torch.dtype]) -> tuple[tuple[str, str
     return tuple((b, d, t) for b, d in places(op) for t in dtypes if t in backends.KERNELS[op, b].dtypes)
 
 
-def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> None:
+def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None, **facts: int) -> None:
     """Skip the test that runs, with the sentence of ``explain()``, where a backend cannot run an operation here."""
-    reason = backends.why_not(op, backend, device, dtype)
+    reason = backends.why_not(op, backend, device, dtype, **facts)
     if reason is not None:
         import pytest
 

@@ -11,9 +11,10 @@ namespace deepmsi {
 namespace {
 
 constexpr const char* kConv = "dilated_causal_conv1d";
-constexpr int kTile = 64;   // rows and columns of a tile
-constexpr int kDepth = 16;  // summands of a product at a time
-constexpr int kSide = 16;   // threads along a side of the tile
+constexpr int kTile = 64;      // rows and columns of a tile
+constexpr int kDepth = 16;     // summands of a product at a time
+constexpr int kStretch = 256;  // summands of a partial sum: the error of a sum grows with its length
+constexpr int kSide = 16;      // threads along a side of the tile
 constexpr int kEach = kTile / kSide;
 constexpr int kThreads = kSide * kSide;
 constexpr int kFewRows = 16;    // rows of a narrow product
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Side side) {
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
   const typename Side::Left* memory = side.left();
-  A sum[kEach][kEach] = {};
+  A sum[kEach][kEach] = {}, part[kEach][kEach] = {};
   for (int64_t pass = 0; pass < side.passes(); ++pass) {
     for (int64_t k0 = 0; k0 < side.depth(); k0 += kDepth) {
       __syncthreads();  // the slabs and the beginnings have been read
@@ -198,8 +199,14 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Side side) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) sum[i][j] += x[i] * w[j];
+          for (int j = 0; j < kEach; ++j) part[i][j] += x[i] * w[j];
         }
+      }
+      if ((k0 + kDepth) % kStretch != 0 && k0 + kDepth < side.depth()) continue;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) sum[i][j] += part[i][j], part[i][j] = A(0);
       }
     }
   }
@@ -226,9 +233,8 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(ForwardSide<T> side) {
   const int rows = static_cast<int>(side.rows());
   A sum[kFewRows] = {};
   for (int64_t tap = 0; tap < side.passes(); ++tap) {
-    __syncthreads();
+    // Read between the two barriers of each stripe alone, so it needs none of its own.
     if (threadIdx.x < kFewRows) begin[threadIdx.x] = threadIdx.x < rows ? side.begin(threadIdx.x, tap) : -1;
-    __syncthreads();
     for (int64_t k0 = 0; k0 < side.depth(); k0 += kStripe) {
       // The weights are asked for before the rows are waited for.
       A w[kStripe / kParts];
@@ -237,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(ForwardSide<T> side) {
         const int64_t k = k0 + part + i * kParts;
         w[i] = there && k < side.depth() ? side.right(tap, k, column) : A(0);
       }
-      __syncthreads();  // the rows of the last stripe have been read
+      __syncthreads();  // where the rows begin is written, and those of the last stripe have been read
       for (int at = threadIdx.x; at < kFewRows * kStripe; at += kThreads) {
         const int row = at / kStripe, k = at % kStripe;
         held[row][k] = begin[row] >= 0 && k0 + k < side.depth()

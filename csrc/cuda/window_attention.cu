@@ -251,7 +251,6 @@ __global__ void __launch_bounds__(kThreads, 4) forward(Sizes n, Pointers at) {
       const int64_t row = s.row[first + i];
       if (row >= 0) out[row * channels + j] = static_cast<T>(x);
     });
-    __syncthreads();
   }
 }
 
@@ -486,7 +485,8 @@ struct Call {
     by_type(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const unsigned blocks = std::min(blocks_of(x.numel()), 1024u);
-      zero_tail<<<blocks, kThreads, 0, on.stream()>>>(pointer<T>(x), offset(), n.frames, n.rows, x.size(1));
+      zero_tail<T>
+          <<<blocks, kThreads, 0, on.stream()>>>(pointer<T>(x), offset(), n.frames, n.rows, x.size(1));
     });
     Launch::check(kOp);
   }

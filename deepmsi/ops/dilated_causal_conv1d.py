@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepmsi.backend import resolve
+from deepmsi.backend import BESIDE, resolve
 from deepmsi.ops import _schemas as _schemas
 from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.dilated_causal_conv1d import causal_conv_rows as reference_rows
@@ -119,7 +119,7 @@ def causal_conv_rows(
     """
     x = autocast(x)
     chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0 if g is None else 2])
-    if g is not None and not (chosen == "cpp" and x.device.type == "cpu"):
+    if g is not None and not (chosen == "cpp" and (_OP, x.device.type) in BESIDE):
         weight, g = fold_weight_norm(weight, g), None
     weight = autocast(weight)
     bias, g = (autocast(t) if t is not None else None for t in (bias, g))

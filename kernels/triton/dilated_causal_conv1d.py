@@ -67,6 +67,7 @@ def _forward_kernel(
     TAPS: tl.constexpr,
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,12 +83,14 @@ def _forward_kernel(
         at = time - (TAPS - 1 - tap) * dilation
         reached = (row < rows) & (at >= 0)
         x_rows = x_ptr + (start + at)[:, None] * inputs
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if PARTS else total
         for k in range(0, inputs, BLOCK_K):
             inside = k + depth < inputs
             a = _tile(x_rows + (k + depth)[None, :], reached[:, None] & inside[None, :], UPCAST)
             w_rows = weight_ptr + (tap * inputs + k + depth).to(tl.int64)[:, None] * outputs
             w = _tile(w_rows + column[None, :], inside[:, None] & (column < outputs)[None, :], UPCAST)
-            total = tl.dot(a, w, total, input_precision="ieee")
+            part = tl.dot(a, w, part, input_precision="ieee")
+        total = total + part if PARTS else part
     mask = (row < rows)[:, None] & (column < outputs)[None, :]
     index = row[:, None] * outputs + column[None, :]
     if bias_ptr is not None:
@@ -159,6 +162,7 @@ def _grad_x_kernel(
     first,
     TAPS: tl.constexpr,
     UPCAST: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -174,11 +178,13 @@ def _grad_x_kernel(
         reached = (row < rows) & (past >= 0) & (past % step == 0) & (past // step < count)
         g_rows = gradient_ptr + (start + past // step)[:, None] * outputs
         w_rows = weight_ptr + (tap * inputs + column).to(tl.int64)[None, :] * outputs
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if PARTS else total
         for k in range(0, outputs, BLOCK_K):
             inside = k + depth < outputs
             g = _tile(g_rows + (k + depth)[None, :], reached[:, None] & inside[None, :], UPCAST)
             w = _tile(w_rows + (k + depth)[:, None], inside[:, None] & (column < inputs)[None, :], UPCAST)
-            total = tl.dot(g, w, total, input_precision="ieee")
+            part = tl.dot(g, w, part, input_precision="ieee")
+        total = total + part if PARTS else part
     mask = (row < rows)[:, None] & (column < inputs)[None, :]
     tl.store(grad_x_ptr + row[:, None] * inputs + column[None, :], total.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
@@ -239,12 +245,16 @@ class _Call:
         }
 
     def tiles(self, rows: int, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
-        """Return grid and options of a product: few rows get narrow columns and deep steps, to keep memory busy."""
+        """Return grid and options of a product: few rows get narrow columns and deep steps, to keep memory busy.
+
+        In float32 each tap has a sum of its own: the error of a sum grows with its length.
+        """
         block_m, block_n, block_k = (16, 16, 128) if rows <= 16 else (32, 32, 64) if rows <= 64 else (64, 64, 32)
-        return (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)), self.options(block_m, block_n, block_k)
+        options = {**self.options(block_m, block_n, block_k), "PARTS": self.x.dtype == torch.float32}
+        return (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)), options
 
     def options(self, block_m: int, block_n: int, block_k: int) -> dict[str, Any]:
-        """Return constants and launch options: float32 products hold operands in registers, so they are spread."""
+        """Return constants and launch options: float32 products hold operands and two sums in registers."""
         wide = self.x.dtype == torch.float32 and block_m > 16
         return {
             **self.constants,
@@ -252,7 +262,7 @@ class _Call:
             "BLOCK_N": block_n,
             "BLOCK_K": block_k // 2 if wide else block_k,
             "num_warps": 8 if wide else 4,
-            "num_stages": 3,
+            "num_stages": 2 if wide else 3,
         }
 
 

@@ -95,6 +95,7 @@ CASES = {
     "dropout": Case(rows=15, outputs=7, dropout=0.5),
     "cone": Case(rows=15, inputs=19, outputs=66, count=8, step=2, residual=True, dropout=0.1),
     "last": Case(batch=5, rows=5, count=1, dilation=2),
+    "deep_step": Case(batch=3, rows=4, inputs=530, outputs=20, count=1),
     "shortcut": Case(rows=15, taps=1, count=4, step=4, relu=False),
     "residual_alone": Case(relu=False, residual=True),
     "long_taps": Case(rows=12, taps=5, dilation=7),
