@@ -180,8 +180,8 @@ def test_kernels_keep_the_error_budget(backend: str, device: str, case: str, dty
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_large_cases_keep_the_error_budget(backend: str, device: str, case: str, dtype: str) -> None:
     need(backend, device, DTYPES[dtype])
-    if (backend, device) == ("triton", "cpu"):
-        pytest.skip("too large for the interpreter")
+    if (backend, device) == ("triton", "cpu") and dtype != "float32":
+        pytest.skip("long sums tell of float32, and the interpreter takes its time")
     assert_budget(LARGE[case], backend, device, DTYPES[dtype])
 
 
