@@ -246,4 +246,9 @@ inline Tensor zeros_like(const Tensor& x) {
   return out;
 }
 
+// For sums where they are wanted, else without elements.
+inline Tensor zeros_where(bool wanted, const Tensor& like) {
+  return wanted ? zeros_like(like) : torch::stable::new_empty(like, {0});
+}
+
 }  // namespace deepmsi

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_bwd_cpu(
     Tensor grad_y_any, Tensor x, Tensor branch, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,
     Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale,
-    std::optional<Tensor> cu_seqlens, double eps) {
+    std::optional<Tensor> cu_seqlens, double eps, bool wants_layers) {
   const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, cu_seqlens,
               eps);
   const BlockKernels& k = block_kernels();
@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
   const Tensor grad_y = floats(grad_y_any, m.rows * channels, kOp, "the gradient");
   const Tensor z = floats(branch, m.rows * channels, kOp, "the branch");
   Tensor grad_x = torch::stable::new_empty(m.x, {m.rows, channels});
-  Tensor grad_fc1 = zeros_like(m.fc1_weight), grad_fc2 = zeros_like(m.fc2_weight);
+  Tensor grad_fc1 = zeros_where(wants_layers, m.fc1_weight),
+         grad_fc2 = zeros_where(wants_layers, m.fc2_weight);
   const Packed first(pointer<const float>(m.fc1_weight), true, channels, width);
   const Packed back_second(pointer<const float>(m.fc2_weight), false, channels, width);
   const Packed back_first(pointer<const float>(m.fc1_weight), false, width, channels);
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
         k.bias_gelu_slope(count, width, slope, pointer<const float>(m.fc1_bias), active.data() + row * width);
         back_second.multiply(count, dz, gradient.data());
         k.scale_by(count, width, slope, gradient.data());
-        for (int64_t r = 0; r < count; r += k.tile) {
+        for (int64_t r = 0; wants_layers && r < count; r += k.tile) {
           k.add_columns(std::min(k.tile, count - r), width, slope + r * width,
                         sums.tile(row + r) + 3 * channels);
         }
@@ -132,22 +133,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
       }
     });
     sums.end_chunk();
+    if (!wants_layers) continue;
     add_weight_gradient(rows, width, channels, grad_hidden.data(), in, pointer<float>(grad_fc1));
     add_weight_gradient(rows, channels, width, grad_z.data(), active.data(), pointer<float>(grad_fc2));
   }
   pass_rows(grad_x, &grad_y, m.valid);
-  auto written = [&](int64_t from, const Tensor& like) {
-    Tensor out = torch::stable::new_empty(like, like.sizes());
+  auto written = [&](int64_t from, int64_t count) {
+    Tensor out = torch::stable::new_empty(m.x, {count});
     sums.write(from, out);
     return out;
   };
   return {grad_x,
           grad_fc1,
-          written(3 * channels, m.fc1_bias),
+          written(3 * channels, wants_layers ? width : 0),
           grad_fc2,
-          written(2 * channels, m.fc2_bias),
-          written(0, m.norm_weight),
-          written(channels, m.norm_bias)};
+          written(2 * channels, wants_layers ? channels : 0),
+          written(0, channels),
+          written(channels, channels)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

@@ -145,8 +145,8 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
                                   std::optional<Tensor> row_scale, double eps, Tensor bias_table,
                                   std::optional<Tensor> head_scale, double scale,
                                   std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
-                                  int64_t heads, int64_t height, int64_t width, int64_t window,
-                                  int64_t shift) {
+                                  int64_t heads, int64_t height, int64_t width, int64_t window, int64_t shift,
+                                  bool wants_layers) {
   const Attention a(x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale, eps,
                     bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
                     shift);
@@ -156,7 +156,8 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
   const Tensor z = floats(branch, a.rows * channels, kOp, "the branch");
   const Tensor attended = floats(attended_any, a.rows * channels, kOp, "the attention");
   Tensor grad_x = torch::stable::new_empty(a.x, {a.rows, channels});
-  Tensor grad_qkv_weight = zeros_like(a.qkv_weight), grad_proj_weight = zeros_like(a.proj_weight);
+  Tensor grad_qkv_weight = zeros_where(wants_layers, a.qkv_weight),
+         grad_proj_weight = zeros_where(wants_layers, a.proj_weight);
   const Packed in(pointer<const float>(a.qkv_weight), true, channels, wide);
   const Packed back_in(pointer<const float>(a.qkv_weight), false, wide, channels);
   const Packed back_out(pointer<const float>(a.proj_weight), false, channels, channels);
@@ -189,7 +190,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row), at = (chunk.first + row) * channels;
         const float* gradient = grad_qkv.data() + row * wide;
-        for (int64_t r = 0; r < count; r += k.tile)
+        for (int64_t r = 0; wants_layers && r < count; r += k.tile)
           k.add_columns(std::min(k.tile, count - r), wide, gradient + r * wide,
                         sums.tile(row + r) + 3 * channels);
         back_in.multiply(count, gradient, pointer<float>(grad_x) + at);
@@ -197,6 +198,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
       }
     });
     sums.end_chunk();
+    if (!wants_layers) return;
     add_weight_gradient(chunk.rows, wide, channels, grad_qkv.data(),
                         pointer<const float>(a.x) + chunk.first * channels, pointer<float>(grad_qkv_weight));
     add_weight_gradient(chunk.rows, channels, channels, grad_z.data(),
@@ -214,9 +216,9 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
   window_sums.write(a.call.w.head_scale, grad_table, grad_scale);
   return {grad_x,
           grad_qkv_weight,
-          written(3 * channels, wide),
+          written(3 * channels, wants_layers ? wide : 0),
           grad_proj_weight,
-          written(2 * channels, channels),
+          written(2 * channels, wants_layers ? channels : 0),
           written(0, channels),
           written(channels, channels),
           grad_table,

@@ -114,6 +114,11 @@ def _launcher(op: str, function: str) -> Callable[..., Any]:
     return launch
 
 
+def _empty_unless(wanted: bool, *likes: Tensor) -> tuple[Tensor, ...]:
+    """Return a fresh tensor like each, or one without elements where they are not wanted."""
+    return tuple(like.new_empty(like.shape if wanted else (0,)) for like in likes)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which kernels sum: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -444,8 +449,8 @@ _register(
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: all in float32). `branch`
 # [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
-# made again. Backward reads x for its products alone, and so in the type of the weights. row_scale [R] gets no
-# gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# made again. Backward reads x for its products alone, and so in the type of the weights; without `wants_layers` the
+# gradients of both layers' weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -453,7 +458,7 @@ _MLP_WEIGHTS = (
 )
 _MLP_FORWARD = f"(Tensor x, {_MLP_WEIGHTS}, bool with_grad) -> (Tensor y, Tensor branch)"
 _MLP_BACKWARD = (
-    f"(Tensor grad_y, Tensor x, Tensor branch, {_MLP_WEIGHTS}) -> "
+    f"(Tensor grad_y, Tensor x, Tensor branch, {_MLP_WEIGHTS}, bool wants_layers) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -463,7 +468,8 @@ def _mlp_fake_forward(x: Tensor, *rest: Any) -> Any:
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
-    return tuple(like.new_empty(like.shape) for like in (grad_y, *rest[:6]))
+    layers = _empty_unless(rest[-1], *rest[:4])
+    return (grad_y.new_empty(grad_y.shape), *layers, *(like.new_empty(like.shape) for like in rest[4:6]))
 
 
 def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -477,7 +483,10 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None or not ctx.with_grad:
         return (None,) * 11
-    return (*bwd(grads[0], *ctx.saved_tensors, ctx.eps), None, None, None, None)
+    wants_layers = any(ctx.needs_input_grad[1:5])
+    grad_x, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_layers)
+    layers = found[:4] if wants_layers else (None,) * 4
+    return (grad_x, *layers, *found[4:], None, None, None, None)
 
 
 _register(
@@ -494,7 +503,7 @@ _register(
 # --- residual_window_attention
 # Forward: rows x [R, C] and all else in float32; the attention's arguments as in window_attention. With `with_grad`
 # `branch` [R, C] is what the norm reads and `attended` [R, C] the attention's output, else both are [0, C]; q, k and v
-# are made again. row_scale [R] gets no gradient. Rows past the last offset are passed on as in residual_mlp.
+# are made again. row_scale [R] gets no gradient. `wants_layers`, and rows past the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -503,7 +512,7 @@ _ATTENTION_ARGUMENTS = (
 )
 _ATTENTION_FORWARD = f"(Tensor x, {_ATTENTION_ARGUMENTS}, bool with_grad) -> (Tensor y, Tensor branch, Tensor attended)"
 _ATTENTION_BACKWARD = (
-    f"(Tensor grad_y, Tensor x, Tensor branch, Tensor attended, {_ATTENTION_ARGUMENTS}) -> "
+    f"(Tensor grad_y, Tensor x, Tensor branch, Tensor attended, {_ATTENTION_ARGUMENTS}, bool wants_layers) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -515,8 +524,9 @@ def _attention_fake_forward(x: Tensor, *rest: Any) -> Any:
 
 def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
     qkv_weight, _, proj_weight, proj_bias, norm_weight, norm_bias, _, _, bias_table = rest[:9]
-    likes = (x, qkv_weight, qkv_weight[:, 0], proj_weight, proj_bias, norm_weight, norm_bias, bias_table, bias_table[0])
-    return tuple(like.new_empty(like.shape) for like in likes)
+    layers = _empty_unless(rest[-1], qkv_weight, qkv_weight[:, 0], proj_weight, proj_bias)
+    others = (norm_weight, norm_bias, bias_table, bias_table[0])
+    return (x.new_empty(x.shape), *layers, *(like.new_empty(like.shape) for like in others))
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -531,13 +541,16 @@ def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any,
     if grads[0] is None or not ctx.with_grad:
         return (None,) * 20
     *tensors, table, head_scale, positions, cu_seqlens = ctx.saved_tensors
-    found = bwd(grads[0], *tensors, ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes)
-    grad_x, grad_qkv, grad_bias, *others, grad_table, grad_scale = found
-    if tensors[4] is None:
-        grad_bias = None
+    wants_layers = any(ctx.needs_input_grad[1:5])
+    rest = (ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes, wants_layers)
+    grad_x, *layers, grad_norm, grad_norm_bias, grad_table, grad_scale = bwd(grads[0], *tensors, *rest)
+    if not wants_layers:
+        layers = [None] * 4
+    elif tensors[4] is None:
+        layers[1] = None
     if head_scale is None:
         grad_scale = None
-    return (grad_x, grad_qkv, grad_bias, *others, None, None, grad_table, grad_scale, *(None,) * 9)
+    return (grad_x, *layers, grad_norm, grad_norm_bias, None, None, grad_table, grad_scale, *(None,) * 9)
 
 
 _register(

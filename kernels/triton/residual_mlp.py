@@ -399,8 +399,12 @@ def residual_mlp_bwd(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
+    wants_layers: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type."""
+    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type.
+
+    Those of the layers are empty where they are not wanted.
+    """
     with torch.cuda.device_of(x):
         grad_y, x, branch = grad_y.contiguous(), x.contiguous(), branch.contiguous()
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
@@ -409,13 +413,18 @@ def residual_mlp_bwd(
             grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps
         )
         through = _fused_gradients if layer.fused else _wide_gradients
-        grad_x, grad_fc1, grad_fc1_bias, grad_fc2 = through(layer, grad_y, grad_branch, x)
-        grad_fc2_bias = grad_branch.sum(0, dtype=torch.float32).to(fc2_bias.dtype)
-        return grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias, norm[0], norm[1].to(norm_bias.dtype)
+        grad_x, *layers = through(layer, grad_y, grad_branch, x, wants_layers)
+        if wants_layers:
+            layers.append(grad_branch.sum(0, dtype=torch.float32).to(fc2_bias.dtype))
+        else:
+            layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
+        return grad_x, *layers, norm[0], norm[1].to(norm_bias.dtype)
 
 
-def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
+def _fused_gradients(
+    layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor, wants_layers: bool
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
     rows, channels = x.shape
     grad_x = torch.empty_like(grad_y)
     if not rows:
@@ -424,6 +433,8 @@ def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tens
     constants = layer.constants(_GRADIENT_UNITS)
     blocks, parts = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(layer.hidden, _GRADIENT_UNITS)
     _fused_grad_x_kernel[(blocks,)](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
+    if not wants_layers:
+        return (grad_x,)
     chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, parts))
     sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
     bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
@@ -443,10 +454,13 @@ def _fused_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tens
     return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()
 
 
-def _wide_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of x, fc1's weight and bias, and fc2's weight."""
+def _wide_gradients(
+    layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor, wants_layers: bool
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
     grad_x = torch.empty_like(grad_y)
-    sums = [torch.zeros_like(w, dtype=torch.float32) for w in (layer.fc1, layer.fc1_bias, layer.fc2)]
+    weights = (layer.fc1, layer.fc1_bias, layer.fc2) if wants_layers else ()
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     if layer.cu_seqlens is not None:
         # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
         counts = torch.arange(x.shape[0], device=x.device) < layer.cu_seqlens[-1]
@@ -458,8 +472,9 @@ def _wide_gradients(layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tenso
         _gelu_backward_kernel[(triton.cdiv(hidden.numel(), _BLOCK_ELEMENTWISE),)](
             hidden, grad_hidden, hidden.numel(), BLOCK=_BLOCK_ELEMENTWISE, num_warps=8
         )
-        sums[0] += grad_hidden.t() @ rows
-        sums[1] += grad_hidden.sum(0, dtype=torch.float32)
-        sums[2] += grad.t() @ hidden
+        if wants_layers:
+            sums[0] += grad_hidden.t() @ rows
+            sums[1] += grad_hidden.sum(0, dtype=torch.float32)
+            sums[2] += grad.t() @ hidden
         torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
     return (grad_x, *(total.to(layer.dtype) for total in sums))

@@ -142,6 +142,28 @@ def test_what_lies_behind_the_frames_reaches_nothing_else(
 
 
 @pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.dtype, channels: int) -> None:
+    """And all others are the same, bit for bit; one bias that is not frozen gets its own."""
+    testing.need("residual_mlp", backend, device, dtype)
+    sizes = ((20, channels), (30, channels), (30,), (channels, 30), *((channels,),) * 3)
+    inputs = [randn(*size, seed=n, dtype=dtype, device=device) for n, size in enumerate(sizes)]
+
+    def gradients(frozen: tuple[int, ...]) -> dict[int, Tensor]:
+        leaves = [tensor.clone().requires_grad_(n not in frozen) for n, tensor in enumerate(inputs)]
+        y = residual_mlp(*leaves, cu_seqlens=offsets((7, 9), device), backend=backend)
+        y.backward(randn(*y.shape, seed=9, dtype=dtype, device=device))
+        assert all((leaf.grad is None) == (n in frozen) for n, leaf in enumerate(leaves))
+        return {n: leaf.grad for n, leaf in enumerate(leaves) if leaf.grad is not None}
+
+    every = gradients(())
+    for frozen in ((1, 2, 3, 4), (1, 2, 3)):
+        for n, grad in gradients(frozen).items():
+            assert torch.equal(grad, every[n]), n
+
+
+@pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int) -> None:
     """x and weights in float32: products in 16 bits, the sum in float32. A kernel without 16 bits says so."""
@@ -221,8 +243,10 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> 
     torch.library.opcheck(forward, (*arguments, False))
     branch = forward(*arguments, True)[1]
     grad = randn(*arguments[0].shape[::-1], seed=30, device=device, dtype=dtype).t()
-    dense = (grad, arguments[0], branch, *arguments[1:])
+    dense = (grad, arguments[0], branch, *arguments[1:], True)
     torch.library.opcheck(backward, dense)
+    torch.library.opcheck(backward, (*dense[:-1], False))
+    assert not any(layer.numel() for layer in backward(*dense[:-1], False)[1:5])
     columns = [t.t().contiguous().t() if isinstance(t, Tensor) and t.dim() == 2 else t for t in dense]
     for value, wanted in zip(backward(*columns), backward(*dense), strict=True):
         assert torch.equal(value, wanted)

@@ -147,7 +147,30 @@ def test_opcheck(empty: bool) -> None:
     torch.library.opcheck(forward, (*arguments, False))
     outputs = forward(*arguments, True)
     grad = randn(arguments[0].shape[1], arguments[0].shape[0], seed=30).t()
-    torch.library.opcheck(backward, (grad, arguments[0], *outputs[1:], *arguments[1:]))
+    read = (grad, arguments[0], *outputs[1:], *arguments[1:])
+    torch.library.opcheck(backward, (*read, True))
+    torch.library.opcheck(backward, (*read, False))
+    every, few = backward(*read, True), backward(*read, False)
+    assert not any(layer.numel() for layer in few[1:5])
+    for value, wanted in zip((few[0], *few[5:]), (every[0], *every[5:]), strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_frozen_layers_get_no_gradient() -> None:
+    """And all others get the same, bit for bit."""
+    need()
+    arguments = operator_arguments(False)
+    x, layers, norm = arguments[0].view(1, 2, 4, 6), arguments[1:5], arguments[5:7]
+    options = {"bias_table": arguments[9], "logit_scale": arguments[10].log(), "backend": "cpp"}
+    found = []
+    for frozen in (False, True):
+        leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_(not frozen) for t in layers)]
+        leaves += [t.clone().requires_grad_() for t in norm]
+        residual_window_attention(*leaves, 2, (2, 4), 2, 1, **options).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert found[1][1:5] == [None] * 4
+    for value, wanted in zip(found[1][:1] + found[1][5:], found[0][:1] + found[0][5:], strict=True):
+        assert torch.equal(value, wanted)
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
