@@ -86,6 +86,11 @@ class VisionConfig(Section):
     def _check(self) -> VisionConfig:
         if self.options and self.backbone not in ("small", "none"):
             raise ValueError(f"options belong to the backbone 'small', not to {self.backbone!r}")
+        for name, value in self.options.items():
+            sizes = value if isinstance(value, list) else [value]
+            kind, words = ((int, float), "numbers") if name == "mlp_ratio" else (int, "whole numbers")
+            if not all(isinstance(size, kind) and size > 0 for size in sizes):
+                raise ValueError(f"options: {name} takes positive {words}, not {value}")
         return self
 
     @field_validator("std")

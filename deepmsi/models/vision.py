@@ -134,6 +134,17 @@ class VideoBranch(nn.Module):
         return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
 
 
+def check_vision(config: VisionConfig) -> None:
+    """Build the backbone without memory or weights, to find out early whether it can be built.
+
+    Raises:
+        UserError: sizes or the schedule do not fit one another, in one sentence.
+    """
+    if config.backbone != "none":
+        with torch.device("meta"):
+            _build_backbone(config, weights=False)
+
+
 def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
     """Build the backbone that a configuration names; without its weights where a checkpoint's follow."""
     if config.schedule is None and config.compression:

@@ -119,7 +119,7 @@ class VSCSwin(nn.Module):
         plan = self.schedule.blocks if self.schedule is not None and self.schedule.blocks is not None else ()
         self.guide_dim = guide_dim or embed_dim * 2 ** plan[0][0] if plan else None
 
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         full = side = img_size // patch_size
         stages: list[Stage] = []

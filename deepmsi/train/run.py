@@ -32,6 +32,7 @@ from deepmsi.data.files import leaving_no_empty
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig
+from deepmsi.models.vision import check_vision
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
@@ -140,6 +141,8 @@ class _Run:
         self.planned: tuple[DeepMSIConfig, int, DeepMSI] | None = None
         self.main = process_rank()[0] == 0
         started = _check_directory(out, resume or folds is not None)
+        if "video" in recipe.modalities:
+            check_vision(recipe.vision)  # before anything is decoded
         self.data = on_main_first(
             lambda: open_data(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels)
         )

@@ -142,6 +142,26 @@ def test_encodings_are_read(deepmsi, clip, tmp_path, encoding) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("vision.options={embed_dim: 33}", "2 heads do not divide the 33 channels"),
+        ("vision.options={embed_dim: 32.5}", "embed_dim takes positive whole numbers, not 32.5"),
+        ("vision.options={depths: [2, 0, 2]}", "depths takes positive whole numbers, not [2, 0, 2]"),
+        ("vision.options={mlp_ratio: 0}", "mlp_ratio takes positive numbers, not 0"),
+        ("vision.keep=[8, 4, 2, 1]", "one for each of"),
+        ("vision.image_size=72", "no multiple of its window"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_refused_before_anything_is_decoded(
+    mistake, clips, tmp_path, monkeypatch, setting, words
+) -> None:
+    monkeypatch.setattr("deepmsi.train.run.open_data", lambda *_: pytest.fail("the data were opened"))
+    out = tmp_path / "run"
+    assert words in mistake("train", "demo", "--data", clips / "manifest.csv", "--out", out, "--set", setting)
+    assert not out.exists()
+
+
 def test_no_label_column(mistake, clip, tmp_path) -> None:
     manifest = write_manifest(tmp_path / "manifest.csv", {"id": "a", "video": str(clip), "emotion": "joy"})
     assert "'label'" in mistake("train", "demo", "--data", manifest, "--out", tmp_path / "run")
