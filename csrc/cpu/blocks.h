@@ -246,7 +246,7 @@ inline Tensor zeros_like(const Tensor& x) {
   return out;
 }
 
-// For sums where they are wanted, else without elements.
+// Zeros like a tensor, to sum in; without elements where the sums are not wanted.
 inline Tensor zeros_where(bool wanted, const Tensor& like) {
   return wanted ? zeros_like(like) : torch::stable::new_empty(like, {0});
 }

@@ -449,9 +449,9 @@ _register(
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: all in float32). `branch`
 # [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
-# made again. Backward reads x for its products alone, and so in the type of the weights; without `wants_layers` the
-# gradients of both layers' weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of
-# cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# made again. Backward reads x for its products alone, and so in the type of the weights; without `wants_layers`, where
+# all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no gradient.
+# Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "

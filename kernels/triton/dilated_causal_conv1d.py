@@ -17,6 +17,8 @@ import triton.language as tl
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _BLOCK_ELEMENTS = 1024
+# Products of float32 that are added up by themselves: the error of a sum grows with its length.
+_STRETCH = 256
 
 
 @triton.jit
@@ -46,6 +48,32 @@ def _tile(pointer, mask, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _forward_products(
+    total,
+    x_rows,
+    weight_ptr,
+    tap,
+    reached,
+    column,
+    begin,
+    end,
+    inputs,
+    outputs,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add the products of a tap's rows and weights over channels begin to end."""
+    for k in range(begin, end, BLOCK_K):
+        channel = k + tl.arange(0, BLOCK_K)
+        inside = channel < inputs
+        a = _tile(x_rows + channel[None, :], reached[:, None] & inside[None, :], UPCAST)
+        w_rows = weight_ptr + (tap * inputs + channel).to(tl.int64)[:, None] * outputs
+        w = _tile(w_rows + column[None, :], inside[:, None] & (column < outputs)[None, :], UPCAST)
+        total = tl.dot(a, w, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     weight_ptr,
@@ -67,7 +95,7 @@ def _forward_kernel(
     TAPS: tl.constexpr,
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
-    PARTS: tl.constexpr,
+    STRETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,7 +103,6 @@ def _forward_kernel(
     """y = relu(h + residual), h = dropout(relu(b + Σ_i x(t - (k - 1 - i)·d) w_i)) for a block of rows and columns."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
     time = first + row % count * step
     start = row // count * length
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -83,14 +110,17 @@ def _forward_kernel(
         at = time - (TAPS - 1 - tap) * dilation
         reached = (row < rows) & (at >= 0)
         x_rows = x_ptr + (start + at)[:, None] * inputs
-        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if PARTS else total
-        for k in range(0, inputs, BLOCK_K):
-            inside = k + depth < inputs
-            a = _tile(x_rows + (k + depth)[None, :], reached[:, None] & inside[None, :], UPCAST)
-            w_rows = weight_ptr + (tap * inputs + k + depth).to(tl.int64)[:, None] * outputs
-            w = _tile(w_rows + column[None, :], inside[:, None] & (column < outputs)[None, :], UPCAST)
-            part = tl.dot(a, w, part, input_precision="ieee")
-        total = total + part if PARTS else part
+        if STRETCH is None:
+            total = _forward_products(
+                total, x_rows, weight_ptr, tap, reached, column, 0, inputs, inputs, outputs, UPCAST, BLOCK_K
+            )
+        else:
+            for begin in range(0, inputs, STRETCH):
+                end = tl.minimum(begin + STRETCH, inputs)
+                part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                total += _forward_products(
+                    part, x_rows, weight_ptr, tap, reached, column, begin, end, inputs, outputs, UPCAST, BLOCK_K
+                )
     mask = (row < rows)[:, None] & (column < outputs)[None, :]
     index = row[:, None] * outputs + column[None, :]
     if bias_ptr is not None:
@@ -148,6 +178,29 @@ def _grad_bias_kernel(gradient_ptr, grad_bias_ptr, rows, outputs, BLOCK_M: tl.co
 
 
 @triton.jit
+def _grad_x_products(
+    total,
+    g_rows,
+    w_rows,
+    reached,
+    there,
+    begin,
+    end,
+    outputs,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add the products of a tap's gradients and weights over outputs begin to end."""
+    for k in range(begin, end, BLOCK_K):
+        output = k + tl.arange(0, BLOCK_K)
+        inside = output < outputs
+        g = _tile(g_rows + output[None, :], reached[:, None] & inside[None, :], UPCAST)
+        w = _tile(w_rows + output[:, None], inside[:, None] & there[None, :], UPCAST)
+        total = tl.dot(g, w, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _grad_x_kernel(
     gradient_ptr,
     weight_ptr,
@@ -162,7 +215,7 @@ def _grad_x_kernel(
     first,
     TAPS: tl.constexpr,
     UPCAST: tl.constexpr,
-    PARTS: tl.constexpr,
+    STRETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -170,7 +223,6 @@ def _grad_x_kernel(
     """Gather for a row of x what the positions that read it hand back: Σ_i g(t + (k - 1 - i)·d) w_iᵀ."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
     start = row // length * count
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tap in range(TAPS):
@@ -178,15 +230,47 @@ def _grad_x_kernel(
         reached = (row < rows) & (past >= 0) & (past % step == 0) & (past // step < count)
         g_rows = gradient_ptr + (start + past // step)[:, None] * outputs
         w_rows = weight_ptr + (tap * inputs + column).to(tl.int64)[None, :] * outputs
-        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if PARTS else total
-        for k in range(0, outputs, BLOCK_K):
-            inside = k + depth < outputs
-            g = _tile(g_rows + (k + depth)[None, :], reached[:, None] & inside[None, :], UPCAST)
-            w = _tile(w_rows + (k + depth)[:, None], inside[:, None] & (column < inputs)[None, :], UPCAST)
-            part = tl.dot(g, w, part, input_precision="ieee")
-        total = total + part if PARTS else part
+        there = column < inputs
+        if STRETCH is None:
+            total = _grad_x_products(total, g_rows, w_rows, reached, there, 0, outputs, outputs, UPCAST, BLOCK_K)
+        else:
+            for begin in range(0, outputs, STRETCH):
+                end = tl.minimum(begin + STRETCH, outputs)
+                part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                total += _grad_x_products(part, g_rows, w_rows, reached, there, begin, end, outputs, UPCAST, BLOCK_K)
     mask = (row < rows)[:, None] & (column < inputs)[None, :]
     tl.store(grad_x_ptr + row[:, None] * inputs + column[None, :], total.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grad_weight_products(
+    total,
+    x_ptr,
+    gradient_ptr,
+    entry,
+    column,
+    begin,
+    end,
+    rows,
+    count,
+    length,
+    inputs,
+    outputs,
+    step,
+    ahead,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add the products of inputs and gradients over positions begin to end; the first one reads row `ahead` of x."""
+    for k in range(begin, end, BLOCK_K):
+        row = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        at = ahead + row % count * step
+        x_rows = x_ptr + (row // count * length + at)[None, :] * inputs
+        a = _tile(x_rows + entry[:, None], ((row < rows) & (at >= 0))[None, :] & (entry < inputs)[:, None], UPCAST)
+        g_rows = gradient_ptr + row[:, None] * outputs
+        g = _tile(g_rows + column[None, :], (row < rows)[:, None] & (column < outputs)[None, :], UPCAST)
+        total = tl.dot(a, g, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -204,6 +288,7 @@ def _grad_weight_kernel(
     first,
     TAPS: tl.constexpr,
     UPCAST: tl.constexpr,
+    STRETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -213,14 +298,48 @@ def _grad_weight_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tap = tl.program_id(2)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for begin in range(0, rows, BLOCK_K):
-        row = begin + tl.arange(0, BLOCK_K).to(tl.int64)
-        at = first + row % count * step - (TAPS - 1 - tap) * dilation
-        x_rows = x_ptr + (row // count * length + at)[None, :] * inputs
-        a = _tile(x_rows + entry[:, None], ((row < rows) & (at >= 0))[None, :] & (entry < inputs)[:, None], UPCAST)
-        g_rows = gradient_ptr + row[:, None] * outputs
-        g = _tile(g_rows + column[None, :], (row < rows)[:, None] & (column < outputs)[None, :], UPCAST)
-        total = tl.dot(a, g, total, input_precision="ieee")
+    ahead = first - (TAPS - 1 - tap) * dilation
+    if STRETCH is None:
+        total = _grad_weight_products(
+            total,
+            x_ptr,
+            gradient_ptr,
+            entry,
+            column,
+            0,
+            rows,
+            rows,
+            count,
+            length,
+            inputs,
+            outputs,
+            step,
+            ahead,
+            UPCAST,
+            BLOCK_K,
+        )
+    else:
+        for begin in range(0, rows, STRETCH):
+            end = tl.minimum(begin + STRETCH, rows)
+            part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            total += _grad_weight_products(
+                part,
+                x_ptr,
+                gradient_ptr,
+                entry,
+                column,
+                begin,
+                end,
+                rows,
+                count,
+                length,
+                inputs,
+                outputs,
+                step,
+                ahead,
+                UPCAST,
+                BLOCK_K,
+            )
     mask = (entry < inputs)[:, None] & (column < outputs)[None, :]
     to = grad_weight_ptr + (tap * inputs + entry).to(tl.int64)[:, None] * outputs + column[None, :]
     tl.store(to, total.to(grad_weight_ptr.dtype.element_ty), mask=mask)
@@ -242,27 +361,25 @@ class _Call:
             "TAPS": taps,
             # The interpreter multiplies bfloat16 as if it were integers.
             "UPCAST": _INTERPRET and x.dtype == torch.bfloat16,
+            "STRETCH": _STRETCH if x.dtype == torch.float32 else None,
         }
 
     def tiles(self, rows: int, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
-        """Return grid and options of a product: few rows get narrow columns and deep steps, to keep memory busy.
-
-        In float32 each tap has a sum of its own: the error of a sum grows with its length.
-        """
+        """Return grid and options of a product: few rows get narrow columns and deep steps, to keep memory busy."""
         block_m, block_n, block_k = (16, 16, 128) if rows <= 16 else (32, 32, 64) if rows <= 64 else (64, 64, 32)
-        options = {**self.options(block_m, block_n, block_k), "PARTS": self.x.dtype == torch.float32}
-        return (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)), options
+        return (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)), self.options(block_m, block_n, block_k)
 
     def options(self, block_m: int, block_n: int, block_k: int) -> dict[str, Any]:
-        """Return constants and launch options: float32 products hold operands and two sums in registers."""
-        wide = self.x.dtype == torch.float32 and block_m > 16
+        """Return constants and launch options: float32 products hold their operands and two sums in registers."""
+        options = {**self.constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        if self.x.dtype != torch.float32:
+            return {**options, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+        wide = block_m > 16
         return {
-            **self.constants,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k // 2 if wide else block_k,
+            **options,
+            "BLOCK_K": block_k // 2,
             "num_warps": 8 if wide else 4,
-            "num_stages": 2 if wide else 3,
+            "num_stages": 2 if wide else 4,
         }
 
 

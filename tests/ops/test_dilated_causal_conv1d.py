@@ -106,6 +106,8 @@ CASES = {
 LARGE = {
     "many_rows": Case(batch=2, rows=300, inputs=140, outputs=260, dilation=3, residual=True, dropout=0.3),
     "network": Case(batch=2, rows=15, inputs=256, outputs=256, count=8, step=2, residual=True),
+    "many_positions": Case(batch=4, rows=300, inputs=20, outputs=20),
+    "deep": Case(batch=1, rows=20, inputs=1536, outputs=20, taps=1),
 }
 
 

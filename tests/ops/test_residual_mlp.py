@@ -145,7 +145,7 @@ def test_what_lies_behind_the_frames_reaches_nothing_else(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.dtype, channels: int) -> None:
-    """And all others are the same, bit for bit; one bias that is not frozen gets its own."""
+    """And all others are the same, bit for bit; one bias that is not frozen gets its own, as do both layers."""
     testing.need("residual_mlp", backend, device, dtype)
     sizes = ((20, channels), (30, channels), (30,), (channels, 30), *((channels,),) * 3)
     inputs = [randn(*size, seed=n, dtype=dtype, device=device) for n, size in enumerate(sizes)]

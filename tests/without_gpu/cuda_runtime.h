@@ -43,12 +43,13 @@ namespace cuda_on_cpu {
 // Of the running thread and launch.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-// Where a thread waits. `line` is the source's, by which places are told apart.
-void barrier(int line);
-int barrier_count(bool holds, int line);
-void warp_barrier(unsigned mask, int line);
-uint64_t warp_exchange(unsigned mask, uint64_t given, int lane, int line);  // what `lane` of the warp gave
-unsigned warp_ballot(unsigned mask, bool holds, int line);
+// Where a thread waits, by file and line of the source.
+using Place = const char*;
+void barrier(Place place);
+int barrier_count(bool holds, Place place);
+void warp_barrier(unsigned mask, Place place);
+uint64_t warp_exchange(unsigned mask, uint64_t given, int lane, Place place);  // what `lane` of the warp gave
+unsigned warp_ballot(unsigned mask, bool holds, Place place);
 int lane();
 
 char* dynamic_shared();
@@ -65,11 +66,11 @@ void poison(Variables&... variables) {
 }
 
 template <typename V>
-V exchange(unsigned mask, V value, int from, int line) {
+V exchange(unsigned mask, V value, int from, Place place) {
   static_assert(sizeof(V) <= sizeof(uint64_t));
   uint64_t word = 0;
   std::memcpy(&word, &value, sizeof value);
-  word = warp_exchange(mask, word, from, line);
+  word = warp_exchange(mask, word, from, place);
   std::memcpy(&value, &word, sizeof value);
   return value;
 }
@@ -90,21 +91,25 @@ auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared
 
 }  // namespace cuda_on_cpu
 
+#define CUDA_ON_CPU_TEXT(line) #line
+#define CUDA_ON_CPU_LINE(line) CUDA_ON_CPU_TEXT(line)
+#define CUDA_ON_CPU_HERE __FILE__ ":" CUDA_ON_CPU_LINE(__LINE__)
+
 #define threadIdx cuda_on_cpu::thread_index
 #define blockIdx cuda_on_cpu::block_index
 #define blockDim cuda_on_cpu::block_size
 #define gridDim cuda_on_cpu::grid_size
-#define __syncthreads() cuda_on_cpu::barrier(__LINE__)
-#define __syncthreads_count(...) cuda_on_cpu::barrier_count(__VA_ARGS__, __LINE__)
-#define __syncwarp() cuda_on_cpu::warp_barrier(0xffffffffu, __LINE__)
-#define __ballot_sync(mask, ...) cuda_on_cpu::warp_ballot(mask, __VA_ARGS__, __LINE__)
-#define __shfl_sync(mask, value, from) cuda_on_cpu::exchange(mask, value, from, __LINE__)
+#define __syncthreads() cuda_on_cpu::barrier(CUDA_ON_CPU_HERE)
+#define __syncthreads_count(...) cuda_on_cpu::barrier_count(__VA_ARGS__, CUDA_ON_CPU_HERE)
+#define __syncwarp() cuda_on_cpu::warp_barrier(0xffffffffu, CUDA_ON_CPU_HERE)
+#define __ballot_sync(mask, ...) cuda_on_cpu::warp_ballot(mask, __VA_ARGS__, CUDA_ON_CPU_HERE)
+#define __shfl_sync(mask, value, from) cuda_on_cpu::exchange(mask, value, from, CUDA_ON_CPU_HERE)
 #define __shfl_xor_sync(mask, value, offset) \
-  cuda_on_cpu::exchange(mask, value, cuda_on_cpu::lane() ^ static_cast<int>(offset), __LINE__)
+  cuda_on_cpu::exchange(mask, value, cuda_on_cpu::lane() ^ static_cast<int>(offset), CUDA_ON_CPU_HERE)
 #define __shfl_up_sync(mask, value, offset)                                                               \
   cuda_on_cpu::exchange(                                                                                  \
       mask, value, cuda_on_cpu::lane() < (offset) ? cuda_on_cpu::lane() : cuda_on_cpu::lane() - (offset), \
-      __LINE__)
+      CUDA_ON_CPU_HERE)
 
 inline int min(int a, int b) { return std::min(a, b); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }

@@ -75,6 +75,10 @@ __global__ void lanes_apart(int* y) {
   }
 }
 
+__global__ void lane_unnamed(int* y) {
+  if (threadIdx.x < 16) y[threadIdx.x] = __shfl_sync(0xffffu, static_cast<int>(threadIdx.x), 20);
+}
+
 // What each of the warp's operations gives, and the block's count.
 __global__ void operations(int* y) {
   const int lane = static_cast<int>(threadIdx.x) % 32, value = 10 * static_cast<int>(threadIdx.x);
@@ -120,6 +124,7 @@ int main(int count, char** names) {
     if (name == "barrier_of_a_half") barrier_of_a_half<<<1, 32, 0, nullptr>>>(y);
     if (name == "lane_gone") lane_gone<<<1, 64, 0, nullptr>>>(y);
     if (name == "lanes_apart") lanes_apart<<<1, 32, 0, nullptr>>>(y);
+    if (name == "lane_unnamed") lane_unnamed<<<1, 32, 0, nullptr>>>(y);
     if (name == "operations") operations<<<1, 64, 0, nullptr>>>(y);
     if (name == "early") early<<<1, 64, 0, nullptr>>>(y);
     if (name == "indices") indices<<<dim3(2, 2, 2), dim3(4, 2), 0, nullptr>>>(y);

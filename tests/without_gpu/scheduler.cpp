@@ -2,12 +2,14 @@
 // or for its warp. Lanes, warps and blocks take turns in orders that are drawn anew each time: what a GPU
 // leaves to chance is left to chance here, and a missing barrier changes results. Shared memory holds NaN
 // (all bits set) when a block begins. What CUDA forbids ends the launch with a sentence: threads of a block
-// that wait at different barriers, lanes of a warp at different operations, a lane that is named and gone,
-// threads that wait for one another; and a grid, a block or an amount of shared memory that there is not is
-// the error that CUDA has for it.
+// that wait at different barriers, lanes of a warp at different operations, a lane that is named and gone or
+// read without being named, threads that wait for one another. A grid, a block or an amount of dynamic shared
+// memory that there is not is the error that CUDA has for it.
 //
 // It proves arithmetic, indices and barriers. It says nothing of speed, of what a compiler for GPUs makes of
-// the sources, or of memory that different blocks write.
+// the sources, of static shared memory and launch bounds that are too large, of memory that different blocks
+// write, or of two threads that change one number between the same two barriers: here nothing comes between a
+// read and a write.
 #ifndef __x86_64__
 #error "fibers are switched in the assembly of x86-64"
 #endif
@@ -68,7 +70,7 @@ enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kGone };
 struct Fiber {
   void* stack_pointer;
   State state;
-  int line;        // where it waits
+  Place place;     // where it waits
   unsigned mask;   // the lanes that it waits for
   uint64_t given;  // to what it waits for
   uint64_t shown;  // what it gave when the warp last went on
@@ -82,6 +84,7 @@ void (*body)(void*) = nullptr;
 void* arguments = nullptr;
 char* dynamic = nullptr;
 int counted = 0;
+Place unnamed = nullptr;  // where a lane asked for one that its mask does not name
 std::set<const void*> seen;
 std::map<const void*, int64_t> allowed;
 cudaError_t error = cudaSuccess;
@@ -98,15 +101,17 @@ void shuffle(std::vector<size_t>& order) {
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
 }
 
-[[noreturn]] void forbid(const std::string& what, int line, int other) {
-  throw std::runtime_error("CUDA forbids it: " + what + " (line " + std::to_string(line) +
-                           (other != line ? ", line " + std::to_string(other) + ")" : ")"));
+bool same(Place place, Place other) { return std::strcmp(place, other) == 0; }
+
+[[noreturn]] void forbid(const std::string& what, Place place, Place other) {
+  throw std::runtime_error("CUDA forbids it: " + what + " (" + place +
+                           (same(place, other) ? ")" : std::string(", ") + other + ")"));
 }
 
-void wait(State state, int line, unsigned mask, uint64_t given) {
+void wait(State state, Place place, unsigned mask, uint64_t given) {
   Fiber& self = fibers[running];
   self.state = state;
-  self.line = line;
+  self.place = place;
   self.mask = mask;
   self.given = given;
   cuda_on_cpu_switch(&self.stack_pointer, scheduler);
@@ -114,7 +119,7 @@ void wait(State state, int line, unsigned mask, uint64_t given) {
 
 void begin() {
   body(arguments);
-  wait(State::kGone, 0, 0, 0);
+  wait(State::kGone, "the end", 0, 0);
   std::abort();
 }
 
@@ -123,7 +128,9 @@ char* stack_of(size_t thread) {
   while (stacks.size() <= thread) {
     void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of a block's threads");
+    // The last page that a stack grows into belongs to nobody.
+    if (memory == MAP_FAILED || mprotect(memory, 4096, PROT_NONE) != 0)
+      throw std::runtime_error("no memory for the stacks of a block's threads");
     stacks.push_back(static_cast<char*>(memory));
   }
   return stacks[thread];
@@ -131,22 +138,24 @@ char* stack_of(size_t thread) {
 
 // Let the lanes that the first waiting one of a warp names go on, if all of them wait.
 bool release_warp(size_t first) {
+  if (unnamed != nullptr) forbid("a lane reads another that its mask does not name", unnamed, unnamed);
   const size_t last = std::min(first + kWarp, fibers.size());
   size_t named = first;
   while (named < last && fibers[named].state != State::kWaitsForWarp) ++named;
   if (named == last) return false;
-  const int line = fibers[named].line;
+  const Place place = fibers[named].place;
   const unsigned mask = fibers[named].mask;
-  if (!(mask >> (named - first) & 1)) forbid("a lane waits for others without being one of them", line, line);
+  if (!(mask >> (named - first) & 1))
+    forbid("a lane waits for others without being one of them", place, place);
   for (size_t i = first; i < first + kWarp; ++i) {
     if (!(mask >> (i - first) & 1)) continue;
     if (i >= last || fibers[i].state == State::kGone)
-      forbid("a warp waits for a lane that is gone", line, line);
+      forbid("a warp waits for a lane that is gone", place, place);
     if (fibers[i].state == State::kWaitsForBlock)
-      forbid("a lane waits for the block, another for it", line, fibers[i].line);
+      forbid("a lane waits for the block, another for it", place, fibers[i].place);
     if (fibers[i].state == State::kRuns) return false;
-    if (fibers[i].line != line || fibers[i].mask != mask)
-      forbid("lanes of a warp wait at different operations", line, fibers[i].line);
+    if (!same(fibers[i].place, place) || fibers[i].mask != mask)
+      forbid("lanes of a warp wait at different operations", place, fibers[i].place);
   }
   for (size_t i = first; i < last; ++i) {
     if (!(mask >> (i - first) & 1)) continue;
@@ -158,15 +167,17 @@ bool release_warp(size_t first) {
 
 // Let the block go on, if all of its threads that are not gone wait for it.
 bool release_block() {
-  int line = 0, count = 0;
+  Place place = nullptr;
+  int count = 0;
   for (const Fiber& fiber : fibers) {
     if (fiber.state == State::kGone) continue;
     if (fiber.state != State::kWaitsForBlock) return false;
-    if (line == 0) line = fiber.line;
-    if (fiber.line != line) forbid("threads of a block wait at different barriers", line, fiber.line);
+    if (place == nullptr) place = fiber.place;
+    if (!same(fiber.place, place))
+      forbid("threads of a block wait at different barriers", place, fiber.place);
     count += static_cast<int>(fiber.given);
   }
-  if (line == 0) return false;
+  if (place == nullptr) return false;
   counted = count;
   for (Fiber& fiber : fibers) {
     if (fiber.state == State::kWaitsForBlock) fiber.state = State::kRuns;
@@ -220,7 +231,7 @@ void run_block() {
     }
   } while (release_block());
   for (const Fiber& fiber : fibers) {
-    if (fiber.state != State::kGone) forbid("threads wait for one another", fiber.line, fiber.line);
+    if (fiber.state != State::kGone) forbid("threads wait for one another", fiber.place, fiber.place);
   }
 }
 
@@ -228,22 +239,23 @@ void run_block() {
 
 int lane() { return static_cast<int>(running % kWarp); }
 
-void barrier(int line) { wait(State::kWaitsForBlock, line, 0, 0); }
+void barrier(Place place) { wait(State::kWaitsForBlock, place, 0, 0); }
 
-int barrier_count(bool holds, int line) {
-  wait(State::kWaitsForBlock, line, 0, holds);
+int barrier_count(bool holds, Place place) {
+  wait(State::kWaitsForBlock, place, 0, holds);
   return counted;
 }
 
-void warp_barrier(unsigned mask, int line) { wait(State::kWaitsForWarp, line, mask, 0); }
+void warp_barrier(unsigned mask, Place place) { wait(State::kWaitsForWarp, place, mask, 0); }
 
-uint64_t warp_exchange(unsigned mask, uint64_t given, int from, int line) {
-  wait(State::kWaitsForWarp, line, mask, given);
+uint64_t warp_exchange(unsigned mask, uint64_t given, int from, Place place) {
+  unnamed = unnamed != nullptr ? unnamed : from < 0 || from >= 32 || !(mask >> from & 1) ? place : nullptr;
+  wait(State::kWaitsForWarp, place, mask, given);
   return fibers[running / kWarp * kWarp + static_cast<size_t>(from)].shown;
 }
 
-unsigned warp_ballot(unsigned mask, bool holds, int line) {
-  wait(State::kWaitsForWarp, line, mask, holds);
+unsigned warp_ballot(unsigned mask, bool holds, Place place) {
+  wait(State::kWaitsForWarp, place, mask, holds);
   unsigned votes = 0;
   for (size_t i = 0; i < kWarp; ++i) {
     if (mask >> i & 1) votes |= static_cast<unsigned>(fibers[running / kWarp * kWarp + i].shown) << i;
@@ -271,6 +283,7 @@ void run(const void* kernel, dim3 grid, dim3 block, int64_t shared, void (*body_
     error = cudaErrorInvalidConfiguration;
     return;
   }
+  unnamed = nullptr;
   body = body_;
   arguments = arguments_;
   grid_size = grid;

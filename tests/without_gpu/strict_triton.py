@@ -5,7 +5,7 @@
 - Masked-off lanes of a load without ``other`` hold NaN or a large integer, not zero.
 - Loads and stores touch no byte outside of the storage of a launch's tensors, or the launch ends with a sentence.
 - Products of float32 are summed one after another by fused multiply-adds, as CUDA cores do; NumPy's are more exact.
-- exp is that of CUDA's fast path: 2 to the power of a rounded x log2(e), off by up to two units in the last place.
+- exp is that of CUDA's fast path: 2 to the power of a rounded x log2(e), by an ex2 that is off by two units at most.
 """
 
 import os

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def run(name: str) -> "subprocess.CompletedProcess[str]":
