@@ -19,13 +19,13 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mtune=haswell",
@@ -40,14 +40,14 @@ def say(sentence: str) -> None:
     print(f"deepmsi: {sentence}", file=sys.stderr, flush=True)
 
 
-def built_for_source() -> str:
-    """Return the C++ by which an extension tells which schemas it was built for; the package is not imported for it."""
+def built_for() -> ModuleType:
+    """Return what extensions are built for, loaded without importing the package."""
     spec = importlib.util.spec_from_file_location("_built_for", ROOT / "deepmsi" / "_built_for.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.source()
+    return module
 
 
 def find_cuda_home() -> tuple[Path | None, str]:
@@ -178,7 +178,7 @@ class NinjaBuild(build_ext):
 
     def built_for(self, output: Path) -> Path:
         """Write the source by which an extension tells what it was built for, where that has changed."""
-        path, text = self.folder_of(output) / "built_for.cpp", built_for_source()
+        path, text = self.folder_of(output) / "built_for.cpp", built_for().source()
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
         return path
@@ -192,9 +192,7 @@ class NinjaBuild(build_ext):
         present = [lib for lib in libraries if (folder / "lib" / f"lib{lib}.so").is_file()]
         links = " ".join(["-Wl,--no-as-needed", *(f"-l{lib}" for lib in present), "-Wl,--as-needed"])
         # Symbols that this torch lacks (a CPU build's libtorch_cuda) are found when a CUDA build loads the object.
-        return f"-isystem {folder / 'include'} -DTORCH_TARGET_VERSION={TARGET_VERSION}ULL", (
-            f"-L{folder / 'lib'} {links}"
-        )
+        return f"-isystem {folder / 'include'} {built_for().STABLE_ABI}", f"-L{folder / 'lib'} {links}"
 
     def ninja(
         self, output: Path, objects: list[tuple[str, Path, str, str]], libraries: str, nvcc: Path | None = None

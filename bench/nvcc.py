@@ -19,11 +19,12 @@ from pathlib import Path
 from budget import Budget
 from torch.utils.cpp_extension import include_paths
 
+from deepmsi._built_for import STABLE_ABI
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Static shared memory of a block; what is asked for at the launch is checked there.
 STATIC_SHARED = 49_152
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>[^']+)' for '(?P<target>sm_\d+)'.*?"

@@ -1,4 +1,4 @@
-"""What the operators' schemas are, in short: built into each extension, and compared when it is loaded.
+"""What an extension is built for: torch's stable ABI, and in short the operators' schemas, compared when it is loaded.
 
 An extension from before a schema changed has operators of the same names that take other arguments: torch would find
 fault with their number in words of its own, and read them wrongly where only their types changed. ``setup.py`` loads
@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # that of torch 2.11
 SYMBOL = "deepmsi_built_for"
 _SCHEMAS = Path(__file__).parent / "ops" / "_schemas.py"
 

@@ -32,7 +32,10 @@ def typed_places(op: str, dtypes: Sequence[torch.dtype]) -> tuple[tuple[str, str
 
 
 def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None, **facts: int) -> None:
-    """Skip the test that runs, with the sentence of ``explain()``, where a backend cannot run an operation here."""
+    """Skip the test that runs, with the sentence of ``explain()``, where a backend cannot run an operation here.
+
+    ``facts`` are those of the call, such as ``channels=384``.
+    """
     reason = backends.why_not(op, backend, device, dtype, **facts)
     if reason is not None:
         import pytest

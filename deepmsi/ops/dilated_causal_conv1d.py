@@ -119,7 +119,7 @@ def causal_conv_rows(
     """
     x = autocast(x)
     chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0 if g is None else 2])
-    if g is not None and not (chosen == "cpp" and (_OP, x.device.type) in BESIDE):
+    if g is not None and (chosen != "cpp" or "weight_normed_conv1d" not in BESIDE.get((_OP, x.device.type), ())):
         weight, g = fold_weight_norm(weight, g), None
     weight = autocast(weight)
     bias, g = (autocast(t) if t is not None else None for t in (bias, g))

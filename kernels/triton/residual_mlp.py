@@ -462,7 +462,8 @@ def _wide_gradients(
     weights = (layer.fc1, layer.fc1_bias, layer.fc2) if wants_layers else ()
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     if layer.cu_seqlens is not None:
-        # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
+        # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights, and
+        # spoil the gradient that they pass on.
         counts = torch.arange(x.shape[0], device=x.device) < layer.cu_seqlens[-1]
         x = torch.where(counts[:, None], x, 0)
     for part in layer.parts(x.shape[0]):

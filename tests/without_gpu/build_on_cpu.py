@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from deepmsi._built_for import STABLE_ABI
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -71,7 +73,7 @@ def build(folder: Path) -> None:
     objects.mkdir()
     compiler = [os.environ.get("CXX", "g++"), *os.environ.get("CXXFLAGS", "-O2").split(), "-std=c++17", "-fPIC"]
     options = [f"-I{HERE}", f"-I{objects}", "-isystem", str(home / "include"), "-Wno-unknown-pragmas"]
-    options += ["-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+    options += ["-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
 
     def compiled(source: Path) -> str:
         target = str(objects / f"{source.stem}.o")

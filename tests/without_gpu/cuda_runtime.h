@@ -48,7 +48,7 @@ using Place = const char*;
 void barrier(Place place);
 int barrier_count(bool holds, Place place);
 void warp_barrier(unsigned mask, Place place);
-uint64_t warp_exchange(unsigned mask, uint64_t given, int lane, Place place);  // what `lane` of the warp gave
+uint64_t warp_exchange(unsigned mask, uint64_t given, int from, Place place);  // what lane `from` gave
 unsigned warp_ballot(unsigned mask, bool holds, Place place);
 int lane();
 

@@ -249,7 +249,7 @@ int barrier_count(bool holds, Place place) {
 void warp_barrier(unsigned mask, Place place) { wait(State::kWaitsForWarp, place, mask, 0); }
 
 uint64_t warp_exchange(unsigned mask, uint64_t given, int from, Place place) {
-  unnamed = unnamed != nullptr ? unnamed : from < 0 || from >= 32 || !(mask >> from & 1) ? place : nullptr;
+  if (from < 0 || from >= static_cast<int>(kWarp) || !(mask >> from & 1)) unnamed = place;
   wait(State::kWaitsForWarp, place, mask, given);
   return fibers[running / kWarp * kWarp + static_cast<size_t>(from)].shown;
 }
@@ -289,9 +289,9 @@ void run(const void* kernel, dim3 grid, dim3 block, int64_t shared, void (*body_
   grid_size = grid;
   block_size = block;
   fibers.resize(static_cast<size_t>(threads));
-  // Of exactly that size, so that AddressSanitizer sees what is past it.
+  // Of exactly that size, so that AddressSanitizer sees what is past it; malloc aligns by 16 as CUDA does.
   const std::unique_ptr<char, decltype(&std::free)> memory(
-      static_cast<char*>(std::aligned_alloc(16, static_cast<size_t>((shared + 15) / 16 * 16))), &std::free);
+      static_cast<char*>(std::malloc(static_cast<size_t>(shared))), &std::free);
   dynamic = memory.get();
   std::vector<size_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
