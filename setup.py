@@ -26,10 +26,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mtune=haswell",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -74,7 +74,7 @@ _ISA = host_info().get("instruction set in use")
 
 def _has_vectors(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
     """Whether the blocks' own products beat torch's: measured with AVX-512 and with AVX2, not with less."""
-    return _ISA in ("avx512", "avx2")
+    return _ISA in ("avx512_bf16", "avx512", "avx2")
 
 
 def _has_tensor_cores(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
@@ -86,7 +86,7 @@ def _has_tensor_cores(device: str, dtype: torch.dtype, facts: dict[str, int]) ->
 
 
 def _one_type(facts: dict[str, int]) -> str | None:
-    """Refuse rows of another type than the weights'."""
+    """Refuse rows of another type than the weights'; a norm may be in float32 beside them."""
     return "x and the weights must be of one type" if facts.get("mixed") else None
 
 
@@ -111,18 +111,18 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("dilated_causal_conv1d", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("project_cells", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
+    ("project_cells", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
     ("residual_norm", "cpp"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(2048)
     ),
     ("residual_norm", "triton"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096)
     ),
-    ("residual_mlp", "cpp"): Kernel((torch.float32,), ("cpu",), _one_type, _has_vectors),
+    ("residual_mlp", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
     ("residual_mlp", "triton"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096), _has_tensor_cores
     ),
-    ("residual_window_attention", "cpp"): Kernel((torch.float32,), ("cpu",), faster=_has_vectors),
+    ("residual_window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
 }
 
 

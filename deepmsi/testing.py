@@ -5,6 +5,7 @@ at the kernel's precision, plus one rounding of the storage type.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -41,6 +42,16 @@ def need(op: str, backend: str, device: str, dtype: torch.dtype | None = None, *
         import pytest
 
         pytest.skip(reason)
+
+
+def halves_apart(monkeypatch: Any) -> None:
+    """Have a block's halves computed layer by layer in 16 bits, for pytest's ``monkeypatch``: as on a GPU.
+
+    Bytes of a GPU are counted so on a CPU, whose kernels of whole halves keep less.
+    """
+    for op in ("project_cells", "residual_mlp", "residual_window_attention"):
+        kernel = dataclasses.replace(backends.KERNELS[op, "cpp"], dtypes=(torch.float32,))
+        monkeypatch.setitem(backends.KERNELS, (op, "cpp"), kernel)
 
 
 def captured(function: Callable[[], Result], warmups: int = 3) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -133,6 +144,11 @@ def assert_within_budget(
     error, own = relative_error(actual, exact, scale), relative_error(low, exact, scale)
     budget = 2 * own + roundings * torch.finfo(actual.dtype).eps
     assert error <= budget, f"{what}: error {error:.3e} over the budget {budget:.3e} (reference's own {own:.3e})"
+
+
+def roundings_of(dtype: torch.dtype, result: Tensor) -> float:
+    """Return how many of a result's own roundings make one of the type that it was computed in."""
+    return torch.finfo(dtype).eps / torch.finfo(result.dtype).eps
 
 
 @contextlib.contextmanager

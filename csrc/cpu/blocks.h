@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -19,10 +20,6 @@ namespace deepmsi {
 
 // Rows of one product whose results a thread passes on while they are in its cache.
 constexpr int64_t kBlockRows = 48;
-// Bytes of the widest rows of a chunk.
-constexpr int64_t kChunkBytes = int64_t{4} << 20;
-// Terms between two additions to a gradient of a weight: the scratch of add_outer.
-constexpr int64_t kOuterDepth = 256;
 
 // Rows of a product that a thread takes at a time where `width` numbers of each stay in its cache meanwhile:
 // the more, the less often the weights pass by.
@@ -32,15 +29,25 @@ inline int64_t block_rows(int64_t width) {
   return std::clamp<int64_t>(rows / kBlockRows, 1, 4) * kBlockRows;
 }
 
-inline const BlockKernels& block_kernels() {
-  static const BlockKernels kernels = [] {
+// The kernels for tensors of a type.
+inline const BlockKernels& block_kernels(DType stored) {
+  static const auto active = [] {
 #if DEEPMSI_X86
-    if (active_isa() == Isa::kAvx512) return avx512::block_kernels();
-    if (active_isa() == Isa::kAvx2) return avx2::block_kernels();
+    switch (active_isa()) {
+      case Isa::kAvx512Bf16:
+        return avx512_bf16::block_kernels;
+      case Isa::kAvx512:
+        return avx512::block_kernels;
+      case Isa::kAvx2:
+        return avx2::block_kernels;
+      default:
+        break;
+    }
 #endif
-    return baseline::block_kernels();
+    return baseline::block_kernels;
   }();
-  return kernels;
+  static const BlockKernels floats = active(DType::kFloat), halves = active(DType::kBFloat16);
+  return stored == DType::kBFloat16 ? halves : floats;
 }
 
 // Memory of working rows and packed weights, kept for the next call: a block asks for the same sizes at every
@@ -96,99 +103,184 @@ class Memory {
   int64_t total_ = 0;
 };
 
-// Floats that start at a cache line and hold anything.
-class Floats {
+// Rows by where they start and how far apart they lie, for what only the kernels know the type of.
+struct Rows {
+  char* start;
+  int64_t bytes;
+  void* at(int64_t row) const { return start + row * bytes; }
+};
+
+// The rows of a dense tensor.
+inline Rows rows_of(const Tensor& x, int64_t width) {
+  return {static_cast<char*>(x.data_ptr()), width * static_cast<int64_t>(x.element_size())};
+}
+
+// Bytes that start at a cache line and hold anything.
+class Bytes {
  public:
-  explicit Floats(int64_t count = 0)
-      : piece_(Memory::shared().take(count == 0 ? 0 : count * static_cast<int64_t>(sizeof(float)) + 64)),
+  explicit Bytes(int64_t count = 0)
+      : piece_(Memory::shared().take(count == 0 ? 0 : count + 64)),
         start_(piece_.start.get() + (64 - reinterpret_cast<uintptr_t>(piece_.start.get()) % 64)) {}
-  Floats& operator=(Floats&& other) {
+  Bytes& operator=(Bytes&& other) {
     std::swap(piece_, other.piece_);
     std::swap(start_, other.start_);
     return *this;
   }
-  ~Floats() { Memory::shared().give_back(std::move(piece_)); }
-  float* data() const { return reinterpret_cast<float*>(start_); }
+  ~Bytes() { Memory::shared().give_back(std::move(piece_)); }
+  char* data() const { return start_; }
 
  private:
   Memory::Piece piece_;
   char* start_;
 };
 
-inline int64_t tiles_of(int64_t rows) { return (rows + block_kernels().tile - 1) / block_kernels().tile; }
+// Working memory of floats.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : bytes_(count * static_cast<int64_t>(sizeof(float))) {}
+  float* data() const { return reinterpret_cast<float*>(bytes_.data()); }
 
-// Rows of a chunk whose rows are `width` wide.
-inline int64_t chunk_rows(int64_t width) {
-  const int64_t tile = block_kernels().tile;
-  return std::max<int64_t>(kChunkBytes / (static_cast<int64_t>(sizeof(float)) * width) / tile, 8) * tile;
+ private:
+  Bytes bytes_;
+};
+
+// Working memory of rows of operands; in that of floats, where operands are such and may take their place.
+class OperandRows {
+ public:
+  OperandRows(const BlockKernels& k, int64_t rows, int64_t columns, const Floats* floats = nullptr)
+      : own_(floats != nullptr && k.operand == DType::kFloat ? 0 : rows * row_bytes(k, columns)),
+        rows_{floats != nullptr && k.operand == DType::kFloat ? reinterpret_cast<char*>(floats->data())
+                                                              : own_.data(),
+              row_bytes(k, columns)},
+        unpadded_(columns * bytes_of(k.operand)) {}
+  void* at(int64_t row) const { return rows_.at(row); }
+  // Put zeros behind the columns of rows that something else than the block's kernels wrote.
+  void pad(int64_t row, int64_t count) const {
+    for (int64_t r = row; unpadded_ < rows_.bytes && r < row + count; ++r)
+      std::memset(static_cast<char*>(at(r)) + unpadded_, 0, rows_.bytes - unpadded_);
+  }
+  static int64_t row_bytes(const BlockKernels& k, int64_t columns) {
+    return k.pitch(columns) * bytes_of(k.operand);
+  }
+
+ private:
+  Bytes own_;
+  Rows rows_;
+  int64_t unpadded_;
+};
+
+// As many rows as a product takes at a time, of any type.
+inline int64_t tile_rows() { return block_kernels(DType::kFloat).tile; }
+inline int64_t tiles_of(int64_t rows) { return (rows + tile_rows() - 1) / tile_rows(); }
+
+// Rows of a chunk whose rows are `width` operands wide: few, which the threads' own caches hold; the more,
+// the larger the weight whose gradient is read and written for every chunk.
+inline int64_t chunk_rows(const BlockKernels& k, int64_t width, int64_t weight) {
+  const int64_t bytes = std::clamp<int64_t>(4 * weight * static_cast<int64_t>(sizeof(float)),
+                                            int64_t{2} << 20, int64_t{8} << 20);
+  return std::max<int64_t>(bytes / (bytes_of(k.operand) * width) / k.tile, 8) * k.tile;
 }
 
 // Call run(first, last) on ranges of rows, cut between tiles.
 template <typename Run>
 void over_rows(int64_t rows, const Run& run) {
-  const int64_t tile = block_kernels().tile;
+  const int64_t tile = tile_rows();
   torch::stable::parallel_for(0, tiles_of(rows), 1, [&](int64_t begin, int64_t end) {
     run(begin * tile, std::min(end * tile, rows));
   });
 }
 
-// A matrix B [depth, columns] in panels.
-class Packed {
+// Stored rows as operands: where they lie, or a copy of `count` of them from `row` on in working memory.
+class AsOperands {
  public:
-  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; its rows lie
-  // `row` numbers apart where it is a part of a larger one.
-  Packed(const float* weight, bool transposed, int64_t depth, int64_t columns, int64_t row = 0)
-      : depth_(depth), columns_(columns) {
-    if (row == 0) row = transposed ? depth : columns;
-    const BlockKernels& k = block_kernels();
-    const int64_t panels = (columns + k.panel - 1) / k.panel;
-    memory_ = Floats(panels * k.panel * depth);
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      k.pack(weight, row, transposed, depth, columns, begin, end, memory_.data());
-    });
+  AsOperands(const BlockKernels& k, const Rows& stored, int64_t columns, int64_t most)
+      : k_(k), stored_(stored), columns_(columns), copy_(k, k.as_stored(columns) ? 0 : most, columns) {}
+  Rows rows(int64_t row, int64_t count) const {
+    const Rows found = from(row);
+    if (!k_.as_stored(columns_)) k_.to_operand(count, columns_, stored_.at(row), found.start);
+    return found;
   }
-  void multiply(int64_t rows, const float* a, float* c) const {
-    block_kernels().multiply(rows, columns_, depth_, a, depth_, memory_.data(), depth_, false, c, columns_);
-  }
-  // By `count` columns from `first` on, a multiple of the panel's.
-  void multiply_columns(int64_t rows, const float* a, int64_t first, int64_t count, float* c) const {
-    block_kernels().multiply(rows, count, depth_, a, depth_, memory_.data() + first * depth_, depth_, false,
-                             c, count);
-  }
-  // By `count` rows from `first` on; added to c, where asked.
-  void multiply_rows(int64_t rows, const float* a, int64_t first, int64_t count, bool add, float* c) const {
-    block_kernels().multiply(rows, columns_, count, a, count, memory_.data() + first * block_kernels().panel,
-                             depth_, add, c, columns_);
+  // The same on all threads.
+  Rows rows_of_chunk(int64_t row, int64_t count) const {
+    const Rows found = from(row);
+    if (!k_.as_stored(columns_)) {
+      over_rows(count, [&](int64_t first, int64_t last) {
+        k_.to_operand(last - first, columns_, stored_.at(row + first), found.at(first));
+      });
+    }
+    return found;
   }
 
  private:
-  int64_t depth_, columns_;
-  Floats memory_;
+  Rows from(int64_t row) const {
+    const int64_t bytes = OperandRows::row_bytes(k_, columns_);
+    return {static_cast<char*>(k_.as_stored(columns_) ? stored_.at(row) : copy_.at(0)), bytes};
+  }
+
+  const BlockKernels& k_;
+  Rows stored_;
+  int64_t columns_;
+  OperandRows copy_;
 };
 
-// grad_weight [out, in] += grad_y [rows, out]^T x [rows, in].
-inline void add_weight_gradient(int64_t rows, int64_t out, int64_t in, const float* grad_y, const float* x,
-                                float* grad_weight) {
-  over_rows(out, [&](int64_t first, int64_t last) {
-    Floats scratch(kOuterDepth * block_kernels().panel);
-    block_kernels().add_outer(last - first, in, rows, grad_y + first, out, x, in, grad_weight + first * in,
-                              in, scratch.data());
-  });
-}
+// A matrix B [depth, columns] in panels.
+class Packed {
+ public:
+  // From a stored weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; its rows
+  // lie `row` numbers apart where it is a part of a larger one.
+  Packed(const BlockKernels& kernels, const void* weight, bool transposed, int64_t depth, int64_t columns,
+         int64_t row = 0)
+      : k_(kernels), depth_(depth), columns_(columns) {
+    if (row == 0) row = transposed ? depth : columns;
+    const int64_t panels = (columns + k_.panel - 1) / k_.panel;
+    memory_ = Bytes(panels * k_.panel * k_.pitch(depth) * bytes_of(k_.operand));
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      k_.pack(weight, row, transposed, depth, columns, begin, end, memory_.data());
+    });
+  }
+  void multiply(int64_t rows, const void* a, float* c) const {
+    k_.multiply(rows, columns_, depth_, a, memory_.data(), depth_, false, c);
+  }
+  // By `count` columns from `first` on, a multiple of the panel's.
+  void multiply_columns(int64_t rows, const void* a, int64_t first, int64_t count, float* c) const {
+    k_.multiply(rows, count, depth_, a, at(first * k_.pitch(depth_)), depth_, false, c);
+  }
+  // By `count` rows from `first` on, an even number; added to c, where asked.
+  void multiply_rows(int64_t rows, const void* a, int64_t first, int64_t count, bool add, float* c) const {
+    k_.multiply(rows, columns_, count, a, at(first * k_.panel), depth_, add, c);
+  }
+
+ private:
+  const void* at(int64_t number) const { return memory_.data() + number * bytes_of(k_.operand); }
+
+  const BlockKernels& k_;
+  int64_t depth_, columns_;
+  Bytes memory_;
+};
 
 // Sums over rows that are kept per tile, then added in order.
 class ColumnSums {
  public:
   explicit ColumnSums(int64_t width) : width_(width), total_(width, 0.0) {}
   void begin_chunk(int64_t rows) { partial_.assign(tiles_of(rows) * width_, 0.0f); }
-  float* tile(int64_t row) { return partial_.data() + row / block_kernels().tile * width_; }
+  float* tile(int64_t row) { return partial_.data() + row / tile_rows() * width_; }
   void end_chunk() {
     for (size_t at = 0; at < partial_.size(); at += width_) {
       for (int64_t c = 0; c < width_; ++c) total_[c] += partial_[at + c];
     }
   }
-  void write(int64_t from, const Tensor& out) const {
-    for (int64_t c = 0; c < out.numel(); ++c) pointer<float>(out)[c] = static_cast<float>(total_[from + c]);
+  // Sums from one on as a tensor of that many, in the type of another.
+  Tensor write(int64_t from, int64_t count, const Tensor& like) const {
+    Tensor out = torch::stable::new_empty(like, {count});
+    for (int64_t c = 0; c < count; ++c) {
+      const float sum = static_cast<float>(total_[from + c]);
+      if (like.scalar_type() == ScalarType::BFloat16) {
+        pointer<BFloat16>(out)[c] = Storage<BFloat16>::narrow(sum);
+      } else {
+        pointer<float>(out)[c] = sum;
+      }
+    }
+    return out;
   }
 
  private:
@@ -197,25 +289,85 @@ class ColumnSums {
   std::vector<float> partial_;
 };
 
-inline Tensor floats(const Tensor& x, int64_t count, const char* op, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == count, op, ": ", name, " must be ",
-                  count, " float32 numbers");
+// The gradient of a weight [out, in], summed in float32; without elements where it is not wanted.
+class WeightGradient {
+ public:
+  WeightGradient(const BlockKernels& k, bool wanted, const Tensor& weight, int64_t out, int64_t in)
+      : k_(k),
+        out_(out),
+        in_(in),
+        tensor_(wanted ? torch::stable::new_empty(weight, {out, in}) : torch::stable::new_empty(weight, {0})),
+        own_(wanted && k.stored != DType::kFloat ? out * in : 0),
+        sums_(k.stored == DType::kFloat ? pointer<float>(tensor_) : own_.data()) {
+    if (wanted) std::fill_n(sums_, out * in, 0.0f);
+  }
+
+  // Add grad_y [rows, out]^T x [rows, in], both operands.
+  void add(int64_t rows, const void* grad_y, const void* x) const {
+    over_rows(out_, [&](int64_t first, int64_t last) {
+      const Bytes scratch(k_.outer_scratch);
+      k_.add_outer(last - first, in_, rows, static_cast<const char*>(grad_y) + first * bytes_of(k_.operand),
+                   k_.pitch(out_), x, sums_ + first * in_, scratch.data());
+    });
+  }
+
+  const Tensor& written() const {
+    if (tensor_.numel() > 0 && k_.stored != DType::kFloat) {
+      const Rows rows = rows_of(tensor_, in_);
+      over_rows(out_, [&](int64_t first, int64_t last) {
+        k_.add(last - first, in_, sums_ + first * in_, nullptr, rows.at(first));
+      });
+    }
+    return tensor_;
+  }
+
+ private:
+  const BlockKernels& k_;
+  int64_t out_, in_;
+  Tensor tensor_;
+  Floats own_;
+  float* sums_;
+};
+
+inline DType stored_type(const Tensor& x, const char* op) {
+  const DType type = storage_of(x, op);
+  STD_TORCH_CHECK(type == DType::kFloat || type == DType::kBFloat16, op, ": takes float32 or bfloat16");
+  return type;
+}
+
+inline Tensor stored(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
+                     const char* name) {
+  const ScalarType type = k.stored == DType::kFloat ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == type && x.numel() == count, op, ": ", name, " must be ", count,
+                  k.stored == DType::kFloat ? " float32" : " bfloat16", " numbers");
   return dense(x);
 }
 
-inline std::optional<Tensor> floats(const std::optional<Tensor>& x, int64_t count, const char* op,
-                                    const char* name) {
-  return x.has_value() ? std::optional<Tensor>(floats(*x, count, op, name)) : std::nullopt;
-}
+// A vector of float32 or bfloat16, or none, as floats.
+class Vector {
+ public:
+  Vector(const std::optional<Tensor>& x, int64_t count, const char* op, const char* name) {
+    if (!x.has_value()) return;
+    stored_type(*x, op);
+    STD_TORCH_CHECK(x->numel() == count, op, ": ", name, " must be ", count, " numbers");
+    held_ = dense(*x);
+    if (held_->scalar_type() == ScalarType::Float) return;
+    wide_.resize(count);
+    for (int64_t i = 0; i < count; ++i) wide_[i] = to_wide(pointer<const BFloat16>(*held_)[i]);
+  }
+  // Null where there is none.
+  const float* data() const {
+    if (!held_.has_value()) return nullptr;
+    return held_->scalar_type() == ScalarType::Float ? pointer<const float>(*held_) : wide_.data();
+  }
+  // What starts at a row.
+  const float* at(int64_t row) const { return held_.has_value() ? data() + row : nullptr; }
+  bool has_value() const { return held_.has_value(); }
 
-inline const float* pointer_or_null(const std::optional<Tensor>& x) {
-  return x.has_value() ? pointer<const float>(*x) : nullptr;
-}
-
-// Rows from `row` on of something that may be absent.
-inline const float* at_row(const float* x, int64_t row, int64_t width = 1) {
-  return x == nullptr ? nullptr : x + row * width;
-}
+ private:
+  std::optional<Tensor> held_;
+  std::vector<float> wide_;
+};
 
 // Rows that count: those before the last offset, or all where there are no offsets.
 inline int64_t valid_rows(const std::optional<Tensor>& cu_seqlens, int64_t rows, const char* op) {
@@ -231,24 +383,13 @@ inline int64_t valid_rows(const std::optional<Tensor>& cu_seqlens, int64_t rows,
 // Rows past the last offset are nobody's: what stands for them is `from`'s, or zeros.
 inline void pass_rows(const Tensor& to, const Tensor* from, int64_t first) {
   if (to.size(0) <= first) return;
-  const int64_t row = to.size(1), count = (to.size(0) - first) * row;
-  float* out = pointer<float>(to) + first * row;
+  const Rows out = rows_of(to, to.size(1));
+  const int64_t bytes = (to.size(0) - first) * out.bytes;
   if (from == nullptr) {
-    std::fill_n(out, count, 0.0f);
+    std::memset(out.at(first), 0, bytes);
   } else {
-    std::copy_n(pointer<const float>(*from) + first * row, count, out);
+    std::memcpy(out.at(first), rows_of(*from, to.size(1)).at(first), bytes);
   }
-}
-
-inline Tensor zeros_like(const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, x.sizes());
-  std::memset(out.data_ptr(), 0, out.numel() * sizeof(float));
-  return out;
-}
-
-// Zeros like a tensor, to sum in; without elements where the sums are not wanted.
-inline Tensor zeros_where(bool wanted, const Tensor& like) {
-  return wanted ? zeros_like(like) : torch::stable::new_empty(like, {0});
 }
 
 }  // namespace deepmsi

@@ -19,7 +19,7 @@ constexpr int64_t kThreadWork = 2'000'000;  // multiply-adds below which another
 
 ContrastiveKernels active_kernels() {
 #if DEEPMSI_X86
-  switch (active_isa()) {
+  switch (active_vector_isa()) {
     case Isa::kAvx512:
       return avx512::contrastive_kernels();
     case Isa::kAvx2:

@@ -16,7 +16,7 @@ constexpr int64_t kGrain = 16384;  // elements that are worth a thread
 
 CausalConvKernels active_kernels(DType dtype) {
 #if DEEPMSI_X86
-  switch (active_isa()) {
+  switch (active_vector_isa()) {
     case Isa::kAvx512:
       return avx512::causal_conv_kernels(dtype);
     case Isa::kAvx2:

@@ -7,7 +7,6 @@ namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
 typedef int32_t VecInt __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
-typedef uint32_t VecBits __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));  // which may overflow
 
 DEEPMSI_INLINE float lane_max(Vec<float> v) {
   float top = v[0];

@@ -1,4 +1,4 @@
-// Products of float32 matrices out of registers, and row-wise functions that run while the rows are in cache.
+// Products of matrices out of registers, and row-wise functions that run while the rows are in cache.
 //
 // A tile of C stays in registers over a stretch of the depth: kRows broadcasts of A against two vectors of B.
 // B is packed so that a tile reads it in one stream; A is read where it lies.
@@ -9,104 +9,265 @@
 namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kPanel = 2 * kLanes<float>;
+constexpr int64_t kPackedColumns = 2 * kLanes<float>;
 // As many rows as leave registers for one row of B and a broadcast.
 constexpr int kTile = DEEPMSI_VECTOR_BYTES == 64 ? 12 : 6;
-// A sum is interrupted after so many terms, for its rounding.
+// A sum is interrupted after so many steps, for its rounding.
 constexpr int64_t kDepth = 256;
+// Rows of C for which pairs of A are laid out at a time.
+constexpr int64_t kOuterRows = 16 * kTile;
+
+// What products read of tensors stored as S, and what of it they take in a step of the depth.
+template <typename S>
+struct Operands {
+  using Number = float;
+  using Step = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operands<BFloat16> {
+  using Number = BFloat16;
+  using Step = Pair;
+};
+#endif
+template <typename S>
+using Operand = typename Operands<S>::Number;
+template <typename S>
+using StepOf = typename Operands<S>::Step;
+template <typename S>
+constexpr int64_t kStep = sizeof(StepOf<S>) / sizeof(Operand<S>);
+
+template <typename S>
+constexpr DType kTypeOf = sizeof(S) == sizeof(float) ? DType::kFloat : DType::kBFloat16;
+
+// Steps of a depth, whose last one may hold a zero.
+template <typename S>
+DEEPMSI_INLINE int64_t steps(int64_t depth) {
+  return (depth + kStep<S> - 1) / kStep<S>;
+}
+template <typename S>
+DEEPMSI_INLINE int64_t pitch(int64_t columns) {
+  return steps<S>(columns) * kStep<S>;
+}
 
 // One panel of C, whose last columns may be missing.
-template <Left kLeft, bool kAdd>
-inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
-                       const float* b, float* c, int64_t row_c) {
-  if (columns >= kPanel) {
-    product_columns<kLeft, kAdd, kTile, 2>(rows, depth, a, row_a, b, kPanel, c, row_c);
+template <Left kLeft, bool kAdd, typename Step>
+inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const Step* a, int64_t row_a,
+                       const Step* b, float* c, int64_t row_c) {
+  if (columns >= kPackedColumns) {
+    product_columns<kLeft, kAdd, kTile, 2>(rows, depth, a, row_a, b, kPackedColumns, c, row_c);
     return;
   }
-  float edge[kTile * kPanel];
+  float edge[kTile * kPackedColumns];
   for (int64_t i = 0; i < rows; i += kTile) {
     const int64_t count = rows - i < kTile ? rows - i : kTile;
-    product_columns<kLeft, false, kTile, 2>(count, depth, a + i * row_stride<kLeft>(row_a), row_a, b, kPanel,
-                                            edge, kPanel);
+    product_columns<kLeft, false, kTile, 2>(count, depth, a + i * row_stride<kLeft>(row_a), row_a, b,
+                                            kPackedColumns, edge, kPackedColumns);
     for (int64_t r = 0; r < count; ++r) {
       float* to = c + (i + r) * row_c;
       for (int64_t j = 0; j < columns; ++j)
-        to[j] = kAdd ? to[j] + edge[r * kPanel + j] : edge[r * kPanel + j];
+        to[j] = kAdd ? to[j] + edge[r * kPackedColumns + j] : edge[r * kPackedColumns + j];
     }
   }
 }
 
-inline void pack(const float* b, int64_t row_b, bool transposed, int64_t depth, int64_t columns,
-                 int64_t first, int64_t last, float* out) {
+// Rows k of B as steps: floats, one row at a time.
+template <typename S>
+DEEPMSI_INLINE void pack_step(const S* b, int64_t row_b, int64_t k, int64_t, int64_t width, float* to) {
+  const S* row = b + k * row_b;
+  if (width == kPackedColumns) {
+    for_channels<float>(kPackedColumns, [&](int64_t j, auto tag) { put(to + j, get(row + j, tag), tag); });
+  } else {
+    for (int64_t j = 0; j < kPackedColumns; ++j) to[j] = j < width ? to_wide(row[j]) : 0.0f;
+  }
+}
+
+// Pairs of numbers that lie in two rows one above the other; the second row may be missing.
+DEEPMSI_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int64_t count, Pair* to) {
+  int64_t j = 0;
+  for (; j + kLanes<float> <= count; j += kLanes<float>) {
+    VecBits both = load_halves(first + j);
+    if (second != nullptr) both |= load_halves(second + j) << 16;
+    __builtin_memcpy(to + j, &both, sizeof both);
+  }
+  for (; j < count; ++j) to[j] = {first[j], second != nullptr ? second[j] : BFloat16{0}};
+}
+
+// The same in pairs, two rows at a time, of which the last may be missing.
+DEEPMSI_INLINE void pack_step(const BFloat16* b, int64_t row_b, int64_t k, int64_t depth, int64_t width,
+                              Pair* to) {
+  const BFloat16* row = b + 2 * k * row_b;
+  pair_rows(row, 2 * k + 1 < depth ? row + row_b : nullptr, width, to);
+  for (int64_t j = width; j < kPackedColumns; ++j) to[j] = {};
+}
+
+// A vector of consecutive steps of a row, in the lanes of floats.
+template <typename S>
+DEEPMSI_INLINE Vec<float> steps_of(const S* row, int64_t k, const float*) {
+  return get(row + k, VectorTag{});
+}
+DEEPMSI_INLINE Vec<float> steps_of(const BFloat16* row, int64_t k, const Pair*) {
+  Vec<float> v;
+  __builtin_memcpy(&v, row + 2 * k, sizeof v);
+  return v;
+}
+template <typename S>
+DEEPMSI_INLINE float step_of(const S* row, int64_t k, int64_t, const float*) {
+  return to_wide(row[k]);
+}
+DEEPMSI_INLINE Pair step_of(const BFloat16* row, int64_t k, int64_t depth, const Pair*) {
+  return {row[2 * k], 2 * k + 1 < depth ? row[2 * k + 1] : BFloat16{0}};
+}
+
+template <typename S>
+void pack(const void* b_any, int64_t row_b, bool transposed, int64_t depth, int64_t columns, int64_t first,
+          int64_t last, void* out) {
+  using Step = StepOf<S>;
   constexpr int64_t kCount = kLanes<float>;
+  const S* b = static_cast<const S*>(b_any);
+  const int64_t count = steps<S>(depth), whole = depth / kStep<S>;
   for (int64_t p = first; p < last; ++p) {
-    float* to = out + p * depth * kPanel;
-    const int64_t from = p * kPanel, width = columns - from < kPanel ? columns - from : kPanel;
+    Step* to = static_cast<Step*>(out) + p * count * kPackedColumns;
+    const int64_t from = p * kPackedColumns,
+                  width = columns - from < kPackedColumns ? columns - from : kPackedColumns;
     if (!transposed) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const float* row = b + k * row_b + from;
-        if (width == kPanel) {
-          store(to + k * kPanel, load(row));
-          store(to + k * kPanel + kCount, load(row + kCount));
-        } else {
-          for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < width ? row[j] : 0.0f;
-        }
-      }
+      for (int64_t k = 0; k < count; ++k)
+        pack_step(b + from, row_b, k, depth, width, to + k * kPackedColumns);
       continue;
     }
     int64_t k = 0;
-    if (width == kPanel) {
-      for (; k + kCount <= depth; k += kCount) {
-        for (int64_t j = 0; j < kPanel; j += kCount) {
+    if (width == kPackedColumns) {
+      for (; k + kCount <= whole; k += kCount) {
+        for (int64_t j = 0; j < kPackedColumns; j += kCount) {
           Vec<float> square[kCount];
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < kCount; ++i) square[i] = load(b + (from + j + i) * row_b + k);
+          for (int64_t i = 0; i < kCount; ++i) square[i] = steps_of(b + (from + j + i) * row_b, k, to);
           transpose<float>(square);
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < kCount; ++i) store(to + (k + i) * kPanel + j, square[i]);
+          for (int64_t i = 0; i < kCount; ++i)
+            __builtin_memcpy(to + (k + i) * kPackedColumns + j, &square[i], sizeof square[i]);
         }
       }
     }
-    for (; k < depth; ++k) {
-      for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < width ? b[(from + j) * row_b + k] : 0.0f;
+    for (; k < count; ++k) {
+      for (int64_t j = 0; j < kPackedColumns; ++j)
+        to[k * kPackedColumns + j] = j < width ? step_of(b + (from + j) * row_b, k, depth, to) : Step{};
     }
   }
 }
 
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
-                     const float* packed, int64_t panel_depth, bool add, float* c, int64_t row_c) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const float* panel = packed + j * panel_depth;
-    const int64_t width = columns - j, first = depth < kDepth ? depth : kDepth;
+template <typename S>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const void* a_any, const void* packed,
+              int64_t panel_depth, bool add, float* c) {
+  using Step = StepOf<S>;
+  const Step* a = static_cast<const Step*>(a_any);
+  const int64_t count = steps<S>(depth), row_c = columns;
+  for (int64_t j = 0; j < columns; j += kPackedColumns) {
+    const Step* panel = static_cast<const Step*>(packed) + j * steps<S>(panel_depth);
+    const int64_t width = columns - j, first = count < kDepth ? count : kDepth;
     if (add) {
-      gemm_panel<Left::kRows, true>(rows, width, first, a, row_a, panel, c + j, row_c);
+      gemm_panel<Left::kRows, true>(rows, width, first, a, count, panel, c + j, row_c);
     } else {
-      gemm_panel<Left::kRows, false>(rows, width, first, a, row_a, panel, c + j, row_c);
+      gemm_panel<Left::kRows, false>(rows, width, first, a, count, panel, c + j, row_c);
     }
-    for (int64_t k = kDepth; k < depth; k += kDepth) {
-      gemm_panel<Left::kRows, true>(rows, width, depth - k < kDepth ? depth - k : kDepth, a + k, row_a,
-                                    panel + k * kPanel, c + j, row_c);
+    for (int64_t k = kDepth; k < count; k += kDepth) {
+      gemm_panel<Left::kRows, true>(rows, width, count - k < kDepth ? count - k : kDepth, a + k, count,
+                                    panel + k * kPackedColumns, c + j, row_c);
     }
   }
 }
 
-inline void add_outer(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
-                      const float* b, int64_t row_b, float* c, int64_t row_c, float* scratch) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
+inline void add_outer_steps(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row_a,
+                            const float* b, float* c, float* panel) {
+  for (int64_t j = 0; j < columns; j += kPackedColumns) {
+    const int64_t width = columns - j;
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t count = depth - k < kDepth ? depth - k : kDepth;
-      pack(b + k * row_b + j, row_b, false, count, columns - j, 0, 1, scratch);
-      gemm_panel<Left::kTurned, true>(rows, columns - j, count, a + k * row_a, row_a, scratch, c + j, row_c);
+      for (int64_t i = 0; i < count; ++i)
+        pack_step(b + j, columns, k + i, depth, width < kPackedColumns ? width : kPackedColumns,
+                  panel + i * kPackedColumns);
+      gemm_panel<Left::kTurned, true>(rows, width, count, a + k * row_a, row_a, panel, c + j, columns);
     }
   }
 }
 
-inline void add_bias(int64_t rows, int64_t columns, float* x, const float* bias) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = x + r * columns;
-    for_channels<float>(
-        columns, [&](int64_t c, auto tag) { put(row + c, get(row + c, tag) + get(bias + c, tag), tag); });
+#if defined(__AVX512BF16__)
+// Two rows of A make a row of pairs, which are laid out first.
+inline void add_outer_steps(int64_t rows, int64_t columns, int64_t depth, const BFloat16* a, int64_t row_a,
+                            const BFloat16* b, float* c, Pair* panel) {
+  Pair* left = panel + kDepth * kPackedColumns;
+  const int64_t row_b = pitch<BFloat16>(columns), all = steps<BFloat16>(depth);
+  for (int64_t k = 0; k < all; k += kDepth) {
+    const int64_t count = all - k < kDepth ? all - k : kDepth;
+    for (int64_t i = 0; i < rows; i += kOuterRows) {
+      const int64_t some = rows - i < kOuterRows ? rows - i : kOuterRows;
+      for (int64_t t = 0; t < count; ++t) {
+        const BFloat16* row = a + 2 * (k + t) * row_a + i;
+        pair_rows(row, 2 * (k + t) + 1 < depth ? row + row_a : nullptr, some, left + t * kOuterRows);
+      }
+      for (int64_t j = 0; j < columns; j += kPackedColumns) {
+        const int64_t width = columns - j;
+        for (int64_t t = 0; t < count; ++t)
+          pack_step(b + j, row_b, k + t, depth, width < kPackedColumns ? width : kPackedColumns,
+                    panel + t * kPackedColumns);
+        gemm_panel<Left::kTurned, true>(some, width, count, left, kOuterRows, panel, c + i * columns + j,
+                                        columns);
+      }
+    }
   }
+}
+#endif
+
+template <typename S>
+void add_outer(int64_t rows, int64_t columns, int64_t depth, const void* a, int64_t row_a, const void* b,
+               float* c, void* scratch) {
+  add_outer_steps(rows, columns, depth, static_cast<const Operand<S>*>(a), row_a,
+                  static_cast<const Operand<S>*>(b), c, static_cast<StepOf<S>*>(scratch));
+}
+
+// Every row of x [rows, columns], whose rows lie `pitch_x` apart, in another type and pitch, with zeros
+// behind it.
+template <typename From, typename To>
+DEEPMSI_INLINE void convert(int64_t rows, int64_t columns, const From* x, int64_t pitch_x, To* y,
+                            int64_t pitch_y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const From* from = x + r * pitch_x;
+    To* to = y + r * pitch_y;
+    for_channels<float>(columns, [&](int64_t c, auto tag) { put(to + c, get(from + c, tag), tag); });
+    for (int64_t c = columns; c < pitch_y; ++c) to[c] = To{};
+  }
+}
+
+template <typename S>
+void to_operand(int64_t rows, int64_t columns, const void* x, void* y) {
+  convert(rows, columns, static_cast<const S*>(x), columns, static_cast<Operand<S>*>(y), pitch<S>(columns));
+}
+
+template <typename S>
+void to_stored(int64_t rows, int64_t columns, const void* x, void* y) {
+  convert(rows, columns, static_cast<const Operand<S>*>(x), pitch<S>(columns), static_cast<S*>(y), columns);
+}
+
+// Call body(row of x, row of y) for the rows of x and operands y, and put zeros behind those of y.
+template <typename S, typename Body>
+DEEPMSI_INLINE void for_operands(int64_t rows, int64_t columns, float* x, void* y, const Body& body) {
+  const int64_t wide = pitch<S>(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    Operand<S>* to = static_cast<Operand<S>*>(y) + r * wide;
+    body(r, x + r * columns, to);
+    for (int64_t c = columns; c < wide; ++c) to[c] = {};
+  }
+}
+
+template <typename S>
+void add_bias(int64_t rows, int64_t columns, float* x, const float* bias, void* y) {
+  for_operands<S>(rows, columns, x, y, [&](int64_t, const float* row, Operand<S>* to) {
+    for_channels<float>(columns, [&](int64_t c, auto tag) {
+      auto value = get(row + c, tag);
+      if (bias != nullptr) value = value + get(bias + c, tag);
+      put(to + c, value, tag);
+    });
+  });
 }
 
 // A vector, or what is left of a row, with zeros behind it.
@@ -116,78 +277,100 @@ DEEPMSI_INLINE Vec<float> load_some(const float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
 }
-DEEPMSI_INLINE void store_some(float* p, Vec<float> v, int64_t count) {
+template <typename T>
+DEEPMSI_INLINE void store_some(T* p, Vec<float> v, int64_t count) {
   if (count >= kLanes<float>) {
-    store(p, v);
+    put(p, v, VectorTag{});
   } else {
-    for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+    for (int64_t i = 0; i < count; ++i) put(p + i, v[i], ScalarTag{});
   }
 }
 
-inline void bias_gelu(int64_t rows, int64_t columns, float* x, const float* bias) {
-  for (int64_t r = 0; r < rows; ++r) {
+template <typename S>
+void bias_gelu(int64_t rows, int64_t columns, float* x, const float* bias, void* y) {
+  for_operands<S>(rows, columns, x, y, [&](int64_t, const float* row, Operand<S>* to) {
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      float* at = x + r * columns + c;
-      const Vec<float> h = load_some(at, columns - c) + load_some(bias + c, columns - c);
-      store_some(at, h * normal(h).below, columns - c);
+      const Vec<float> h = load_some(row + c, columns - c) + load_some(bias + c, columns - c);
+      store_some(to + c, h * normal(h).below, columns - c);
     }
-  }
+  });
 }
 
-inline void bias_gelu_slope(int64_t rows, int64_t columns, float* x, const float* bias, float* y) {
-  for (int64_t r = 0; r < rows; ++r) {
+template <typename S>
+void bias_gelu_slope(int64_t rows, int64_t columns, float* x, const float* bias, void* y) {
+  for_operands<S>(rows, columns, x, y, [&](int64_t, float* row, Operand<S>* to) {
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      float* at = x + r * columns + c;
-      const Vec<float> h = load_some(at, columns - c) + load_some(bias + c, columns - c);
+      const Vec<float> h = load_some(row + c, columns - c) + load_some(bias + c, columns - c);
       const Normal n = normal(h);
-      store_some(y + r * columns + c, h * n.below, columns - c);
-      store_some(at, n.below + h * n.density, columns - c);
+      store_some(to + c, h * n.below, columns - c);
+      store_some(row + c, n.below + h * n.density, columns - c);
     }
-  }
+  });
 }
 
-inline void scale_by(int64_t rows, int64_t columns, float* x, const float* y) {
-  for_channels<float>(rows * columns,
-                      [&](int64_t c, auto tag) { put(x + c, get(x + c, tag) * get(y + c, tag), tag); });
+template <typename S>
+void scale_by(int64_t rows, int64_t columns, float* x, const float* factor, void* y) {
+  for_operands<S>(rows, columns, x, y, [&](int64_t r, const float* row, Operand<S>* to) {
+    const float* by = factor + r * columns;
+    for_channels<float>(columns,
+                        [&](int64_t c, auto tag) { put(to + c, get(row + c, tag) * get(by + c, tag), tag); });
+  });
 }
 
-inline void add(int64_t rows, int64_t columns, float* x, const float* y) {
-  for_channels<float>(rows * columns,
-                      [&](int64_t c, auto tag) { put(x + c, get(x + c, tag) + get(y + c, tag), tag); });
+template <typename T>
+DEEPMSI_INLINE void add_to(int64_t columns, float* sums, const T* x) {
+  for_channels<float>(columns,
+                      [&](int64_t c, auto tag) { put(sums + c, get(sums + c, tag) + get(x + c, tag), tag); });
 }
 
-inline void add_columns(int64_t rows, int64_t columns, const float* x, float* sums) {
-  for (int64_t r = 0; r < rows; ++r) add(1, columns, sums, x + r * columns);
+template <typename S>
+void add_columns(int64_t rows, int64_t columns, const void* x, float* sums) {
+  for (int64_t r = 0; r < rows; ++r)
+    add_to(columns, sums, static_cast<const Operand<S>*>(x) + r * pitch<S>(columns));
+}
+
+template <typename S>
+void add(int64_t rows, int64_t columns, const float* x, const void* y, void* out) {
+  const S* other = static_cast<const S*>(y);
+  for_channels<float>(rows * columns, [&](int64_t c, auto tag) {
+    auto value = get(x + c, tag);
+    if (other != nullptr) value = value + get(other + c, tag);
+    put(static_cast<S*>(out) + c, value, tag);
+  });
 }
 
 struct Moments {
   float mean, inverse;  // of the standard deviation
 };
 
-DEEPMSI_INLINE Moments moments(const float* z, int64_t columns, float eps) {
+template <typename T>
+DEEPMSI_INLINE Moments moments(const T* z, int64_t columns, float eps) {
   Vec<float> sum = {};
   int64_t c = 0;
-  for (; c + kLanes<float> <= columns; c += kLanes<float>) sum += load(z + c);
+  for (; c + kLanes<float> <= columns; c += kLanes<float>) sum += get(z + c, VectorTag{});
   float total = lane_sum<float>(sum);
-  for (; c < columns; ++c) total += z[c];
+  for (; c < columns; ++c) total += to_wide(z[c]);
   const float mean = total / static_cast<float>(columns);
   Vec<float> square = {};
   for (c = 0; c + kLanes<float> <= columns; c += kLanes<float>) {
-    const Vec<float> d = load(z + c) - mean;
+    const Vec<float> d = get(z + c, VectorTag{}) - mean;
     square += d * d;
   }
   float spread = lane_sum<float>(square);
-  for (; c < columns; ++c) spread += (z[c] - mean) * (z[c] - mean);
+  for (; c < columns; ++c) spread += (to_wide(z[c]) - mean) * (to_wide(z[c]) - mean);
   return {mean, 1.0f / root(spread / static_cast<float>(columns) + eps)};
 }
 
-inline void norm(int64_t rows, int64_t columns, float* z, const float* bias, const float* x,
-                 const float* scale, const float* weight, const float* shift, float eps, float* y) {
+template <typename S>
+void norm(int64_t rows, int64_t columns, float* z, const float* bias, const void* x, const float* scale,
+          const float* weight, const float* shift, float eps, void* y, void* kept) {
   for (int64_t r = 0; r < rows; ++r) {
-    float *from = z + r * columns, *to = y + r * columns;
-    if (bias != nullptr) add(1, columns, from, bias);
+    float* from = z + r * columns;
+    S* to = static_cast<S*>(y) + r * columns;
+    if (bias != nullptr) add_to(columns, from, bias);
+    if (kept != nullptr) convert(1, columns, from, columns, static_cast<S*>(kept) + r * columns, columns);
     const Moments m = moments(from, columns, eps);
-    const float* skip = x != nullptr ? x + r * columns : nullptr;
+    const S* skip = x != nullptr ? static_cast<const S*>(x) + r * columns : nullptr;
     const float by = scale != nullptr ? scale[r] : 1.0f;
     for_channels<float>(columns, [&](int64_t c, auto tag) {
       auto value = (get(from + c, tag) - m.mean) * m.inverse * get(weight + c, tag) + get(shift + c, tag);
@@ -197,11 +380,13 @@ inline void norm(int64_t rows, int64_t columns, float* z, const float* bias, con
   }
 }
 
-inline void norm_gradient(int64_t rows, int64_t columns, const float* grad_y, const float* z,
-                          const float* scale, const float* weight, float eps, float* grad_z, float* sums) {
+template <typename S>
+void norm_gradient(int64_t rows, int64_t columns, const void* grad_y, const void* z, const float* scale,
+                   const float* weight, float eps, void* grad_z, float* sums) {
+  const int64_t wide = pitch<S>(columns);
   for (int64_t r = 0; r < rows; ++r) {
-    const float *dy = grad_y + r * columns, *from = z + r * columns;
-    float* to = grad_z + r * columns;
+    const S *dy = static_cast<const S*>(grad_y) + r * columns, *from = static_cast<const S*>(z) + r * columns;
+    Operand<S>* to = static_cast<Operand<S>*>(grad_z) + r * wide;
     const Moments m = moments(from, columns, eps);
     const float by = scale != nullptr ? scale[r] : 1.0f;
     Vec<float> sum = {}, along = {};
@@ -227,14 +412,37 @@ inline void norm_gradient(int64_t rows, int64_t columns, const float* grad_y, co
       put(to + c, gradient, tag);
       put(sums + 2 * columns + c, get(sums + 2 * columns + c, tag) + gradient, tag);
     });
+    for (int64_t c = columns; c < wide; ++c) to[c] = {};
   }
+}
+
+template <typename S>
+BlockKernels block_kernels_of() {
+  const int64_t pairs = kStep<S> > 1 ? kOuterRows : 0;
+  return {kTypeOf<S>,
+          kTypeOf<Operand<S>>,
+          kTile,
+          kPackedColumns,
+          pack<S>,
+          multiply<S>,
+          add_outer<S>,
+          kDepth * (kPackedColumns + pairs) * static_cast<int64_t>(sizeof(StepOf<S>)),
+          to_operand<S>,
+          to_stored<S>,
+          add_bias<S>,
+          bias_gelu<S>,
+          bias_gelu_slope<S>,
+          scale_by<S>,
+          add_columns<S>,
+          add<S>,
+          norm<S>,
+          norm_gradient<S>};
 }
 
 }  // namespace
 
-BlockKernels block_kernels() {
-  return {kTile,           kPanel,   pack, multiply,    add_outer, add_bias,     bias_gelu,
-          bias_gelu_slope, scale_by, add,  add_columns, norm,      norm_gradient};
+BlockKernels block_kernels(DType stored) {
+  return stored == DType::kBFloat16 ? block_kernels_of<BFloat16>() : block_kernels_of<float>();
 }
 
 }  // namespace deepmsi::DEEPMSI_ISA_NAMESPACE

@@ -14,10 +14,20 @@
 
 namespace deepmsi {
 
-enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+// The last one multiplies bfloat16, too.
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 inline const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
 }
 
 // The highest instruction set that this CPU (and its operating system) runs and the kernels are built for.
@@ -28,7 +38,7 @@ inline Isa cpu_isa() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (avx2) return Isa::kAvx2;
 #endif
@@ -41,13 +51,16 @@ inline Isa active_isa() {
     const Isa best = cpu_isa();
     const char* asked = std::getenv("DEEPMSI_ISA");
     if (asked == nullptr) return best;
-    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
       if (std::strcmp(asked, isa_name(lower)) == 0 && lower <= best) return lower;
     }
     throw std::runtime_error(std::string("DEEPMSI_ISA must name an instruction set up to ") + isa_name(best) +
-                             " (baseline, avx2, avx512), not " + asked);
+                             " (baseline, avx2, avx512, avx512_bf16), not " + asked);
   }();
   return isa;
 }
+
+// The same for kernels that multiply no bfloat16, which the last one holds no others of.
+inline Isa active_vector_isa() { return active_isa() == Isa::kAvx512Bf16 ? Isa::kAvx512 : active_isa(); }
 
 }  // namespace deepmsi

@@ -2,7 +2,6 @@
 //
 // The wide hidden rows never leave the cache: the forward pass makes them a block of rows and of columns at a
 // time, the backward pass makes them again a chunk at a time. Rows past the last offset cost nothing.
-#include <cstring>
 #include <tuple>
 
 #include "blocks.h"
@@ -19,8 +18,9 @@ constexpr int64_t kRowBytes = int64_t{8} << 20;
 
 struct Mlp {
   int64_t rows, channels, hidden, valid;
-  Tensor x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias;
-  std::optional<Tensor> row_scale;
+  const BlockKernels& k;
+  Tensor x, fc1_weight, fc2_weight;
+  Vector fc1_bias, fc2_bias, norm_weight, norm_bias, row_scale;
   float eps;
 
   Mlp(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
@@ -30,126 +30,136 @@ struct Mlp {
         channels(x_any.size(1)),
         hidden(w1.size(0)),
         valid(valid_rows(cu_seqlens, rows, kOp)),
-        x(floats(x_any, rows * channels, kOp, "x")),
-        fc1_weight(floats(w1, hidden * channels, kOp, "fc1_weight")),
-        fc1_bias(floats(b1, hidden, kOp, "fc1_bias")),
-        fc2_weight(floats(w2, channels * hidden, kOp, "fc2_weight")),
-        fc2_bias(floats(b2, channels, kOp, "fc2_bias")),
-        norm_weight(floats(weight, channels, kOp, "norm_weight")),
-        norm_bias(floats(bias, channels, kOp, "norm_bias")),
-        row_scale(floats(scale, rows, kOp, "row_scale")),
+        k(block_kernels(stored_type(w1, kOp))),
+        x(stored(x_any, k, rows * channels, kOp, "x")),
+        fc1_weight(stored(w1, k, hidden * channels, kOp, "fc1_weight")),
+        fc2_weight(stored(w2, k, channels * hidden, kOp, "fc2_weight")),
+        fc1_bias(b1, hidden, kOp, "fc1_bias"),
+        fc2_bias(b2, channels, kOp, "fc2_bias"),
+        norm_weight(weight, channels, kOp, "norm_weight"),
+        norm_bias(bias, channels, kOp, "norm_bias"),
+        row_scale(scale, rows, kOp, "row_scale"),
         eps(static_cast<float>(epsilon)) {}
 };
 
-std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x, Tensor fc1_weight, Tensor fc1_bias,
+std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight, Tensor fc1_bias,
                                                 Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight,
                                                 Tensor norm_bias, std::optional<Tensor> row_scale,
                                                 std::optional<Tensor> cu_seqlens, double eps,
                                                 bool with_grad) {
-  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, cu_seqlens,
-              eps);
-  const BlockKernels& k = block_kernels();
-  Tensor y = torch::stable::new_empty(m.x, {m.rows, m.channels});
-  Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, m.channels});
-  const int64_t width = std::min(m.hidden, kHiddenColumns), block = block_rows(width + 2 * m.channels);
+  const Mlp m(x_any, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale,
+              cu_seqlens, eps);
+  const BlockKernels& k = m.k;
+  const int64_t channels = m.channels;
+  Tensor y_all = torch::stable::new_empty(m.x, {m.rows, channels});
+  Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, channels});
+  const Rows x = rows_of(m.x, channels), y = rows_of(y_all, channels), kept = rows_of(branch, channels);
+  const int64_t width = std::min(m.hidden, kHiddenColumns), block = block_rows(width + 2 * channels);
   // Few rows: the memory that a group's weights are packed into stays in cache, too. Many: all weights at
   // once.
-  const bool few = m.valid * m.channels * static_cast<int64_t>(sizeof(float)) <= kRowBytes;
+  const bool few = m.valid * channels * static_cast<int64_t>(sizeof(float)) <= kRowBytes;
   const int64_t span = few ? width : m.hidden;
+  // What the norm reads is summed where it is kept, or where its result will be, if floats are stored; else
+  // in memory of its own, from group to group for all rows.
+  const bool floats = k.stored == DType::kFloat, across = !floats && span < m.hidden;
+  const Floats summed(across ? m.valid * channels : 0);
   for (int64_t start = 0; start < m.hidden; start += span) {
     const int64_t group = std::min(span, m.hidden - start);
-    const Packed first(pointer<const float>(m.fc1_weight) + start * m.channels, true, m.channels, group);
-    const Packed second(pointer<const float>(m.fc2_weight) + start, true, group, m.channels, m.hidden);
+    const int64_t bytes = bytes_of(k.stored);
+    const Packed first(k, rows_of(m.fc1_weight, channels).at(start), true, channels, group);
+    const Packed second(k, static_cast<const char*>(m.fc2_weight.data_ptr()) + start * bytes, true, group,
+                        channels, m.hidden);
     over_rows(m.valid, [&](int64_t begin, int64_t end) {
-      const Floats hidden(block * width);
+      const Floats hidden(block * width), own(floats || across ? 0 : block * channels);
+      const OperandRows active(k, block, width, &hidden);
+      const AsOperands operands(k, x, channels, block);
       for (int64_t row = begin; row < end; row += block) {
-        const int64_t count = std::min(block, end - row), at = row * m.channels;
-        const float* in = pointer<const float>(m.x) + at;
-        float* z = pointer<float>(with_grad ? branch : y) + at;
+        const int64_t count = std::min(block, end - row);
+        const void* in = operands.rows(row, count).start;
+        float* z = floats   ? static_cast<float*>((with_grad ? kept : y).at(row))
+                   : across ? summed.data() + row * channels
+                            : own.data();
         for (int64_t from = 0; from < group; from += width) {
           const int64_t columns = std::min(width, group - from);
           first.multiply_columns(count, in, from, columns, hidden.data());
-          k.bias_gelu(count, columns, hidden.data(), pointer<const float>(m.fc1_bias) + start + from);
-          second.multiply_rows(count, hidden.data(), from, columns, start + from > 0, z);
+          k.bias_gelu(count, columns, hidden.data(), m.fc1_bias.at(start + from), active.at(0));
+          second.multiply_rows(count, active.at(0), from, columns, start + from > 0, z);
         }
         if (start + group < m.hidden) continue;
-        k.norm(count, m.channels, z, pointer<const float>(m.fc2_bias), in,
-               at_row(pointer_or_null(m.row_scale), row), pointer<const float>(m.norm_weight),
-               pointer<const float>(m.norm_bias), m.eps, pointer<float>(y) + at);
+        k.norm(count, channels, z, m.fc2_bias.data(), x.at(row), m.row_scale.at(row), m.norm_weight.data(),
+               m.norm_bias.data(), m.eps, y.at(row), with_grad && !floats ? kept.at(row) : nullptr);
       }
     });
   }
-  pass_rows(y, &m.x, m.valid);
+  pass_rows(y_all, &m.x, m.valid);
   pass_rows(branch, nullptr, m.valid);
-  return {y, branch};
+  return {y_all, branch};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_bwd_cpu(
-    Tensor grad_y_any, Tensor x, Tensor branch, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,
+    Tensor grad_y_any, Tensor x_any, Tensor branch, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,
     Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale,
     std::optional<Tensor> cu_seqlens, double eps, bool wants_layers) {
-  const Mlp m(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale, cu_seqlens,
-              eps);
-  const BlockKernels& k = block_kernels();
+  const Mlp m(x_any, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, row_scale,
+              cu_seqlens, eps);
+  const BlockKernels& k = m.k;
   const int64_t channels = m.channels, width = m.hidden;
-  const Tensor grad_y = floats(grad_y_any, m.rows * channels, kOp, "the gradient");
-  const Tensor z = floats(branch, m.rows * channels, kOp, "the branch");
+  const Tensor grad_y = stored(grad_y_any, k, m.rows * channels, kOp, "the gradient");
+  const Tensor held = stored(branch, k, m.rows * channels, kOp, "the branch");
   Tensor grad_x = torch::stable::new_empty(m.x, {m.rows, channels});
-  Tensor grad_fc1 = zeros_where(wants_layers, m.fc1_weight),
-         grad_fc2 = zeros_where(wants_layers, m.fc2_weight);
-  const Packed first(pointer<const float>(m.fc1_weight), true, channels, width);
-  const Packed back_second(pointer<const float>(m.fc2_weight), false, channels, width);
-  const Packed back_first(pointer<const float>(m.fc1_weight), false, width, channels);
+  const Rows x = rows_of(m.x, channels), dy = rows_of(grad_y, channels), z = rows_of(held, channels),
+             dx = rows_of(grad_x, channels);
+  const WeightGradient grad_fc1(k, wants_layers, m.fc1_weight, width, channels),
+      grad_fc2(k, wants_layers, m.fc2_weight, channels, width);
+  const Packed first(k, m.fc1_weight.data_ptr(), true, channels, width);
+  const Packed back_second(k, m.fc2_weight.data_ptr(), false, channels, width);
+  const Packed back_first(k, m.fc1_weight.data_ptr(), false, width, channels);
 
-  const int64_t step = std::min(chunk_rows(width), std::max<int64_t>(m.valid, 1));
-  const Floats active(step * width), grad_hidden(step * width), grad_z(step * channels);
+  const bool floats = k.operand == DType::kFloat;
+  const int64_t step = std::min(chunk_rows(k, width, width * channels), std::max<int64_t>(m.valid, 1));
+  const OperandRows active(k, step, width), grad_hidden(k, step, width), grad_z(k, step, channels);
+  const AsOperands operands(k, x, channels, step);
   ColumnSums sums(3 * channels + width);  // of the norm's weight and bias, of b2, of b1
   for (int64_t start = 0; start < m.valid; start += step) {
     const int64_t rows = std::min(step, m.valid - start);
-    const float* in = pointer<const float>(m.x) + start * channels;
+    const Rows in = operands.rows_of_chunk(start, rows);
     sums.begin_chunk(rows);
     over_rows(rows, [&](int64_t begin, int64_t end) {
-      const Floats gradient(kBlockRows * width);
+      const Floats gradient(kBlockRows * width), slopes(floats ? 0 : kBlockRows * width);
+      const Floats back(k.stored == DType::kFloat ? 0 : kBlockRows * channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
-        const int64_t count = std::min(kBlockRows, end - row), at = (start + row) * channels;
-        const float* dy = pointer<const float>(grad_y) + at;
-        float *dz = grad_z.data() + row * channels, *slope = grad_hidden.data() + row * width;
-        for (int64_t r = 0; r < count; r += k.tile) {
-          k.norm_gradient(std::min(k.tile, count - r), channels, dy + r * channels,
-                          pointer<const float>(z) + at + r * channels,
-                          at_row(pointer_or_null(m.row_scale), start + row + r),
-                          pointer<const float>(m.norm_weight), m.eps, dz + r * channels, sums.tile(row + r));
+        const int64_t count = std::min(kBlockRows, end - row), at = start + row;
+        for (int64_t r = row; r < row + count; r += k.tile) {
+          k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(start + r), z.at(start + r),
+                          m.row_scale.at(start + r), m.norm_weight.data(), m.eps, grad_z.at(r), sums.tile(r));
         }
-        first.multiply(count, in + row * channels, slope);
-        k.bias_gelu_slope(count, width, slope, pointer<const float>(m.fc1_bias), active.data() + row * width);
-        back_second.multiply(count, dz, gradient.data());
-        k.scale_by(count, width, slope, gradient.data());
-        for (int64_t r = 0; wants_layers && r < count; r += k.tile) {
-          k.add_columns(std::min(k.tile, count - r), width, slope + r * width,
-                        sums.tile(row + r) + 3 * channels);
+        float* slope = floats ? static_cast<float*>(grad_hidden.at(row)) : slopes.data();
+        first.multiply(count, in.at(row), slope);
+        k.bias_gelu_slope(count, width, slope, m.fc1_bias.data(), active.at(row));
+        back_second.multiply(count, grad_z.at(row), gradient.data());
+        k.scale_by(count, width, slope, gradient.data(), grad_hidden.at(row));
+        for (int64_t r = row; wants_layers && r < row + count; r += k.tile) {
+          k.add_columns(std::min(k.tile, row + count - r), width, grad_hidden.at(r),
+                        sums.tile(r) + 3 * channels);
         }
-        back_first.multiply(count, slope, pointer<float>(grad_x) + at);
-        k.add(count, channels, pointer<float>(grad_x) + at, dy);
+        float* through = k.stored == DType::kFloat ? static_cast<float*>(dx.at(at)) : back.data();
+        back_first.multiply(count, grad_hidden.at(row), through);
+        k.add(count, channels, through, dy.at(at), dx.at(at));
       }
     });
     sums.end_chunk();
     if (!wants_layers) continue;
-    add_weight_gradient(rows, width, channels, grad_hidden.data(), in, pointer<float>(grad_fc1));
-    add_weight_gradient(rows, channels, width, grad_z.data(), active.data(), pointer<float>(grad_fc2));
+    grad_fc1.add(rows, grad_hidden.at(0), in.at(0));
+    grad_fc2.add(rows, grad_z.at(0), active.at(0));
   }
   pass_rows(grad_x, &grad_y, m.valid);
-  auto written = [&](int64_t from, int64_t count) {
-    Tensor out = torch::stable::new_empty(m.x, {count});
-    sums.write(from, out);
-    return out;
-  };
   return {grad_x,
-          grad_fc1,
-          written(3 * channels, wants_layers ? width : 0),
-          grad_fc2,
-          written(2 * channels, wants_layers ? channels : 0),
-          written(0, channels),
-          written(channels, channels)};
+          grad_fc1.written(),
+          sums.write(3 * channels, wants_layers ? width : 0, fc1_bias),
+          grad_fc2.written(),
+          sums.write(2 * channels, wants_layers ? channels : 0, fc2_bias),
+          sums.write(0, channels, norm_weight),
+          sums.write(channels, channels, norm_bias)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

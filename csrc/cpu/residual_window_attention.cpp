@@ -14,10 +14,11 @@ constexpr const char* kOp = "residual_window_attention";
 
 struct Attention {
   int64_t rows, channels;
-  Tensor x, qkv_weight, proj_weight, proj_bias, norm_weight, norm_bias;
-  std::optional<Tensor> qkv_bias, row_scale;
+  const BlockKernels& k;
+  Tensor x, qkv_weight, proj_weight;
+  Vector qkv_bias, proj_bias, norm_weight, norm_bias, row_scale;
   float eps;
-  WindowCall call;
+  WindowCall call;  // of operands
 
   Attention(const Tensor& x_any, const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& proj,
             const Tensor& projected_bias, const Tensor& weight, const Tensor& shift_of_norm,
@@ -27,17 +28,21 @@ struct Attention {
             int64_t window, int64_t shift)
       : rows(x_any.size(0)),
         channels(x_any.size(1)),
-        x(floats(x_any, rows * channels, kOp, "x")),
-        qkv_weight(floats(qkv, 3 * channels * channels, kOp, "qkv_weight")),
-        proj_weight(floats(proj, channels * channels, kOp, "proj_weight")),
-        proj_bias(floats(projected_bias, channels, kOp, "proj_bias")),
-        norm_weight(floats(weight, channels, kOp, "norm_weight")),
-        norm_bias(floats(shift_of_norm, channels, kOp, "norm_bias")),
-        qkv_bias(floats(bias, 3 * channels, kOp, "qkv_bias")),
-        row_scale(floats(scale_of_row, rows, kOp, "row_scale")),
+        k(block_kernels(stored_type(qkv, kOp))),
+        x(stored(x_any, k, rows * channels, kOp, "x")),
+        qkv_weight(stored(qkv, k, 3 * channels * channels, kOp, "qkv_weight")),
+        proj_weight(stored(proj, k, channels * channels, kOp, "proj_weight")),
+        qkv_bias(bias, 3 * channels, kOp, "qkv_bias"),
+        proj_bias(projected_bias, channels, kOp, "proj_bias"),
+        norm_weight(weight, channels, kOp, "norm_weight"),
+        norm_bias(shift_of_norm, channels, kOp, "norm_bias"),
+        row_scale(scale_of_row, rows, kOp, "row_scale"),
         eps(static_cast<float>(epsilon)),
-        call(kOp, rows, channels, DType::kFloat, bias_table, head_scale, scale, positions, cu_seqlens, heads,
-             height, width, window, shift) {}
+        call(kOp, rows, channels, k.operand, bias_table, head_scale, scale, positions, cu_seqlens, heads,
+             height, width, window, shift) {
+    call.w.qkv_stride = call.w.grad_qkv_stride = k.pitch(3 * channels);
+    call.w.out_stride = k.pitch(channels);
+  }
 };
 
 // Some frames of a call, whose rows count from 0.
@@ -50,7 +55,8 @@ struct Chunk {
 template <typename Run>
 void over_chunks(const Attention& a, const Run& run) {
   const WindowCall& call = a.call;
-  const int64_t most = std::max(chunk_rows(3 * a.channels), call.w.height * call.w.width);
+  const int64_t most =
+      std::max(chunk_rows(a.k, 3 * a.channels, 3 * a.channels * a.channels), call.w.height * call.w.width);
   // Of about as many frames each: a small rest at the end would read all weights again for little.
   const int64_t full = std::max<int64_t>(call.frames * most / std::max<int64_t>(call.valid, 1), 1);
   const int64_t chunks = (call.frames + full - 1) / full;
@@ -79,67 +85,79 @@ int64_t largest_chunk(const Attention& a) {
   return rows;
 }
 
-void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, float* qkv) {
-  const int64_t block = block_rows(a.channels);
+// q, k and v of a chunk's rows, in operands.
+void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, const OperandRows& qkv) {
+  const BlockKernels& k = a.k;
+  const int64_t wide = 3 * a.channels, block = block_rows(a.channels);
+  const bool floats = k.operand == DType::kFloat;
   over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
+    const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, block);
+    const Floats own(floats ? 0 : block * wide);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
-      float* to = qkv + row * 3 * a.channels;
-      weight.multiply(count, pointer<const float>(a.x) + (chunk.first + row) * a.channels, to);
-      if (a.qkv_bias.has_value())
-        block_kernels().add_bias(count, 3 * a.channels, to, pointer<const float>(*a.qkv_bias));
+      float* to = floats ? static_cast<float*>(qkv.at(row)) : own.data();
+      weight.multiply(count, operands.rows(chunk.first + row, count).start, to);
+      if (!floats || a.qkv_bias.has_value()) k.add_bias(count, wide, to, a.qkv_bias.data(), qkv.at(row));
     }
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
-    Tensor x, Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight, Tensor proj_bias,
+    Tensor x_any, Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight, Tensor proj_bias,
     Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale, double eps, Tensor bias_table,
     std::optional<Tensor> head_scale, double scale, std::optional<Tensor> positions,
     std::optional<Tensor> cu_seqlens, int64_t heads, int64_t height, int64_t width, int64_t window,
     int64_t shift, bool with_grad) {
-  const Attention a(x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale, eps,
-                    bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
+  const Attention a(x_any, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale,
+                    eps, bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
                     shift);
-  const BlockKernels& k = block_kernels();
-  const int64_t channels = a.channels, kept = with_grad ? a.rows : 0, most = largest_chunk(a);
+  const BlockKernels& k = a.k;
+  const int64_t channels = a.channels, keeps = with_grad ? a.rows : 0, most = largest_chunk(a);
   const int64_t block = block_rows(2 * channels);
-  Tensor y = torch::stable::new_empty(a.x, {a.rows, channels});
-  Tensor branch = torch::stable::new_empty(a.x, {kept, channels});
-  Tensor attended = torch::stable::new_empty(a.x, {kept, channels});
-  const Packed in(pointer<const float>(a.qkv_weight), true, channels, 3 * channels);
-  const Packed out(pointer<const float>(a.proj_weight), true, channels, channels);
-  const Floats qkv(most * 3 * channels), lse(most * heads), scratch(with_grad ? 0 : most * channels);
+  Tensor y_all = torch::stable::new_empty(a.x, {a.rows, channels});
+  Tensor branch = torch::stable::new_empty(a.x, {keeps, channels});
+  Tensor attended = torch::stable::new_empty(a.x, {keeps, channels});
+  const Rows x = rows_of(a.x, channels), y = rows_of(y_all, channels);
+  const Rows kept = rows_of(branch, channels), kept_middle = rows_of(attended, channels);
+  // What is kept is made where it is kept, if it is of the type that makes it.
+  const bool z_in_place = with_grad && k.stored == DType::kFloat;
+  const bool middle_in_place = with_grad && k.as_stored(channels);
+  const Packed in(k, a.qkv_weight.data_ptr(), true, channels, 3 * channels);
+  const Packed out(k, a.proj_weight.data_ptr(), true, channels, channels);
+  const OperandRows qkv(k, most, 3 * channels), scratch(k, middle_in_place ? 0 : most, channels);
+  const Floats lse(most * heads);
   over_chunks(a, [&](const Chunk& chunk) {
-    make_qkv(a, in, chunk, qkv.data());
-    float* middle = with_grad ? pointer<float>(attended) + chunk.first * channels : scratch.data();
+    make_qkv(a, in, chunk, qkv);
+    const Rows middle{static_cast<char*>(middle_in_place ? kept_middle.at(chunk.first) : scratch.at(0)),
+                      OperandRows::row_bytes(k, channels)};
     WindowAttention w = chunk.w;
-    w.qkv = qkv.data();
-    w.out = middle;
+    w.qkv = qkv.at(0);
+    w.out = middle.start;
     w.lse = lse.data();
     a.call.parallel(chunk.frames * w.bands(), false, [&](int64_t begin, int64_t end, char* memory) {
       a.call.kernels.forward(w, begin, end, memory);
     });
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-      const Floats own(with_grad ? 0 : block * channels);
+      const Floats own(z_in_place ? 0 : block * channels);
       for (int64_t row = begin; row < end; row += block) {
-        const int64_t count = std::min(block, end - row), at = (chunk.first + row) * channels;
-        float* z = with_grad ? pointer<float>(branch) + at : own.data();
-        out.multiply(count, middle + row * channels, z);
-        k.norm(count, channels, z, pointer<const float>(a.proj_bias), pointer<const float>(a.x) + at,
-               at_row(pointer_or_null(a.row_scale), chunk.first + row), pointer<const float>(a.norm_weight),
-               pointer<const float>(a.norm_bias), a.eps, pointer<float>(y) + at);
+        const int64_t count = std::min(block, end - row), at = chunk.first + row;
+        float* z = z_in_place ? static_cast<float*>(kept.at(at)) : own.data();
+        if (!middle_in_place) scratch.pad(row, count);
+        out.multiply(count, middle.at(row), z);
+        if (with_grad && !middle_in_place) k.to_stored(count, channels, middle.at(row), kept_middle.at(at));
+        k.norm(count, channels, z, a.proj_bias.data(), x.at(at), a.row_scale.at(at), a.norm_weight.data(),
+               a.norm_bias.data(), a.eps, y.at(at), with_grad && !z_in_place ? kept.at(at) : nullptr);
       }
     });
   });
-  pass_rows(y, &a.x, a.call.valid);
+  pass_rows(y_all, &a.x, a.call.valid);
   pass_rows(branch, nullptr, a.call.valid);
   pass_rows(attended, nullptr, a.call.valid);
-  return {y, branch, attended};
+  return {y_all, branch, attended};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Tensor attended_any,
+residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch, Tensor attended_any,
                                   Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight,
                                   Tensor proj_bias, Tensor norm_weight, Tensor norm_bias,
                                   std::optional<Tensor> row_scale, double eps, Tensor bias_table,
@@ -147,80 +165,79 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x, Tensor branch, Te
                                   std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
                                   int64_t heads, int64_t height, int64_t width, int64_t window, int64_t shift,
                                   bool wants_layers) {
-  const Attention a(x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale, eps,
-                    bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
+  const Attention a(x_any, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale,
+                    eps, bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
                     shift);
-  const BlockKernels& k = block_kernels();
+  const BlockKernels& k = a.k;
   const int64_t channels = a.channels, wide = 3 * channels, most = largest_chunk(a);
-  const Tensor grad_y = floats(grad_y_any, a.rows * channels, kOp, "the gradient");
-  const Tensor z = floats(branch, a.rows * channels, kOp, "the branch");
-  const Tensor attended = floats(attended_any, a.rows * channels, kOp, "the attention");
+  const Tensor grad_y = stored(grad_y_any, k, a.rows * channels, kOp, "the gradient");
+  const Tensor held = stored(branch, k, a.rows * channels, kOp, "the branch");
+  const Tensor held_middle = stored(attended_any, k, a.rows * channels, kOp, "the attention");
   Tensor grad_x = torch::stable::new_empty(a.x, {a.rows, channels});
-  Tensor grad_qkv_weight = zeros_where(wants_layers, a.qkv_weight),
-         grad_proj_weight = zeros_where(wants_layers, a.proj_weight);
-  const Packed in(pointer<const float>(a.qkv_weight), true, channels, wide);
-  const Packed back_in(pointer<const float>(a.qkv_weight), false, wide, channels);
-  const Packed back_out(pointer<const float>(a.proj_weight), false, channels, channels);
-  const Floats qkv(most * wide), grad_qkv(most * wide), grad_z(most * channels), grad_out(most * channels);
+  const Rows dy = rows_of(grad_y, channels), z = rows_of(held, channels), dx = rows_of(grad_x, channels);
+  const WeightGradient grad_qkv_weight(k, wants_layers, a.qkv_weight, wide, channels),
+      grad_proj_weight(k, wants_layers, a.proj_weight, channels, channels);
+  const Packed in(k, a.qkv_weight.data_ptr(), true, channels, wide);
+  const Packed back_in(k, a.qkv_weight.data_ptr(), false, wide, channels);
+  const Packed back_out(k, a.proj_weight.data_ptr(), false, channels, channels);
+  const OperandRows qkv(k, most, wide), grad_qkv(k, most, wide), grad_z(k, most, channels),
+      grad_out(k, most, channels);
+  const AsOperands x(k, rows_of(a.x, channels), channels, most),
+      middle(k, rows_of(held_middle, channels), channels, most);
   ColumnSums sums(3 * channels + wide);  // of the norm's weight and bias, of proj's bias, of qkv's
   WindowSums window_sums(a.call.w);
   over_chunks(a, [&](const Chunk& chunk) {
     sums.begin_chunk(chunk.rows);
-    make_qkv(a, in, chunk, qkv.data());
+    make_qkv(a, in, chunk, qkv);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
+      const bool floats = k.operand == DType::kFloat;
+      const Floats own(floats ? 0 : kBlockRows * channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
-        const int64_t count = std::min(kBlockRows, end - row), at = (chunk.first + row) * channels;
-        float* dz = grad_z.data() + row * channels;
-        for (int64_t r = 0; r < count; r += k.tile) {
-          const int64_t from = at + r * channels;
-          k.norm_gradient(std::min(k.tile, count - r), channels, pointer<const float>(grad_y) + from,
-                          pointer<const float>(z) + from,
-                          at_row(pointer_or_null(a.row_scale), chunk.first + row + r),
-                          pointer<const float>(a.norm_weight), a.eps, dz + r * channels, sums.tile(row + r));
+        const int64_t count = std::min(kBlockRows, end - row);
+        for (int64_t r = row; r < row + count; r += k.tile) {
+          const int64_t at = chunk.first + r;
+          k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(at), z.at(at),
+                          a.row_scale.at(at), a.norm_weight.data(), a.eps, grad_z.at(r), sums.tile(r));
         }
-        back_out.multiply(count, dz, grad_out.data() + row * channels);
+        float* to = floats ? static_cast<float*>(grad_out.at(row)) : own.data();
+        back_out.multiply(count, grad_z.at(row), to);
+        if (!floats) k.add_bias(count, channels, to, nullptr, grad_out.at(row));
       }
     });
     WindowAttention w = chunk.w;
-    w.qkv = qkv.data();
-    w.grad_out = grad_out.data();
-    w.grad_qkv = grad_qkv.data();
+    w.qkv = qkv.at(0);
+    w.grad_out = grad_out.at(0);
+    w.grad_qkv = grad_qkv.at(0);
     window_sums.add(a.call, w, chunk.frames);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
+      const bool floats = k.stored == DType::kFloat;
+      const Floats own(floats ? 0 : kBlockRows * channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
-        const int64_t count = std::min(kBlockRows, end - row), at = (chunk.first + row) * channels;
-        const float* gradient = grad_qkv.data() + row * wide;
-        for (int64_t r = 0; wants_layers && r < count; r += k.tile)
-          k.add_columns(std::min(k.tile, count - r), wide, gradient + r * wide,
-                        sums.tile(row + r) + 3 * channels);
-        back_in.multiply(count, gradient, pointer<float>(grad_x) + at);
-        k.add(count, channels, pointer<float>(grad_x) + at, pointer<const float>(grad_y) + at);
+        const int64_t count = std::min(kBlockRows, end - row), at = chunk.first + row;
+        grad_qkv.pad(row, count);
+        for (int64_t r = row; wants_layers && r < row + count; r += k.tile)
+          k.add_columns(std::min(k.tile, row + count - r), wide, grad_qkv.at(r), sums.tile(r) + 3 * channels);
+        float* to = floats ? static_cast<float*>(dx.at(at)) : own.data();
+        back_in.multiply(count, grad_qkv.at(row), to);
+        k.add(count, channels, to, dy.at(at), dx.at(at));
       }
     });
     sums.end_chunk();
     if (!wants_layers) return;
-    add_weight_gradient(chunk.rows, wide, channels, grad_qkv.data(),
-                        pointer<const float>(a.x) + chunk.first * channels, pointer<float>(grad_qkv_weight));
-    add_weight_gradient(chunk.rows, channels, channels, grad_z.data(),
-                        pointer<const float>(attended) + chunk.first * channels,
-                        pointer<float>(grad_proj_weight));
+    grad_qkv_weight.add(chunk.rows, grad_qkv.at(0), x.rows_of_chunk(chunk.first, chunk.rows).start);
+    grad_proj_weight.add(chunk.rows, grad_z.at(0), middle.rows_of_chunk(chunk.first, chunk.rows).start);
   });
   pass_rows(grad_x, &grad_y, a.call.valid);
-  auto written = [&](int64_t from, int64_t count) {
-    Tensor out = torch::stable::new_empty(a.x, {count});
-    sums.write(from, out);
-    return out;
-  };
   Tensor grad_table = torch::stable::new_empty(bias_table, bias_table.sizes());
   Tensor grad_scale = torch::stable::new_empty(bias_table, {heads});
   window_sums.write(a.call.w.head_scale, grad_table, grad_scale);
   return {grad_x,
-          grad_qkv_weight,
-          written(3 * channels, wants_layers ? wide : 0),
-          grad_proj_weight,
-          written(2 * channels, wants_layers ? channels : 0),
-          written(0, channels),
-          written(channels, channels),
+          grad_qkv_weight.written(),
+          sums.write(3 * channels, wants_layers ? wide : 0, qkv_weight),
+          grad_proj_weight.written(),
+          sums.write(2 * channels, wants_layers ? channels : 0, proj_bias),
+          sums.write(0, channels, norm_weight),
+          sums.write(channels, channels, norm_bias),
           grad_table,
           grad_scale};
 }

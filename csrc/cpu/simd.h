@@ -12,7 +12,11 @@
 
 #include "storage.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define DEEPMSI_ISA_NAMESPACE avx512_bf16
+#define DEEPMSI_VECTOR_BYTES 64
+#elif defined(__AVX512F__)
 #define DEEPMSI_ISA_NAMESPACE avx512
 #define DEEPMSI_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -160,6 +164,38 @@ template <typename A>
 DEEPMSI_INLINE void put(A* p, A v, ScalarTag) {
   *p = v;
 }
+
+// bfloat16 is read as float, and rounded where it is written.
+typedef uint32_t VecBits __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
+typedef uint16_t VecHalves __attribute__((vector_size(DEEPMSI_VECTOR_BYTES / 2)));
+
+DEEPMSI_INLINE VecBits load_halves(const BFloat16* p) {
+  VecHalves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return __builtin_convertvector(halves, VecBits);
+}
+
+DEEPMSI_INLINE Vec<float> get(const BFloat16* p, VectorTag) {
+  const VecBits bits = load_halves(p) << 16;
+  Vec<float> v;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+DEEPMSI_INLINE float get(const BFloat16* p, ScalarTag) { return to_wide(*p); }
+
+DEEPMSI_INLINE void put(BFloat16* p, Vec<float> v, VectorTag) {
+#if defined(__AVX512BF16__)
+  const auto halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+#else
+  VecBits bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecHalves halves =
+      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? VecBits{} + 0x7fc0u : rounded, VecHalves);
+#endif
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+DEEPMSI_INLINE void put(BFloat16* p, float v, ScalarTag) { *p = Storage<BFloat16>::narrow(v); }
 
 template <typename A>
 DEEPMSI_INLINE A root(A value) {

@@ -14,7 +14,7 @@ constexpr const char* kOp = "vsc_compress";
 
 VscKernels active_kernels(DType dtype) {
 #if DEEPMSI_X86
-  switch (active_isa()) {
+  switch (active_vector_isa()) {
     case Isa::kAvx512:
       return avx512::vsc_kernels(dtype);
     case Isa::kAvx2:

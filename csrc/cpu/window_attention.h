@@ -11,6 +11,8 @@ namespace deepmsi {
 struct WindowAttention {
   const void* qkv;  // T [R, 3C], rows qkv_stride elements apart
   int64_t qkv_stride;
+  int64_t out_stride;  // between rows of out and its gradient
+  int64_t grad_qkv_stride;
   const float* bias;        // [heads, spread()] and kBiasPad more, laid out for the keys' columns
   const float* head_scale;  // [heads] for cosine attention, else null
   float scale;              // where head_scale is null
@@ -20,12 +22,12 @@ struct WindowAttention {
   const int32_t* positions;  // [R], y * width + x, ascending inside a frame; null for a dense grid
 
   // Forward.
-  void* out;   // T [R, C]
+  void* out;   // T [R, C], rows out_stride elements apart
   float* lse;  // [R, heads]
 
   // Backward.
-  const void* grad_out;  // T [R, C]
-  void* grad_qkv;        // T [R, 3C]
+  const void* grad_out;  // T [R, C], rows out_stride elements apart
+  void* grad_qkv;        // T [R, 3C], rows grad_qkv_stride elements apart
 
   int64_t table() const { return (2 * window - 1) * (2 * window - 1); }
   // The bias and its gradient are held once for each column that a key may stand in, [key x, query y - key y,

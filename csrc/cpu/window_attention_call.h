@@ -11,7 +11,7 @@ namespace deepmsi {
 
 inline WindowAttentionKernels active_window_kernels(DType dtype) {
 #if DEEPMSI_X86
-  switch (active_isa()) {
+  switch (active_vector_isa()) {
     case Isa::kAvx512:
       return avx512::window_attention_kernels(dtype);
     case Isa::kAvx2:
@@ -42,7 +42,8 @@ struct WindowCall {
                     ": the grid must not be empty, nor the shift outside of the window");
     w.heads = heads;
     w.head_dim = channels / heads;
-    w.qkv_stride = 3 * channels;
+    w.qkv_stride = w.grad_qkv_stride = 3 * channels;
+    w.out_stride = channels;
     w.height = height;
     w.width = width;
     w.window = window;

@@ -187,8 +187,7 @@ struct Ahead {
                   w.head_dim);
   }
   DEEPMSI_INLINE void grad_out() const {
-    prefetch_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, w.heads * w.head_dim,
-                  w.head_dim);
+    prefetch_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, w.out_stride, w.head_dim);
   }
 };
 
@@ -330,7 +329,6 @@ DEEPMSI_INLINE void weights(const WindowAttention& w, const Window& window, int6
 template <typename T>
 void attend(const WindowAttention& w, const Window& window, const Window& next, WindowScratch& s) {
   const int64_t dim = whole_vectors(w.head_dim), stride = whole_vectors(window.count);
-  const int64_t channels = w.heads * w.head_dim;
   for (int64_t head = 0; head < w.heads; ++head) {
     read_head<T>(w, window, head, s);
     const Ahead<T> ahead(w, window, next, head);
@@ -341,7 +339,7 @@ void attend(const WindowAttention& w, const Window& window, const Window& next, 
     for (int64_t i = 0; i < window.count; ++i) {
       float* row = s.result + i * dim;
       for (int64_t c = 0; c < dim; c += kLanesF) store(row + c, load(row + c) * s.inverse[i]);
-      narrow(row, static_cast<T*>(w.out) + window.row[i] * channels + head * w.head_dim, w.head_dim);
+      narrow(row, static_cast<T*>(w.out) + window.row[i] * w.out_stride + head * w.head_dim, w.head_dim);
       w.lse[window.row[i] * w.heads + head] = s.lse[i];
     }
   }
@@ -403,7 +401,7 @@ void attend_backward(const WindowAttention& w, const Window& window, const Windo
   const int64_t channels = w.heads * w.head_dim;
   for (int64_t head = 0; head < w.heads; ++head) {
     read_head<T>(w, window, head, s);
-    read_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, channels, w.head_dim,
+    read_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, w.out_stride, w.head_dim,
               s.grad_out);
     turn(s.grad_out, stride, dim, s.grad_out_t);
     const Ahead<T> ahead(w, window, next, head);
@@ -429,7 +427,7 @@ void attend_backward(const WindowAttention& w, const Window& window, const Windo
       through_norm(s.k, s.k_norm, count, dim, s.lse, grad_k);
     }
     for (int64_t i = 0; i < count; ++i) {
-      T* to = static_cast<T*>(w.grad_qkv) + window.row[i] * 3 * channels + head * w.head_dim;
+      T* to = static_cast<T*>(w.grad_qkv) + window.row[i] * w.grad_qkv_stride + head * w.head_dim;
       narrow(grad_q + i * dim, to, w.head_dim);
       narrow(grad_k + i * dim, to + channels, w.head_dim);
       narrow(grad_v + i * dim, to + 2 * channels, w.head_dim);

@@ -27,6 +27,27 @@ def autocast(x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def autocast_layers(
+    op: str, x: Tensor, norms: tuple[Tensor, ...], **layers: Tensor | None
+) -> tuple[list[Any], torch.dtype, int]:
+    """Return the weights and biases of layers in their :func:`autocast_type`, that type, and the fact ``mixed``.
+
+    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None.
+
+    Raises:
+        ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.
+    """
+    cast = [None if tensor is None else autocast(tensor) for tensor in layers.values()]
+    dtypes = {tensor.dtype for tensor in cast if tensor is not None}
+    if len(dtypes) != 1:
+        raise ValueError(f"{op}: {', '.join(layers)} must be of one type")
+    (dtype,) = dtypes
+    if (dtype == torch.float64) != (x.dtype == torch.float64):
+        raise ValueError(f"{op}: float64 goes with float64 alone, not x in {x.dtype} with weights in {dtype}")
+    allowed = (dtype, torch.float32)
+    return cast, dtype, int(x.dtype != dtype or any(norm.dtype not in allowed for norm in norms))
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves types alone; one that is off already costs nothing."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()

@@ -348,9 +348,10 @@ _register(
 
 
 # --- project_cells
-# Forward: x [F, H, W, A, B, c], read where it lies, and all else in float32; y [R, C] for R = F·H·W. `branch` [R, C]
-# is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the last of cu_seqlens [F' + 1] int32 give 0 and
-# get none of the gradient. Backward: the gradient of x lies as x does, and is empty where it is not wanted.
+# Forward: x [F, H, W, A, B, c], read where it lies, weight and bias of its type, the norm's of that or float32; y
+# [R, C] for R = F·H·W. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the last
+# of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and is
+# empty where it is not wanted; that of the norm's bias has the type of its weight.
 
 _CELLS_FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
@@ -370,11 +371,13 @@ def _cells_fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
     grad_x = torch.empty_like(x) if rest[-1] else x.new_empty((0,) * 6)
-    return (grad_x, weight.new_empty(weight.shape), *(weight.new_empty(weight.shape[0]) for _ in range(3)))
+    likes = (weight[:, 0], rest[0], rest[0])
+    return (grad_x, weight.new_empty(weight.shape), *(like.new_empty(like.shape) for like in likes))
 
 
 def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, _, cu_seqlens, ctx.eps, ctx.with_grad = inputs
+    x, weight, bias, norm_weight, norm_bias, cu_seqlens, ctx.eps, ctx.with_grad = inputs
+    ctx.norm_bias_dtype = norm_bias.dtype
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -385,8 +388,10 @@ def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...
     if grads[0] is None or not ctx.with_grad:
         return (None,) * 8
     wants_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias, *norm = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
-    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm, None, None, None)
+    grad_x, grad_weight, grad_bias, grad_norm, grad_shift = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
+    grad_shift = grad_shift.to(ctx.norm_bias_dtype)
+    norm = (grad_norm, grad_shift, None, None, None)
+    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm)
 
 
 _register(
@@ -447,7 +452,7 @@ _register(
 
 
 # --- residual_mlp
-# Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: all in float32). `branch`
+# Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: of that of x). `branch`
 # [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
 # made again. Backward reads x for its products alone, and so in the type of the weights; without `wants_layers`, where
 # all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no gradient.
@@ -502,9 +507,10 @@ _register(
 
 
 # --- residual_window_attention
-# Forward: rows x [R, C] and all else in float32; the attention's arguments as in window_attention. With `with_grad`
-# `branch` [R, C] is what the norm reads and `attended` [R, C] the attention's output, else both are [0, C]; q, k and v
-# are made again. row_scale [R] gets no gradient. `wants_layers`, and rows past the last offset, are as in residual_mlp.
+# Forward: rows x [R, C] and the layers' weights and biases of one type, the norm's of that or float32; the attention's
+# arguments as in window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] the
+# attention's output, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`,
+# and rows past the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, check_floating, needs_grad, shape
+from deepmsi.ops._arguments import (
+    autocast,
+    autocast_layers,
+    check_devices,
+    check_floating,
+    needs_grad,
+    shape,
+    without_autocast,
+)
 from deepmsi.reference.project_cells import project_cells as reference
 
 _OP = "project_cells"
@@ -25,6 +33,9 @@ def project_cells(
     """Project the cells of a grid and norm them: y = LN(W cell + b), as Swin V2 embeds patches and merges tokens.
 
     x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first.
+
+    The product is in the type of x and the weight, under autocast in its type; the norm is in the widest type of its
+    arguments, and y has the type of x.
 
     Equivalent to: ``layer_norm(linear(x.flatten(3), weight, bias))``.
 
@@ -62,9 +73,15 @@ def project_cells(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
+    x = autocast(x)
+    cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), weight=weight, bias=bias)
+    if x.dtype != dtype:
+        raise ValueError(f"{_OP}: x and weight must be of one type, not {x.dtype} and {dtype}")
+    weight, bias = cast
     arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
-    if resolve(_OP, backend, x.device.type, x.dtype) == "reference":
-        return reference(x, *arguments)
+    if resolve(_OP, backend, x.device.type, dtype, mixed=mixed) == "reference":
+        with without_autocast(x.device.type):
+            return reference(x, *arguments)
     if x.stride(5) != 1:
         x = x.contiguous()
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)

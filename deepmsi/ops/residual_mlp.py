@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_devices, check_floating, needs_grad, shape, without_autocast
+from deepmsi.ops._arguments import autocast_layers, check_devices, check_floating, needs_grad, shape, without_autocast
 from deepmsi.reference.residual_mlp import residual_mlp as reference
 
 _OP = "residual_mlp"
@@ -76,16 +76,11 @@ def residual_mlp(
     layers = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale, "cu_seqlens": cu_seqlens}
     check_devices(x, _OP, "x", **layers, **others)
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = map(autocast, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
-    dtype = fc1_weight.dtype
-    if {fc1_bias.dtype, fc2_weight.dtype, fc2_bias.dtype} != {dtype}:
-        raise ValueError(f"{_OP}: weights and biases of fc1 and fc2 must be of one type")
-    if (dtype == torch.float64) != (x.dtype == torch.float64):
-        raise ValueError(f"{_OP}: float64 goes with float64 alone, not x in {x.dtype} with weights in {dtype}")
+    cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
-    mixed = int(not x.dtype == norm_weight.dtype == norm_bias.dtype == dtype)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
     if chosen == "reference":
         with without_autocast(x.device.type):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, needs_grad, shape
+from deepmsi.ops._arguments import autocast_layers, check_devices, needs_grad, shape, without_autocast
 from deepmsi.ops.window_attention import check_windows
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
@@ -38,14 +38,15 @@ def residual_window_attention(
     """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
 
     ``attention`` is :func:`deepmsi.ops.window_attention`. Its q, k and v are not kept for the backward pass: it makes
-    them again, some frames at a time.
+    them again, some frames at a time. Products are in the type of the layers' weights, under autocast in its type; the
+    norm is in the widest type of its arguments, and y has the type of x.
 
     Equivalent to: ``x + s * layer_norm(linear(window_attention(linear(x, qkv_weight, qkv_bias), ...), proj_weight))``.
 
     Args:
         x: [B, H, W, C], or packed rows [R, C].
         qkv_weight, qkv_bias: Q [3C, C] and q [3C], or None.
-        proj_weight, proj_bias: P [C, C] and p [C].
+        proj_weight, proj_bias: P [C, C] and p [C]; all four of one type.
         norm_weight, norm_bias: [C].
         heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens: As in ``window_attention``.
             Rows past the last offset are passed on as they are.
@@ -76,12 +77,18 @@ def residual_window_attention(
         if tensor is not None and tensor.shape != size:
             raise ValueError(f"{_OP}: {name} must be {list(size)}, not {shape(tensor)}")
         check_devices(x, _OP, "x", **{name: tensor})
+    layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
+    cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
+    qkv_weight, qkv_bias, proj_weight, proj_bias = cast
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
-    chosen = resolve(_OP, backend, x.device.type, x.dtype, heads=heads, head_dim=channels // heads, window=window)
-    if chosen == "reference":
+    facts = {"heads": heads, "head_dim": channels // heads, "window": window, "mixed": mixed}
+    if resolve(_OP, backend, x.device.type, dtype, **facts) == "reference":
         where = (positions, cu_seqlens, row_scale)
-        return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
-    head_scale = None if logit_scale is None else logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        with without_autocast(x.device.type):
+            return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
+    head_scale = None
+    if logit_scale is not None:
+        head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     if positions is not None:
         positions = positions.to(torch.int32)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
@@ -89,7 +96,7 @@ def residual_window_attention(
         *weights,
         None if row_scale is None else row_scale.reshape(-1),
         eps,
-        bias_table,
+        bias_table.float(),
         head_scale,
         scale,
         positions,

@@ -18,5 +18,6 @@ def project_cells(
     """Return LN(W x + b) [F, H, W, C] for cells x [F, H, W, A, B, c], each read in that order; 0 past the offsets."""
     rows = counted(cu_seqlens, x.flatten(3).flatten(0, 2))
     y = torch.nn.functional.linear(rows, weight, bias)
-    y = torch.nn.functional.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
-    return counted(cu_seqlens, y).unflatten(0, x.shape[:3])
+    wide = torch.promote_types(y.dtype, norm_weight.dtype)
+    y = torch.nn.functional.layer_norm(y.to(wide), norm_weight.shape, norm_weight.to(wide), norm_bias.to(wide), eps)
+    return counted(cu_seqlens, y.to(x.dtype)).unflatten(0, x.shape[:3])

@@ -32,7 +32,8 @@ def residual_window_attention(
 
     Rows past the last offset stay x.
     """
-    qkv = torch.nn.functional.linear(counted(cu_seqlens, x), qkv_weight, qkv_bias)
+    narrow = counted(cu_seqlens, x).to(qkv_weight.dtype)
+    qkv = torch.nn.functional.linear(narrow, qkv_weight, qkv_bias)
     out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
     branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
     y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)

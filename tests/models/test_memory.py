@@ -10,6 +10,7 @@ import torch
 from deepmsi import DeepMSI, DeepMSIConfig
 from deepmsi.models.memory import _Live, gigabytes, saved_bytes, step_memory
 from deepmsi.nn import recompute as parts
+from deepmsi.testing import halves_apart
 
 POSITIONS = ("none", "light", "block", "chunk")
 DEEPER = {"image_size": 64, "frames": 9, "options": {"patch_size": 4}}
@@ -92,6 +93,7 @@ def test_the_peak_of_the_paper_s_configuration(
     monkeypatch: pytest.MonkeyPatch, recompute: str, aim: float, share: float
 ) -> None:
     """16 utterances of 15 frames under bf16 autocast with Adam; what is computed again in parts lives in parts."""
+    halves_apart(monkeypatch)
     pytest.importorskip("timm")
     vision = {"backbone": "swinv2_tiny_window8_256", "pretrained": False, "schedule": "released"}
     features = {"text": {"encoder": "features", "dim": 1024}, "audio": {"encoder": "features", "dim": 768}}

@@ -591,7 +591,7 @@ def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     need("cpp", "cpu")
     from deepmsi import _host
 
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
     if order.index(isa) > order.index(_host.cpu_capability()):
         pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
     environment = {**os.environ, "DEEPMSI_ISA": isa}

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from deepmsi import backend as backends
+from deepmsi import testing
 from deepmsi.ops import project_cells
-from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn
+from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn, roundings_of
 
 EPS = 1e-5
+TYPED = testing.typed_places("project_cells", (torch.float32, torch.bfloat16))
+TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +50,20 @@ CASES: dict[str, tuple[tuple[int, ...], Any, int]] = {
 
 
 def results(
-    name: str, bias: bool, backend: str, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+    name: str,
+    bias: bool,
+    backend: str,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
+    norms: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
+    """Return y and every gradient; the inputs are rounded to the types before they are made `exact`."""
     size, view, channels = CASES[name]
 
-    def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-        return randn(*shape, seed=seed, scale=scale, dtype=torch.float32).to(dtype).requires_grad_()
+    def draw(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        rounded = randn(*shape, seed=seed, scale=scale, dtype=dtype)
+        return (rounded.double() if exact else rounded).requires_grad_()
 
     x = draw(*size, seed=1)
     cells = view(x)
@@ -60,36 +71,61 @@ def results(
     inputs = {"x": x, "weight": draw(channels, depth, seed=2, scale=depth**-0.5)}
     if bias:
         inputs["bias"] = draw(channels, seed=3)
-    inputs |= {"norm_weight": draw(channels, seed=4), "norm_bias": draw(channels, seed=5)}
+    inputs["norm_weight"] = draw(channels, seed=4, dtype=norms or dtype)
+    inputs["norm_bias"] = draw(channels, seed=5, dtype=norms or dtype)
     arguments = [inputs.get(key) for key in ("weight", "bias", "norm_weight", "norm_bias")]
     y = project_cells(cells, *arguments, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
     assert y.shape == (*cells.shape[:3], channels)
-    grads = torch.autograd.grad(y, tuple(inputs.values()), randn(*y.shape, seed=20).to(dtype))
+    grad = randn(*y.shape, seed=20, dtype=dtype).to(y.dtype)
+    grads = torch.autograd.grad(y, tuple(inputs.values()), grad)
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def assert_budget(name: str, bias: bool, backend: str, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    with poisoned_memory():
+        got = results(name, bias, backend, dtype, **options)
+    low = results(name, bias, "reference", dtype, **options)
+    exact = results(name, bias, "reference", dtype, exact=True, **options)
+    for key, wanted in exact.items():
+        assert got[key].dtype == low[key].dtype
+        roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[key])
+        assert_within_budget(got[key], low[key], wanted, key, roundings=roundings)
+    return got
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str, bias: bool) -> None:
-    with poisoned_memory():
-        got = results(name, bias, backend, dtype)
-    low, exact = results(name, bias, "reference", torch.float32), results(name, bias, "reference", torch.float64)
-    for key, wanted in exact.items():
-        assert_within_budget(got[key], low[key], wanted, key, roundings=8)
+    assert_budget(name, bias, backend, dtype)
+
+
+@pytest.mark.parametrize("name", ["patches", "odd_tokens"])
+def test_a_norm_in_float32_keeps_the_error_budget(name: str) -> None:
+    assert_budget(name, True, "cpp", torch.bfloat16, norms=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autocast_takes_all_but_the_norm_in_its_type(backend: str) -> None:
+    narrow, wide = [], []
+    for found, chosen in ((narrow, backend), (wide, "reference")):
+        leaves = [randn(2, 4, 4, 8, seed=1), randn(6, 32, seed=2, scale=0.2), *(randn(6, seed=i) for i in (3, 4, 5))]
+        x, *weights = (leaf.requires_grad_() for leaf in leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=found is narrow):
+            y = project_cells(merged(x), *weights, backend=chosen)
+        found += [y, *torch.autograd.grad(y.float().square().sum(), (x, *weights))]
+    assert [t.dtype for t in narrow] == [torch.bfloat16, *[torch.float32] * 5]
+    for value, wanted in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(value.float(), wanted, rtol=0.05, atol=0.03 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("lengths", [(20, 0, 17), (50,), (0, 0)], ids=["some", "all", "none"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_rows_behind_the_frames_give_zeros(
     backend: str, device: str, dtype: torch.dtype, lengths: tuple[int, ...]
 ) -> None:
-    cu, valid = offsets(lengths), sum(lengths)
-    with poisoned_memory():
-        got = results("rows", True, backend, dtype, cu)
-    low, exact = (results("rows", True, "reference", wide, cu) for wide in (dtype, torch.float64))
-    for key, wanted in exact.items():
-        assert_within_budget(got[key], low[key], wanted, key, roundings=8)
+    valid = sum(lengths)
+    got = assert_budget("rows", True, backend, dtype, cu_seqlens=offsets(lengths))
     assert (got["y"][0, 0, valid:] == 0).all()
     assert (got["x"][valid:] == 0).all()
 
@@ -107,13 +143,14 @@ def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str) -> Non
         assert torch.equal(found, wanted)
 
 
-def test_any_thread_count_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results("several_chunks", True, "cpp", torch.float32))
+            found.append(results("several_chunks", True, "cpp", dtype))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -121,19 +158,21 @@ def test_any_thread_count_gives_the_same_bits() -> None:
             assert torch.equal(value, found[0][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["patches", "tokens", "rows", "a_part", "repeated", "no_frames"])
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
     size, view, channels = CASES[name]
     forward = torch.ops.deepmsi.project_cells_cpp_fwd.default
     backward = torch.ops.deepmsi.project_cells_cpp_bwd.default
-    x = view(randn(*size, seed=1))
+    x = view(randn(*size, seed=1, dtype=dtype))
     depth = x.shape[3] * x.shape[4] * x.shape[5]
-    weight, vectors = randn(channels, depth, seed=2), [randn(channels, seed=i) for i in (3, 4, 5)]
+    weight, bias = randn(channels, depth, seed=2, dtype=dtype), randn(channels, seed=3, dtype=dtype)
+    vectors = [bias, *(randn(channels, seed=i) for i in (4, 5))]
     leaves = [t.clone().requires_grad_() for t in (weight, *vectors)]
-    torch.library.opcheck(forward, (view(randn(*size, seed=1).requires_grad_()).detach(), *leaves, None, EPS, True))
+    torch.library.opcheck(forward, (x, *leaves, None, EPS, True))
     torch.library.opcheck(forward, (x, weight, None, *vectors[1:], None, EPS, False))
     y, branch = forward(x, weight, *vectors, None, EPS, True)
-    grad = randn(channels, y.shape[0], seed=6).t()
+    grad = randn(channels, y.shape[0], seed=6, dtype=dtype).t()
     for wants_x in (True, False):
         torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, wants_x))
     if name == "rows":
@@ -166,8 +205,10 @@ def test_compiles_whole_at_any_size() -> None:
         ({"norm_bias": torch.zeros(4)}, r"norm_bias must be \[5\]"),
         ({"cu_seqlens": torch.tensor([0, 1])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
         ({"x": torch.zeros(1, 1, 1, 2, 2, 4, dtype=torch.int64)}, "floa"),
+        ({"x": torch.zeros(1, 1, 1, 2, 2, 4).half()}, "x and weight must be of one type, not torch.float16 and "),
+        ({"bias": torch.zeros(5).half()}, "weight, bias must be of one type"),
     ],
-    ids=["rank", "weight", "norm", "offsets", "type"],
+    ids=["rank", "weight", "norm", "offsets", "type", "mixed", "bias"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     good = {"x": torch.zeros(1, 1, 1, 2, 2, 4), "weight": torch.zeros(5, 16), "bias": None}

@@ -10,12 +10,13 @@ from torch import Tensor
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import residual_mlp
-from deepmsi.testing import REFERENCES, assert_within_budget, offsets, poisoned_memory, randn
+from deepmsi.testing import REFERENCES, assert_within_budget, offsets, poisoned_memory, randn, roundings_of
 
 EPS = 1e-5
 PLACES = testing.places("residual_mlp")
 TYPED = testing.typed_places("residual_mlp", (torch.float32, torch.bfloat16, torch.float16))
 TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
+ON_THE_CPU = [place for place in TYPED if place[:2] == ("cpp", "cpu")]
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
 
 
@@ -29,6 +30,7 @@ def run(
     dtype: torch.dtype,
     exact: bool = False,
     stream: torch.dtype | None = None,
+    norms: torch.dtype | None = None,
     lengths: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
     """Return y and every gradient; x and y are in `stream`, and the inputs are rounded before they are made `exact`."""
@@ -43,8 +45,8 @@ def run(
         "fc1_bias": draw(hidden, seed=3),
         "fc2_weight": draw(channels, hidden, seed=4, scale=hidden**-0.5),
         "fc2_bias": draw(channels, seed=5),
-        "norm_weight": draw(channels, seed=6),
-        "norm_bias": draw(channels, seed=7),
+        "norm_weight": draw(channels, seed=6, dtype=norms or dtype),
+        "norm_bias": draw(channels, seed=7, dtype=norms or dtype),
     }
     # Whole frames dropped or magnified, as stochastic depth does.
     drawn = randn(rows[0], *[1] * (len(rows) - 1), seed=8, device=device) > 0
@@ -63,7 +65,8 @@ def assert_budget(backend: str, device: str, dtype: torch.dtype, *case: Any, **o
     exact = run(*case, "reference", device, dtype, exact=True, **options)
     for name, wanted in exact.items():
         assert got[name].dtype == low[name].dtype
-        assert_within_budget(got[name], low[name], wanted, name, roundings=8 if dtype == torch.float32 else 1)
+        roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[name])
+        assert_within_budget(got[name], low[name], wanted, name, roundings=roundings)
 
 
 # Rows' shape, channels, hidden channels, whether rows have a factor. One row; an odd number below and above a tile;
@@ -88,10 +91,16 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
 
 
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=[f"cpp-cpu-{t}" for *_, t in ON_THE_CPU])
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
     """Weights that are packed in groups and, for more rows than stay in cache, at once."""
     assert_budget(backend, device, dtype, *case)
+
+
+@pytest.mark.parametrize("name", ["grid", "odd", "parts"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_norm_in_float32_keeps_the_error_budget(backend: str, device: str, name: str) -> None:
+    assert_budget(backend, device, torch.bfloat16, *CASES[name], norms=torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])
@@ -166,10 +175,10 @@ def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.
 @pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int) -> None:
-    """x and weights in float32: products in 16 bits, the sum in float32. A kernel without 16 bits says so."""
+    """x and weights in float32: products in 16 bits, the sum in float32. A kernel without such a mixture says so."""
     testing.need("residual_mlp", backend, device)
     case = ((20,), channels, 80, True)
-    reason = backends.why_not("residual_mlp", backend, device, torch.bfloat16)
+    reason = backends.why_not("residual_mlp", backend, device, torch.bfloat16, mixed=1)
     refused = nullcontext() if reason is None else pytest.raises(RuntimeError, match=reason)
     with torch.autocast(device, torch.bfloat16), refused:
         got = run(*case, backend, device, torch.float32)
@@ -186,21 +195,22 @@ def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, cha
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
     testing.need("residual_mlp", backend, device)
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if backends.why_not("residual_mlp", backend, device, dtype) is None:
             first, second = (run((200,), 40, 200, True, backend, device, dtype) for _ in range(2))
             for what, value in first.items():
                 assert torch.equal(second[what], value), what
 
 
-def test_any_thread_count_gives_the_same_bits() -> None:
-    testing.need("residual_mlp", "cpp", "cpu", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
+    testing.need("residual_mlp", "cpp", "cpu", dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run((500,), 40, 200, True, "cpp", "cpu", torch.float32))
+            found.append(run((500,), 40, 200, True, "cpp", "cpu", dtype))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -281,7 +291,7 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"row_scale": torch.zeros(3)}, r"row_scale must be \[8\]"),
         ({"cu_seqlens": torch.tensor([0, 8])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
         ({"x": torch.zeros(8, 6, dtype=torch.int64)}, "floa"),
-        ({"fc2_bias": torch.zeros(6).half()}, "weights and biases of fc1 and fc2 must be of one type"),
+        ({"fc2_bias": torch.zeros(6).half()}, "fc1_weight, fc1_bias, fc2_weight, fc2_bias must be of one type"),
         ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
         ({"fc2_weight": torch.zeros(6, 10, device="meta")}, "fc2_weight is on meta, x on cpu: move it"),
     ],

@@ -8,38 +8,39 @@ from torch import Tensor
 
 from deepmsi import testing
 from deepmsi.ops import residual_window_attention
-from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn
+from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn, roundings_of
 
 EPS = 1e-5
+TYPED = testing.typed_places("residual_window_attention", (torch.float32, torch.bfloat16))
+TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 
 
-def need() -> None:
-    testing.need("residual_window_attention", "cpp", "cpu", torch.float32)
+def need(dtype: torch.dtype = torch.float32) -> None:
+    testing.need("residual_window_attention", "cpp", "cpu", dtype)
 
 
-def cut(x: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+def cut(x: Tensor, seed: int) -> Tensor:
     """Return whole frames dropped or magnified, as stochastic depth does."""
-    return (randn(x.shape[0], *[1] * (x.dim() - 2), seed=seed) > 0).to(dtype).mul(1.25).expand(x.shape[:-1])
+    return (randn(x.shape[0], *[1] * (x.dim() - 2), seed=seed) > 0).to(x.dtype).mul(1.25).expand(x.shape[:-1])
 
 
-def results(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    grad = randn(*y.shape, seed=20).to(y.dtype)
-    grads = torch.autograd.grad(y, tuple(inputs.values()), grad)
-    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
-
-
-def assert_budget(backend: str, dtype: torch.dtype, run: Any) -> None:
+def assert_budget(backend: str, dtype: torch.dtype, **case: Any) -> None:
+    need(dtype)
     with poisoned_memory():
-        got = run(backend, dtype)
-    low, exact = run("reference", dtype), run("reference", torch.float64)
+        got = attention(backend, dtype, **case)
+    low, exact = attention("reference", dtype, **case), attention("reference", dtype, exact=True, **case)
     for name, wanted in exact.items():
-        assert_within_budget(got[name], low[name], wanted, name, roundings=8)
+        assert got[name].dtype == low[name].dtype
+        roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[name])
+        assert_within_budget(got[name], low[name], wanted, name, roundings=roundings)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shifted": {"frames": 3, "grid": (8, 8), "window": 4, "shift": 2},
     "window_8": {"frames": 2, "grid": (16, 8), "window": 8, "shift": 0, "channels": 64},
     "v1": {"frames": 2, "grid": (6, 6), "window": 3, "shift": 1, "cosine": False, "channels": 10},
+    "odd": {"frames": 3, "grid": (5, 7), "window": 3, "shift": 1, "cosine": False, "channels": 15, "heads": 3},
+    "odd_packed": {"lengths": (7, 0, 3), "grid": (4, 4), "window": 2, "shift": 1, "channels": 7, "heads": 1, "tail": 2},
     "packed": {"lengths": (7, 0, 20, 36), "grid": (6, 6), "window": 3, "shift": 1, "tail": 5},
     "packed_chunks": {"lengths": (250, 3, 256, 90, 256, 1), "grid": (16, 16), "window": 8, "shift": 4, "channels": 768},
     "no_rows": {"frames": 0, "grid": (4, 4), "window": 4, "shift": 0},
@@ -57,10 +58,13 @@ def attention(
     lengths: tuple[int, ...] | None = None,
     tail: int = 0,
     channels: int = 32,
+    heads: int = 2,
     cosine: bool = True,
     scaled: bool = True,
+    exact: bool = False,
+    norms: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    heads = 2
+    """Return y and every gradient; the inputs are rounded to the types before they are made `exact`."""
     layout: dict[str, Any] = {}
     size: tuple[int, ...] = (frames, *grid)
     if lengths is not None:
@@ -72,8 +76,9 @@ def attention(
         layout = {"positions": positions, "cu_seqlens": offsets(lengths)}
         size = (sum(lengths) + tail,)
 
-    def draw(*size: int, seed: int, scale: float = 1.0) -> Tensor:
-        return randn(*size, seed=seed, scale=scale, dtype=torch.float32).to(dtype).requires_grad_()
+    def draw(*size: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        rounded = randn(*size, seed=seed, scale=scale, dtype=dtype)
+        return (rounded.double() if exact else rounded).requires_grad_()
 
     inputs = {
         "x": draw(*size, channels, seed=1),
@@ -81,13 +86,14 @@ def attention(
         "qkv_bias": draw(3 * channels, seed=3),
         "proj_weight": draw(channels, channels, seed=4, scale=channels**-0.5),
         "proj_bias": draw(channels, seed=5),
-        "norm_weight": draw(channels, seed=6),
-        "norm_bias": draw(channels, seed=7),
-        "bias_table": draw((2 * window - 1) ** 2, heads, seed=9),
+        "norm_weight": draw(channels, seed=6, dtype=norms or dtype),
+        "norm_bias": draw(channels, seed=7, dtype=norms or dtype),
+        "bias_table": draw((2 * window - 1) ** 2, heads, seed=9, dtype=torch.float32),
     }
     if cosine:
-        inputs["logit_scale"] = torch.tensor([1.5, 2.0], dtype=dtype).requires_grad_()
-    scale = cut(inputs["x"], 8, dtype) if scaled and inputs["x"].numel() else None
+        scales = torch.linspace(1.5, 2.0, heads, dtype=dtype)
+        inputs["logit_scale"] = (scales.double() if exact else scales).requires_grad_()
+    scale = cut(inputs["x"], 8) if scaled and inputs["x"].numel() else None
     y = residual_window_attention(
         heads=heads,
         grid=grid,
@@ -101,24 +107,51 @@ def attention(
     )
     if tail:
         assert torch.equal(y[-tail:], inputs["x"][-tail:])
-    return results(y, inputs)
+    grad = randn(*y.shape, seed=20, dtype=dtype).to(y.dtype)
+    grads = torch.autograd.grad(y, tuple(inputs.values()), grad)
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("backend", "device", "dtype"), [("cpp", "cpu", torch.float32)], ids=["cpp-cpu-float32"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_it_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
-    need()
-    assert_budget(backend, dtype, lambda backend, dtype: attention(backend, dtype, **LAYOUTS[name]))
+    assert_budget(backend, dtype, **LAYOUTS[name])
 
 
-def test_any_thread_count_gives_the_same_bits() -> None:
-    need()
+@pytest.mark.parametrize("name", ["shifted", "packed"])
+def test_a_norm_in_float32_keeps_the_error_budget(name: str) -> None:
+    assert_budget("cpp", torch.bfloat16, norms=torch.float32, **LAYOUTS[name])
+
+
+def test_autocast_takes_the_layers_in_its_type() -> None:
+    """Rows in 16 bits meet weights in float32, whose gradients are in float32; those of other rows are added to."""
+    need(torch.bfloat16)
+    arguments = operator_arguments(False)
+    x, weights, options = arguments[0].view(1, 2, 4, 6), arguments[1:7], {"bias_table": arguments[9]}
+    for stream, backend in ((torch.bfloat16, "cpp"), (torch.float32, None)):
+        found = []
+        for narrow in (True, False):
+            leaves = [x.clone().to(stream).requires_grad_(), *(w.clone().requires_grad_() for w in weights)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                if narrow:
+                    y = residual_window_attention(*leaves, 2, (2, 4), 2, 1, **options, backend=backend)
+                else:
+                    y = residual_window_attention(leaves[0].float(), *leaves[1:], 2, (2, 4), 2, 1, **options)
+            assert y.dtype == (stream if narrow else torch.float32)
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+        for value, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(value.float(), wanted.float(), rtol=0.05, atol=0.1 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
+    need(dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(attention("cpp", torch.float32, **LAYOUTS["shifted"]))
+            found.append(attention("cpp", dtype, **LAYOUTS["shifted"]))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -126,27 +159,29 @@ def test_any_thread_count_gives_the_same_bits() -> None:
             assert torch.equal(value, found[0][name]), name
 
 
-def operator_arguments(empty: bool) -> tuple[Any, ...]:
+def operator_arguments(empty: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Return the arguments of the forward operator."""
     rows, channels = (0 if empty else 8), 6
-    x = randn(rows, channels, seed=1)
+    x = randn(rows, channels, seed=1, dtype=dtype)
     sizes: tuple[tuple[int, ...], ...] = ((3 * channels, channels), (3 * channels,), (channels, channels))
-    weights = [randn(*size, seed=i + 2) for i, size in enumerate((*sizes, (channels,), (channels,), (channels,)))]
+    sizes = (*sizes, (channels,), (channels,), (channels,))
+    weights = [randn(*size, seed=i + 2, dtype=dtype) for i, size in enumerate(sizes)]
     table, scale = randn(9, 2, seed=9), torch.tensor([1.5, 10.0])
     return (x, *weights, None, EPS, table, scale, 1.0, None, None, 2, 2, 4, 2, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
-def test_opcheck(empty: bool) -> None:
-    need()
-    arguments = operator_arguments(empty)
+def test_opcheck(empty: bool, dtype: torch.dtype) -> None:
+    need(dtype)
+    arguments = operator_arguments(empty, dtype)
     forward = torch.ops.deepmsi.residual_window_attention_cpp_fwd.default
     backward = torch.ops.deepmsi.residual_window_attention_cpp_bwd.default
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
     torch.library.opcheck(forward, (*leaves, True))
     torch.library.opcheck(forward, (*arguments, False))
     outputs = forward(*arguments, True)
-    grad = randn(arguments[0].shape[1], arguments[0].shape[0], seed=30).t()
+    grad = randn(arguments[0].shape[1], arguments[0].shape[0], seed=30, dtype=dtype).t()
     read = (grad, arguments[0], *outputs[1:], *arguments[1:])
     torch.library.opcheck(backward, (*read, True))
     torch.library.opcheck(backward, (*read, False))
@@ -201,7 +236,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"proj_bias must be \[6\], not \[5\]"):
         residual_window_attention(grid, *weights[:3], torch.zeros(5), *weights[4:], 2, (2, 4), 2, 1, bias_table=table)
     doubles = [w.double() for w in weights]
-    with pytest.raises(RuntimeError, match="takes float32, not float64"):
+    with pytest.raises(RuntimeError, match="takes float32, bfloat16, not float64"):
         residual_window_attention(grid.double(), *doubles, 2, (2, 4), 2, 1, bias_table=table.double(), backend="cpp")
 
 
