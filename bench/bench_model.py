@@ -4,7 +4,7 @@ Sides, each with the same weights and inputs: `timm` is timm's eager Swin V2, un
 compression in plain PyTorch with timm's blocks, all frames in one batch, and `frame_by_frame` one frame at a time, as
 the released code runs it; `reference` is the model itself on the reference backend. With `--compile`, `timm` and
 `batched` under torch.compile are a case of their own. Dropout is off for the check of the numbers and on for training
-steps.
+steps. On a CPU two cases run under bfloat16 autocast, on all sides; `captured_step.py` measures that of a GPU.
 """
 
 import copy
@@ -41,6 +41,18 @@ def step_of(module: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], No
         module.zero_grad(set_to_none=True)
 
     return step
+
+
+def cast(narrow: bool, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return the same pass under bfloat16 autocast on the CPU, where that is asked for."""
+    if not narrow:
+        return forward
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward().float()
+
+    return run
 
 
 def quiet(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -88,32 +100,52 @@ def agree(actual: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(actual, wanted, rtol=0.0, atol=5e-2 * wanted.abs().max().item())
 
 
+def as_near(actual: Tensor, other: Tensor, exact: Tensor) -> None:
+    """Assert that a side in 16 bits is as near to float32 as another one, or nearly: at most twice as far on average.
+
+    Some frames keep another token than in float32, on every side.
+    """
+    ours, theirs = ((side - exact).abs().mean().item() for side in (actual, other))
+    assert ours <= 2 * theirs, f"{ours:.2e} from float32, the other side {theirs:.2e}"
+
+
+def need_cpu(narrow: bool, device: str) -> None:
+    if narrow and device != "cpu":
+        pytest.skip("captured_step.py measures bfloat16 on a GPU")
+
+
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
 @pytest.mark.parametrize(
-    ("schedule", "utterances"),
-    [(None, 1), ("released", 1), ("released", 2), ("paper", 1)],
-    ids=["uncompressed-1", "released-1", "released-2", "paper-1"],
+    ("schedule", "utterances", "narrow"),
+    [
+        (None, 1, False),
+        ("released", 1, False),
+        ("released", 2, False),
+        ("paper", 1, False),
+        ("released", 1, True),
+    ],
+    ids=["uncompressed-1", "released-1", "released-2", "paper-1", "released-1-bfloat16"],
 )
 def bench_video_branch(
     compare: Any,
     smallest: bool,
     device: str,
     compiled: bool,
-    gemm_rate: float,
+    ceilings: Any,
     schedule: str | None,
     utterances: int,
+    narrow: bool,
     direction: str,
 ) -> None:
     if smallest and utterances > 1:
         pytest.skip("only the smallest size was asked for")
+    need_cpu(narrow, device)
     frames = 1 if smallest else 15 * utterances
     theirs, ours = backbones(schedule, device)
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     guide = testing.randn(frames, ours.guide_dim, seed=2, device=device) if ours.guide_dim else None
 
-    def forward() -> Tensor:
-        return ours(x, guide)
-
+    forward = cast(narrow, lambda: ours(x, guide))
     # What is timed, by name: a module and its pass.
     sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {"timm": (theirs, lambda: theirs(x))}
     same = "timm" if schedule is None else "reference"
@@ -121,9 +153,10 @@ def bench_video_branch(
         batched = TimmVSCSwin(theirs, ours)
         loop = FrameByFrame(batched)
         sides["batched"] = (batched, lambda: batched(x, guide))
-        sides["frame_by_frame"] = (batched, lambda: loop(x, guide))
+        if not narrow:
+            sides["frame_by_frame"] = (batched, lambda: loop(x, guide))
         same = "batched"
-        if compiled and utterances == 1:
+        if compiled and utterances == 1 and not narrow:
             sides["timm_compiled"] = (theirs, partial(torch.compile(theirs), x))
             sides["batched_compiled"] = (batched, partial(torch.compile(batched), x, guide))
     if schedule == "paper":
@@ -131,12 +164,20 @@ def bench_video_branch(
     for module, _ in (*sides.values(), (ours, forward)):
         module.eval()
     with torch.no_grad():
-        agree(forward(), sides[same][1]())
-    against = ""
+        exact = sides[same][1]()
+        sides = {name: (module, cast(narrow, function)) for name, (module, function) in sides.items()}
+        if narrow:
+            as_near(forward(), sides[same][1](), exact)
+        else:
+            agree(forward(), exact)
+    against = ", bfloat16 autocast" if narrow else ""
     if named := [name for name in sides if name.endswith("compiled")]:
         # Compared in a case of its own: the eager forms are in that of a run without `--compile`.
         sides, against = {name: sides[name] for name in named}, ", against torch.compile"
-    floor = GFLOP[schedule] * 1e9 * frames / gemm_rate if schedule in GFLOP and direction == "forward" else None
+    dtype = torch.bfloat16 if narrow else torch.float32
+    floor = None
+    if schedule in GFLOP and direction == "forward":
+        floor = ceilings.floor(GFLOP[schedule] * 1e9 * frames, 0.0, dtype)
     if direction == "forward":
         run: Callable[[], Any] = quiet(forward)
         baselines: dict[str, Callable[[], Any]] = {name: quiet(function) for name, (_, function) in sides.items()}
@@ -149,6 +190,7 @@ def bench_video_branch(
         run,
         baselines,
         rounds=5,
+        dtype=dtype,
         floor=floor,
         op="VSCSwin",
         case=f"{frames} frames, {schedule or 'uncompressed'}{against}",
@@ -157,23 +199,38 @@ def bench_video_branch(
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
-def bench_fuse(compare: Any, smallest: bool, device: str, direction: str) -> None:
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+def bench_fuse(compare: Any, smallest: bool, device: str, narrow: bool, direction: str) -> None:
+    need_cpu(narrow, device)
     theirs, _ = backbones(None, device)
     fused = deepmsi.fuse(copy.deepcopy(theirs))
     frames = 1 if smallest else 15
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     theirs.eval()
     fused.eval()
+    ours, other = cast(narrow, lambda: fused(x)), cast(narrow, lambda: theirs(x))
     with torch.no_grad():
-        torch.testing.assert_close(fused(x), theirs(x), rtol=1e-3, atol=1e-3)
+        exact = theirs(x)
+        if narrow:
+            as_near(ours(), other(), exact)
+        else:
+            torch.testing.assert_close(ours(), exact, rtol=1e-3, atol=1e-3)
     if direction == "forward":
-        run: Callable[[], Any] = quiet(lambda: fused(x))
-        baseline = quiet(lambda: theirs(x))
+        run: Callable[[], Any] = quiet(ours)
+        baseline: Callable[[], Any] = quiet(other)
     else:
         theirs.train()
         fused.train()
-        run, baseline = step_of(fused, lambda: fused(x)), step_of(theirs, lambda: theirs(x))
-    compare(run, {"timm": baseline}, rounds=5, op="fuse", case=f"{BACKBONE}, {frames} frames", direction=direction)
+        run, baseline = step_of(fused, ours), step_of(theirs, other)
+    compare(
+        run,
+        {"timm": baseline},
+        rounds=5,
+        dtype=torch.bfloat16 if narrow else torch.float32,
+        op="fuse",
+        case=f"{BACKBONE}, {frames} frames{', bfloat16 autocast' if narrow else ''}",
+        direction=direction,
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])

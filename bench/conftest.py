@@ -428,9 +428,3 @@ class Ceilings:
 def ceilings(compare: Comparison) -> Ceilings:
     """Return what this device reaches, measured when it is first asked for."""
     return Ceilings(compare.device, compare.timer)
-
-
-@pytest.fixture
-def gemm_rate(ceilings: Ceilings) -> float:
-    """Return this device's float32 rate of a plain product, in operations a second, for floors."""
-    return ceilings.measure(torch.float32)[0]

@@ -15,7 +15,9 @@ DIRECTIONS = {"forward_backward": "forward + backward", "training_step": "traini
 SUMMARY = (
     ("video branch", "VSCSwin", "15 frames, released"),
     ("video branch", "VSCSwin", "15 frames, released, against torch.compile"),
+    ("video branch, bfloat16", "VSCSwin", "15 frames, released, bfloat16 autocast"),
     ("`deepmsi.fuse`", "fuse", "swinv2_tiny_window8_256, 15 frames"),
+    ("`deepmsi.fuse`, bfloat16", "fuse", "swinv2_tiny_window8_256, 15 frames, bfloat16 autocast"),
     ("whole model", "DeepMSI", "1 utterance of 15 frames, 256 px, released"),
     ("`vsc_compress`", "vsc_compress", "256 to 100 tokens x 384, 15 frames"),
     ("`window_attention`, stage 1", "window_attention", "stage 1, shifted: 64 x 64 x 96, 3 heads, 15 frames"),
