@@ -226,16 +226,19 @@ class AsOperands {
 // A matrix B [depth, columns] in panels.
 class Packed {
  public:
-  // From a stored weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; its rows
-  // lie `row` numbers apart where it is a part of a larger one.
-  Packed(const BlockKernels& kernels, const void* weight, bool transposed, int64_t depth, int64_t columns,
-         int64_t row = 0)
+  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; of a larger one
+  // it is the part from a number on, whose rows lie `row` numbers apart.
+  Packed(const BlockKernels& kernels, const Tensor& weight, bool transposed, int64_t depth, int64_t columns,
+         int64_t from = 0, int64_t row = 0)
       : k_(kernels), depth_(depth), columns_(columns) {
     if (row == 0) row = transposed ? depth : columns;
+    const void* start =
+        static_cast<const char*>(weight.data_ptr()) + from * static_cast<int64_t>(weight.element_size());
+    const auto pack = weight.scalar_type() == ScalarType::Float ? k_.pack_floats : k_.pack;
     const int64_t panels = (columns + k_.panel - 1) / k_.panel;
     memory_ = Bytes(panels * k_.panel * k_.pitch(depth) * bytes_of(k_.operand));
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      k_.pack(weight, row, transposed, depth, columns, begin, end, memory_.data());
+      pack(start, row, transposed, depth, columns, begin, end, memory_.data());
     });
   }
   void multiply(int64_t rows, const void* a, float* c) const {
@@ -297,8 +300,8 @@ class WeightGradient {
         out_(out),
         in_(in),
         tensor_(wanted ? torch::stable::new_empty(weight, {out, in}) : torch::stable::new_empty(weight, {0})),
-        own_(wanted && k.stored != DType::kFloat ? out * in : 0),
-        sums_(k.stored == DType::kFloat ? pointer<float>(tensor_) : own_.data()) {
+        own_(wanted && !in_floats() ? out * in : 0),
+        sums_(in_floats() ? pointer<float>(tensor_) : own_.data()) {
     if (wanted) std::fill_n(sums_, out * in, 0.0f);
   }
 
@@ -312,7 +315,7 @@ class WeightGradient {
   }
 
   const Tensor& written() const {
-    if (tensor_.numel() > 0 && k_.stored != DType::kFloat) {
+    if (tensor_.numel() > 0 && !in_floats()) {
       const Rows rows = rows_of(tensor_, in_);
       over_rows(out_, [&](int64_t first, int64_t last) {
         k_.add(last - first, in_, sums_ + first * in_, nullptr, rows.at(first));
@@ -322,6 +325,8 @@ class WeightGradient {
   }
 
  private:
+  bool in_floats() const { return tensor_.scalar_type() == ScalarType::Float; }
+
   const BlockKernels& k_;
   int64_t out_, in_;
   Tensor tensor_;
@@ -340,6 +345,14 @@ inline Tensor stored(const Tensor& x, const BlockKernels& k, int64_t count, cons
   const ScalarType type = k.stored == DType::kFloat ? ScalarType::Float : ScalarType::BFloat16;
   STD_TORCH_CHECK(x.scalar_type() == type && x.numel() == count, op, ": ", name, " must be ", count,
                   k.stored == DType::kFloat ? " float32" : " bfloat16", " numbers");
+  return dense(x);
+}
+
+// A weight of the type of the rows, or of float32.
+inline Tensor weight_of(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
+                        const char* name) {
+  if (x.scalar_type() != ScalarType::Float) return stored(x, k, count, op, name);
+  STD_TORCH_CHECK(x.numel() == count, op, ": ", name, " must be ", count, " numbers");
   return dense(x);
 }
 

@@ -25,10 +25,12 @@ struct BlockKernels {
   // Whether stored rows of so many columns are operands as they lie.
   bool as_stored(int64_t columns) const { return operand == stored && pitch(columns) == columns; }
 
-  // Pack panels [first, last) of the stored B [depth, columns], B[k, j] = b[k * row_b + j] (or b[j * row_b +
-  // k] where transposed), into out [panels, pitch(depth), panel], with zeros past the last column.
-  void (*pack)(const void* b, int64_t row_b, bool transposed, int64_t depth, int64_t columns, int64_t first,
-               int64_t last, void* out);
+  // Pack panels [first, last) of B [depth, columns], B[k, j] = b[k * row_b + j] (or b[j * row_b + k] where
+  // transposed), into out [panels, pitch(depth), panel], with zeros past the last column. B is stored, or in
+  // float32 and rounded.
+  using Pack = void(const void* b, int64_t row_b, bool transposed, int64_t depth, int64_t columns,
+                    int64_t first, int64_t last, void* out);
+  Pack *pack, *pack_floats;
   // C [rows, columns] = A [rows, depth] B for a packed B of which this is a part: its panels lie
   // `panel_depth` rows apart. Added to C, where asked.
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a, const void* packed,

@@ -71,10 +71,10 @@ inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const Step*
   }
 }
 
-// Rows k of B as steps: floats, one row at a time.
-template <typename S>
-DEEPMSI_INLINE void pack_step(const S* b, int64_t row_b, int64_t k, int64_t, int64_t width, float* to) {
-  const S* row = b + k * row_b;
+// Row k of B as a row of steps that are floats.
+template <typename From>
+DEEPMSI_INLINE void pack_step(const From* b, int64_t row_b, int64_t k, int64_t, int64_t width, float* to) {
+  const From* row = b + k * row_b;
   if (width == kPackedColumns) {
     for_channels<float>(kPackedColumns, [&](int64_t j, auto tag) { put(to + j, get(row + j, tag), tag); });
   } else {
@@ -82,49 +82,70 @@ DEEPMSI_INLINE void pack_step(const S* b, int64_t row_b, int64_t k, int64_t, int
   }
 }
 
-// Pairs of numbers that lie in two rows one above the other; the second row may be missing.
-DEEPMSI_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int64_t count, Pair* to) {
-  int64_t j = 0;
-  for (; j + kLanes<float> <= count; j += kLanes<float>) {
-    VecBits both = load_halves(first + j);
-    if (second != nullptr) both |= load_halves(second + j) << 16;
-    __builtin_memcpy(to + j, &both, sizeof both);
-  }
-  for (; j < count; ++j) to[j] = {first[j], second != nullptr ? second[j] : BFloat16{0}};
+// Consecutive steps of a row in the lanes of floats, and one, whose second number may be missing.
+template <typename From>
+DEEPMSI_INLINE Vec<float> steps_of(const From* row, int64_t k, const float*) {
+  return get(row + k, VectorTag{});
+}
+template <typename From>
+DEEPMSI_INLINE float step_of(const From* row, int64_t k, int64_t, const float*) {
+  return to_wide(row[k]);
 }
 
-// The same in pairs, two rows at a time, of which the last may be missing.
-DEEPMSI_INLINE void pack_step(const BFloat16* b, int64_t row_b, int64_t k, int64_t depth, int64_t width,
+#if defined(__AVX512BF16__)
+DEEPMSI_INLINE VecBits load_rounded(const BFloat16* p) { return load_halves(p); }
+DEEPMSI_INLINE VecBits load_rounded(const float* p) {
+  const auto rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(load(p)));
+  VecHalves halves;
+  __builtin_memcpy(&halves, &rounded, sizeof halves);
+  return __builtin_convertvector(halves, VecBits);
+}
+DEEPMSI_INLINE BFloat16 rounded(BFloat16 v) { return v; }
+DEEPMSI_INLINE BFloat16 rounded(float v) { return Storage<BFloat16>::narrow(v); }
+
+// Pairs of numbers that lie in two rows one above the other; the second row may be missing.
+template <typename From>
+DEEPMSI_INLINE void pair_rows(const From* first, const From* second, int64_t count, Pair* to) {
+  int64_t j = 0;
+  for (; j + kLanes<float> <= count; j += kLanes<float>) {
+    VecBits both = load_rounded(first + j);
+    if (second != nullptr) both |= load_rounded(second + j) << 16;
+    __builtin_memcpy(to + j, &both, sizeof both);
+  }
+  for (; j < count; ++j) to[j] = {rounded(first[j]), second != nullptr ? rounded(second[j]) : BFloat16{0}};
+}
+
+template <typename From>
+DEEPMSI_INLINE void pack_step(const From* b, int64_t row_b, int64_t k, int64_t depth, int64_t width,
                               Pair* to) {
-  const BFloat16* row = b + 2 * k * row_b;
+  const From* row = b + 2 * k * row_b;
   pair_rows(row, 2 * k + 1 < depth ? row + row_b : nullptr, width, to);
   for (int64_t j = width; j < kPackedColumns; ++j) to[j] = {};
 }
 
-// A vector of consecutive steps of a row, in the lanes of floats.
-template <typename S>
-DEEPMSI_INLINE Vec<float> steps_of(const S* row, int64_t k, const float*) {
-  return get(row + k, VectorTag{});
-}
 DEEPMSI_INLINE Vec<float> steps_of(const BFloat16* row, int64_t k, const Pair*) {
   Vec<float> v;
   __builtin_memcpy(&v, row + 2 * k, sizeof v);
   return v;
 }
-template <typename S>
-DEEPMSI_INLINE float step_of(const S* row, int64_t k, int64_t, const float*) {
-  return to_wide(row[k]);
+DEEPMSI_INLINE Vec<float> steps_of(const float* row, int64_t k, const Pair*) {
+  const float* at = row + 2 * k;
+  return reinterpret_cast<Vec<float>>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(at + kLanes<float>)),
+                                                          reinterpret_cast<__m512>(load(at))));
 }
-DEEPMSI_INLINE Pair step_of(const BFloat16* row, int64_t k, int64_t depth, const Pair*) {
-  return {row[2 * k], 2 * k + 1 < depth ? row[2 * k + 1] : BFloat16{0}};
+template <typename From>
+DEEPMSI_INLINE Pair step_of(const From* row, int64_t k, int64_t depth, const Pair*) {
+  return {rounded(row[2 * k]), 2 * k + 1 < depth ? rounded(row[2 * k + 1]) : BFloat16{0}};
 }
+#endif
 
-template <typename S>
+// From numbers of a type, for products of tensors stored as S.
+template <typename From, typename S>
 void pack(const void* b_any, int64_t row_b, bool transposed, int64_t depth, int64_t columns, int64_t first,
           int64_t last, void* out) {
   using Step = StepOf<S>;
   constexpr int64_t kCount = kLanes<float>;
-  const S* b = static_cast<const S*>(b_any);
+  const From* b = static_cast<const From*>(b_any);
   const int64_t count = steps<S>(depth), whole = depth / kStep<S>;
   for (int64_t p = first; p < last; ++p) {
     Step* to = static_cast<Step*>(out) + p * count * kPackedColumns;
@@ -423,7 +444,8 @@ BlockKernels block_kernels_of() {
           kTypeOf<Operand<S>>,
           kTile,
           kPackedColumns,
-          pack<S>,
+          pack<S, S>,
+          pack<float, S>,
           multiply<S>,
           add_outer<S>,
           kDepth * (kPackedColumns + pairs) * static_cast<int64_t>(sizeof(StepOf<S>)),

@@ -23,18 +23,17 @@ struct Cells {
   Cells(const Tensor& x_any, const Tensor& w, const Tensor& norm, const std::optional<Tensor>& cu_seqlens,
         double epsilon)
       : channels(w.size(0)),
-        k(block_kernels(stored_type(w, kOp))),
+        k(block_kernels(stored_type(x_any, kOp))),
         x(x_any),
         norm_weight(norm, channels, kOp, "norm_weight"),
         eps(static_cast<float>(epsilon)) {
-    STD_TORCH_CHECK(
-        x.scalar_type() == w.scalar_type() && x.dim() == 6 && (x.stride(5) == 1 || x.size(5) == 1), kOp,
-        ": x must be [F, H, W, A, B, c] with runs of c, of the type of the weight");
+    STD_TORCH_CHECK(x.dim() == 6 && (x.stride(5) == 1 || x.size(5) == 1), kOp,
+                    ": x must be [F, H, W, A, B, c] with runs of c");
     for (int64_t d = 0; d < 6; ++d) size[d] = x.size(d), stride[d] = x.stride(d);
     rows = size[0] * size[1] * size[2];
     depth = size[3] * size[4] * size[5];
     valid = valid_rows(cu_seqlens, rows, kOp);
-    weight = stored(w, k, channels * depth, kOp, "weight");
+    weight = weight_of(w, k, channels * depth, kOp, "weight");
   }
 
   // Call visit(offset in a tensor of x's sizes, offset in the cell) for every run of a row, in bytes.
@@ -104,7 +103,7 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
   Tensor y_all = torch::stable::new_empty(x, {cells.rows, channels});
   Tensor branch = torch::stable::new_empty(x, {with_grad ? cells.rows : 0, channels});
   const Rows y = rows_of(y_all, channels), kept = rows_of(branch, channels);
-  const Packed product(k, cells.weight.data_ptr(), true, cells.depth, channels);
+  const Packed product(k, cells.weight, true, cells.depth, channels);
   const int64_t block = block_rows(cells.depth + channels);
   const bool in_place =
       with_grad && k.stored == DType::kFloat;  // what the norm reads is made where it is kept
@@ -140,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
   if (wants_x && cells.valid < cells.rows)
     std::memset(grad_x.data_ptr(), 0, grad_x.numel() * static_cast<int64_t>(grad_x.element_size()));
   const WeightGradient grad_weight(k, true, cells.weight, channels, depth);
-  const Packed back(k, cells.weight.data_ptr(), false, channels, depth);
+  const Packed back(k, cells.weight, false, channels, depth);
   const int64_t step =
       std::min(chunk_rows(k, std::max(depth, channels), channels * depth), std::max<int64_t>(cells.valid, 1));
   const GatheredCells gathered(cells, step);

@@ -30,10 +30,10 @@ struct Mlp {
         channels(x_any.size(1)),
         hidden(w1.size(0)),
         valid(valid_rows(cu_seqlens, rows, kOp)),
-        k(block_kernels(stored_type(w1, kOp))),
+        k(block_kernels(stored_type(x_any, kOp))),
         x(stored(x_any, k, rows * channels, kOp, "x")),
-        fc1_weight(stored(w1, k, hidden * channels, kOp, "fc1_weight")),
-        fc2_weight(stored(w2, k, channels * hidden, kOp, "fc2_weight")),
+        fc1_weight(weight_of(w1, k, hidden * channels, kOp, "fc1_weight")),
+        fc2_weight(weight_of(w2, k, channels * hidden, kOp, "fc2_weight")),
         fc1_bias(b1, hidden, kOp, "fc1_bias"),
         fc2_bias(b2, channels, kOp, "fc2_bias"),
         norm_weight(weight, channels, kOp, "norm_weight"),
@@ -65,10 +65,8 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight,
   const Floats summed(across ? m.valid * channels : 0);
   for (int64_t start = 0; start < m.hidden; start += span) {
     const int64_t group = std::min(span, m.hidden - start);
-    const int64_t bytes = bytes_of(k.stored);
-    const Packed first(k, rows_of(m.fc1_weight, channels).at(start), true, channels, group);
-    const Packed second(k, static_cast<const char*>(m.fc2_weight.data_ptr()) + start * bytes, true, group,
-                        channels, m.hidden);
+    const Packed first(k, m.fc1_weight, true, channels, group, start * channels);
+    const Packed second(k, m.fc2_weight, true, group, channels, start, m.hidden);
     over_rows(m.valid, [&](int64_t begin, int64_t end) {
       const Floats hidden(block * width), own(floats || across ? 0 : block * channels);
       const OperandRows active(k, block, width, &hidden);
@@ -111,9 +109,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
              dx = rows_of(grad_x, channels);
   const WeightGradient grad_fc1(k, wants_layers, m.fc1_weight, width, channels),
       grad_fc2(k, wants_layers, m.fc2_weight, channels, width);
-  const Packed first(k, m.fc1_weight.data_ptr(), true, channels, width);
-  const Packed back_second(k, m.fc2_weight.data_ptr(), false, channels, width);
-  const Packed back_first(k, m.fc1_weight.data_ptr(), false, width, channels);
+  const Packed first(k, m.fc1_weight, true, channels, width);
+  const Packed back_second(k, m.fc2_weight, false, channels, width);
+  const Packed back_first(k, m.fc1_weight, false, width, channels);
 
   const bool floats = k.operand == DType::kFloat;
   const int64_t step = std::min(chunk_rows(k, width, width * channels), std::max<int64_t>(m.valid, 1));

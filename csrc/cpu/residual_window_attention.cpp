@@ -28,10 +28,10 @@ struct Attention {
             int64_t window, int64_t shift)
       : rows(x_any.size(0)),
         channels(x_any.size(1)),
-        k(block_kernels(stored_type(qkv, kOp))),
+        k(block_kernels(stored_type(x_any, kOp))),
         x(stored(x_any, k, rows * channels, kOp, "x")),
-        qkv_weight(stored(qkv, k, 3 * channels * channels, kOp, "qkv_weight")),
-        proj_weight(stored(proj, k, channels * channels, kOp, "proj_weight")),
+        qkv_weight(weight_of(qkv, k, 3 * channels * channels, kOp, "qkv_weight")),
+        proj_weight(weight_of(proj, k, channels * channels, kOp, "proj_weight")),
         qkv_bias(bias, 3 * channels, kOp, "qkv_bias"),
         proj_bias(projected_bias, channels, kOp, "proj_bias"),
         norm_weight(weight, channels, kOp, "norm_weight"),
@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
   // What is kept is made where it is kept, if it is of the type that makes it.
   const bool z_in_place = with_grad && k.stored == DType::kFloat;
   const bool middle_in_place = with_grad && k.as_stored(channels);
-  const Packed in(k, a.qkv_weight.data_ptr(), true, channels, 3 * channels);
-  const Packed out(k, a.proj_weight.data_ptr(), true, channels, channels);
+  const Packed in(k, a.qkv_weight, true, channels, 3 * channels);
+  const Packed out(k, a.proj_weight, true, channels, channels);
   const OperandRows qkv(k, most, 3 * channels), scratch(k, middle_in_place ? 0 : most, channels);
   const Floats lse(most * heads);
   over_chunks(a, [&](const Chunk& chunk) {
@@ -177,9 +177,9 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
   const Rows dy = rows_of(grad_y, channels), z = rows_of(held, channels), dx = rows_of(grad_x, channels);
   const WeightGradient grad_qkv_weight(k, wants_layers, a.qkv_weight, wide, channels),
       grad_proj_weight(k, wants_layers, a.proj_weight, channels, channels);
-  const Packed in(k, a.qkv_weight.data_ptr(), true, channels, wide);
-  const Packed back_in(k, a.qkv_weight.data_ptr(), false, wide, channels);
-  const Packed back_out(k, a.proj_weight.data_ptr(), false, channels, channels);
+  const Packed in(k, a.qkv_weight, true, channels, wide);
+  const Packed back_in(k, a.qkv_weight, false, wide, channels);
+  const Packed back_out(k, a.proj_weight, false, channels, channels);
   const OperandRows qkv(k, most, wide), grad_qkv(k, most, wide), grad_z(k, most, channels),
       grad_out(k, most, channels);
   const AsOperands x(k, rows_of(a.x, channels), channels, most),

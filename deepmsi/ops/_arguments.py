@@ -32,7 +32,8 @@ def autocast_layers(
 ) -> tuple[list[Any], torch.dtype, int]:
     """Return the weights and biases of layers in their :func:`autocast_type`, that type, and the fact ``mixed``.
 
-    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None.
+    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None. Kernels
+    on the CPU, which round float32 while they lay it out for their products, are given the layers as they came.
 
     Raises:
         ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.

@@ -348,7 +348,7 @@ _register(
 
 
 # --- project_cells
-# Forward: x [F, H, W, A, B, c], read where it lies, weight and bias of its type, the norm's of that or float32; y
+# Forward: x [F, H, W, A, B, c], read where it lies, and parameters of its type or in float32, which is rounded; y
 # [R, C] for R = F·H·W. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the last
 # of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and is
 # empty where it is not wanted; that of the norm's bias has the type of its weight.
@@ -452,11 +452,12 @@ _register(
 
 
 # --- residual_mlp
-# Forward: rows x [R, C] and y of one type, both layers' weights and biases of one (cpp: of that of x). `branch`
-# [R, C] is what the norm reads, in the type of the weights, kept with `with_grad`, else [0, C]; the hidden rows are
-# made again. Backward reads x for its products alone, and so in the type of the weights; without `wants_layers`, where
-# all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no gradient.
-# Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
+# that of x, its parameters in that or in float32, which is rounded. `branch` [R, C] is what the norm reads, in the type
+# of the products, kept with `with_grad`, else [0, C]; the hidden rows are made again. Backward reads x for its products
+# alone, and so in their type; without `wants_layers`, where all of both layers is frozen, the gradients of their
+# weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are
+# passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -469,8 +470,12 @@ _MLP_BACKWARD = (
 )
 
 
-def _mlp_fake_forward(x: Tensor, *rest: Any) -> Any:
+def _mlp_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
     return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+
+
+def _mlp_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
@@ -482,8 +487,8 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, *others, ctx.eps, ctx.with_grad = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    narrow = others[0].dtype
-    ctx.save_for_backward(x if x.dtype == narrow else x.to(narrow), output[1], *others)
+    branch = output[1]
+    ctx.save_for_backward(x if x.dtype == branch.dtype else x.to(branch.dtype), branch, *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -495,22 +500,24 @@ def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return (grad_x, *layers, *found[4:], None, None, None, None)
 
 
-_register(
-    "residual_mlp",
-    _MLP_FORWARD,
-    _MLP_BACKWARD,
-    _mlp_fake_forward,
-    _mlp_fake_backward,
-    _mlp_setup_context,
-    _mlp_gradient,
-)
+for _backend, _fake_forward in (("cpp", _mlp_fake_forward_cpp), ("triton", _mlp_fake_forward_triton)):
+    _register(
+        "residual_mlp",
+        _MLP_FORWARD,
+        _MLP_BACKWARD,
+        _fake_forward,
+        _mlp_fake_backward,
+        _mlp_setup_context,
+        _mlp_gradient,
+        backends=(_backend,),
+    )
 
 
 # --- residual_window_attention
-# Forward: rows x [R, C] and the layers' weights and biases of one type, the norm's of that or float32; the attention's
-# arguments as in window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] the
-# attention's output, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`,
-# and rows past the last offset, are as in residual_mlp.
+# Forward: rows x [R, C], and parameters in their type or in float32, which is rounded; the attention's arguments as in
+# window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what the attention
+# gives, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`, and rows past
+# the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "

@@ -77,11 +77,11 @@ def project_cells(
     cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), weight=weight, bias=bias)
     if x.dtype != dtype:
         raise ValueError(f"{_OP}: x and weight must be of one type, not {x.dtype} and {dtype}")
-    weight, bias = cast
-    arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if resolve(_OP, backend, x.device.type, dtype, mixed=mixed) == "reference":
+        weight, bias = cast
         with without_autocast(x.device.type):
-            return reference(x, *arguments)
+            return reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
+    arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if x.stride(5) != 1:
         x = x.contiguous()
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)

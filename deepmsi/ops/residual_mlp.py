@@ -79,9 +79,10 @@ def residual_mlp(
     cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
+    if chosen != "cpp":
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):
             return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)

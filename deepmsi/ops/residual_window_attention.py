@@ -79,10 +79,10 @@ def residual_window_attention(
         check_devices(x, _OP, "x", **{name: tensor})
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
-    qkv_weight, qkv_bias, proj_weight, proj_bias = cast
-    weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     facts = {"heads": heads, "head_dim": channels // heads, "window": window, "mixed": mixed}
     if resolve(_OP, backend, x.device.type, dtype, **facts) == "reference":
+        qkv_weight, qkv_bias, proj_weight, proj_bias = cast
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
         where = (positions, cu_seqlens, row_scale)
         with without_autocast(x.device.type):
             return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
@@ -91,6 +91,7 @@ def residual_window_attention(
         head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     if positions is not None:
         positions = positions.to(torch.int32)
+    weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
         x.reshape(-1, channels),
         *weights,

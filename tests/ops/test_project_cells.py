@@ -171,7 +171,10 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     leaves = [t.clone().requires_grad_() for t in (weight, *vectors)]
     torch.library.opcheck(forward, (x, *leaves, None, EPS, True))
     torch.library.opcheck(forward, (x, weight, None, *vectors[1:], None, EPS, False))
+    wide = (weight.float(), bias.float(), *vectors[1:])
+    torch.library.opcheck(forward, (x, *wide, None, EPS, True))
     y, branch = forward(x, weight, *vectors, None, EPS, True)
+    torch.library.opcheck(backward, (y, x, branch, wide[0], vectors[1], None, EPS, True))
     grad = randn(channels, y.shape[0], seed=6, dtype=dtype).t()
     for wants_x in (True, False):
         torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, wants_x))

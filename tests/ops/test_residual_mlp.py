@@ -31,12 +31,18 @@ def run(
     exact: bool = False,
     stream: torch.dtype | None = None,
     norms: torch.dtype | None = None,
+    kept: torch.dtype | None = None,
     lengths: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
-    """Return y and every gradient; x and y are in `stream`, and the inputs are rounded before they are made `exact`."""
+    """Return y and every gradient; x and y are in `stream`, and the inputs are rounded before they are made `exact`.
+
+    The layers are rounded to `dtype` and given in the type that they are `kept` in, which autocast takes in `dtype`.
+    """
 
     def draw(*size: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         rounded = randn(*size, seed=seed, scale=scale, dtype=dtype, device=device)
+        if kept is not None and seed in (2, 3, 4, 5):
+            rounded = rounded.to(kept)
         return (rounded.double() if exact else rounded).requires_grad_()
 
     inputs = {
@@ -52,7 +58,8 @@ def run(
     drawn = randn(rows[0], *[1] * (len(rows) - 1), seed=8, device=device) > 0
     scale = drawn.to(inputs["x"].dtype).mul(1.25).expand(rows) if scaled else None
     cu_seqlens = None if lengths is None else offsets(lengths, device)
-    y = residual_mlp(**inputs, row_scale=scale, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
+    with torch.autocast(device, dtype) if kept is not None and not exact else nullcontext():
+        y = residual_mlp(**inputs, row_scale=scale, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
     grad = randn(*y.shape, seed=20, dtype=stream or dtype, device=device).to(y.dtype)
     return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
 
@@ -101,6 +108,16 @@ def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, d
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_a_norm_in_float32_keeps_the_error_budget(backend: str, device: str, name: str) -> None:
     assert_budget(backend, device, torch.bfloat16, *CASES[name], norms=torch.float32)
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["grid", "odd", "parts", "deep"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_autocast_over_rows_in_16_bits_keeps_the_error_budget(
+    backend: str, device: str, name: str, norms: torch.dtype
+) -> None:
+    """The layers' gradients have their own type, float32, as torch's have."""
+    assert_budget(backend, device, torch.bfloat16, *CASES[name], norms=norms, kept=torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [(30, 0, 11), (0, 0), (77,)], ids=["some", "none", "all"])
@@ -260,6 +277,16 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> 
     columns = [t.t().contiguous().t() if isinstance(t, Tensor) and t.dim() == 2 else t for t in dense]
     for value, wanted in zip(backward(*columns), backward(*dense), strict=True):
         assert torch.equal(value, wanted)
+
+
+def test_opcheck_of_rows_in_16_bits_beside_float32() -> None:
+    testing.need("residual_mlp", "cpp", "cpu", torch.bfloat16)
+    x, *others = operator_arguments(False)
+    operators, x = torch.ops.deepmsi, x.bfloat16()
+    torch.library.opcheck(operators.residual_mlp_cpp_fwd.default, (x, *others, True))
+    y, branch = operators.residual_mlp_cpp_fwd(x, *others, True)
+    assert branch.dtype == torch.bfloat16
+    torch.library.opcheck(operators.residual_mlp_cpp_bwd.default, (y, x, branch, *others, True))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)

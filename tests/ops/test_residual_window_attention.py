@@ -1,5 +1,6 @@
 """residual_window_attention: the CPU kernel against the reference, in numbers and gradients."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -63,8 +64,12 @@ def attention(
     scaled: bool = True,
     exact: bool = False,
     norms: torch.dtype | None = None,
+    kept: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return y and every gradient; the inputs are rounded to the types before they are made `exact`."""
+    """Return y and every gradient; the inputs are rounded to the types before they are made `exact`.
+
+    The layers are rounded to `dtype` and given in the type that they are `kept` in, which autocast takes in `dtype`.
+    """
     layout: dict[str, Any] = {}
     size: tuple[int, ...] = (frames, *grid)
     if lengths is not None:
@@ -78,6 +83,8 @@ def attention(
 
     def draw(*size: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         rounded = randn(*size, seed=seed, scale=scale, dtype=dtype)
+        if kept is not None and seed in (2, 3, 4, 5):
+            rounded = rounded.to(kept)
         return (rounded.double() if exact else rounded).requires_grad_()
 
     inputs = {
@@ -94,17 +101,9 @@ def attention(
         scales = torch.linspace(1.5, 2.0, heads, dtype=dtype)
         inputs["logit_scale"] = (scales.double() if exact else scales).requires_grad_()
     scale = cut(inputs["x"], 8) if scaled and inputs["x"].numel() else None
-    y = residual_window_attention(
-        heads=heads,
-        grid=grid,
-        window=window,
-        shift=shift,
-        **inputs,
-        **layout,
-        row_scale=scale,
-        eps=EPS,
-        backend=backend,
-    )
+    where = {"heads": heads, "grid": grid, "window": window, "shift": shift, "row_scale": scale, **layout}
+    with torch.autocast("cpu", dtype) if kept is not None and not exact else nullcontext():
+        y = residual_window_attention(**inputs, **where, eps=EPS, backend=backend)
     if tail:
         assert torch.equal(y[-tail:], inputs["x"][-tail:])
     grad = randn(*y.shape, seed=20, dtype=dtype).to(y.dtype)
@@ -123,24 +122,33 @@ def test_a_norm_in_float32_keeps_the_error_budget(name: str) -> None:
     assert_budget("cpp", torch.bfloat16, norms=torch.float32, **LAYOUTS[name])
 
 
-def test_autocast_takes_the_layers_in_its_type() -> None:
-    """Rows in 16 bits meet weights in float32, whose gradients are in float32; those of other rows are added to."""
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["shifted", "odd", "packed", "odd_packed"])
+def test_autocast_over_rows_in_16_bits_keeps_the_error_budget(name: str, norms: torch.dtype) -> None:
+    """The layers' gradients have their own type, float32, as torch's have."""
+    assert_budget("cpp", torch.bfloat16, norms=norms, kept=torch.float32, **LAYOUTS[name])
+
+
+def test_autocast_keeps_the_type_of_rows_in_float32() -> None:
+    x, *weights = operator_arguments(False)[:7]
+    table = operator_arguments(False)[9]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = residual_window_attention(x.view(1, 2, 4, 6), *weights, 2, (2, 4), 2, 1, bias_table=table)
+        with pytest.raises(RuntimeError, match="x and the weights must be of one type"):
+            residual_window_attention(x.view(1, 2, 4, 6), *weights, 2, (2, 4), 2, 1, bias_table=table, backend="cpp")
+    exact = residual_window_attention(x.view(1, 2, 4, 6), *weights, 2, (2, 4), 2, 1, bias_table=table)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, exact, rtol=0.05, atol=0.05)
+
+
+def test_opcheck_of_rows_in_16_bits_beside_float32() -> None:
     need(torch.bfloat16)
-    arguments = operator_arguments(False)
-    x, weights, options = arguments[0].view(1, 2, 4, 6), arguments[1:7], {"bias_table": arguments[9]}
-    for stream, backend in ((torch.bfloat16, "cpp"), (torch.float32, None)):
-        found = []
-        for narrow in (True, False):
-            leaves = [x.clone().to(stream).requires_grad_(), *(w.clone().requires_grad_() for w in weights)]
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                if narrow:
-                    y = residual_window_attention(*leaves, 2, (2, 4), 2, 1, **options, backend=backend)
-                else:
-                    y = residual_window_attention(leaves[0].float(), *leaves[1:], 2, (2, 4), 2, 1, **options)
-            assert y.dtype == (stream if narrow else torch.float32)
-            found.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
-        for value, wanted in zip(*found, strict=True):
-            torch.testing.assert_close(value.float(), wanted.float(), rtol=0.05, atol=0.1 * wanted.abs().max().item())
+    x, *others = operator_arguments(False)
+    operators, x = torch.ops.deepmsi, x.bfloat16()
+    torch.library.opcheck(operators.residual_window_attention_cpp_fwd.default, (x, *others, True))
+    y, *held = operators.residual_window_attention_cpp_fwd(x, *others, True)
+    assert [tensor.dtype for tensor in held] == [torch.bfloat16] * 2
+    torch.library.opcheck(operators.residual_window_attention_cpp_bwd.default, (y, x, *held, *others, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
