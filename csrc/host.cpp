@@ -36,7 +36,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("info", &info, "Pairs of a name and its value, for deepmsi.explain().");
   m.def(
       "cpu_capability", [] { return std::string(deepmsi::isa_name(deepmsi::cpu_isa())); },
-      "The highest of baseline, avx2, avx512 that this CPU runs.");
+      "The highest of baseline, avx2, avx512, avx512_bf16 that this CPU runs.");
   m.def(
       "instruction_set", [] { return std::string(deepmsi::isa_name(deepmsi::active_isa())); },
       "The one that runs: the CPU's own, or a lower one named by the environment variable DEEPMSI_ISA.");

@@ -70,11 +70,15 @@ def host_info() -> dict[str, str]:
 
 
 _ISA = host_info().get("instruction set in use")
+_HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _has_vectors(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
-    """Whether the blocks' own products beat torch's: measured with AVX-512 and with AVX2, not with less."""
-    return _ISA in ("avx512_bf16", "avx512", "avx2")
+    """Whether the blocks' own products beat torch's: measured with AVX-512 and with AVX2, not with less.
+
+    A CPU that multiplies tiles of bfloat16 (AMX) does so in torch's products alone; not measured on one.
+    """
+    return _ISA in ("avx512_bf16", "avx512", "avx2") and not (dtype == torch.bfloat16 and _HAS_TILES)
 
 
 def _has_tensor_cores(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:

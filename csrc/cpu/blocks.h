@@ -144,13 +144,29 @@ class Floats {
   Bytes bytes_;
 };
 
+// Rows of floats that a product writes: at the place of what becomes of them, where that is floats, too, or
+// in working memory.
+class FloatRows {
+ public:
+  FloatRows(bool in_place, int64_t rows, int64_t columns)
+      : in_place_(in_place), own_(in_place ? 0 : rows * columns) {}
+  float* at(void* place) const { return in_place_ ? static_cast<float*>(place) : own_.data(); }
+
+ private:
+  bool in_place_;
+  Floats own_;
+};
+
 // Working memory of rows of operands; in that of floats, where operands are such and may take their place.
 class OperandRows {
  public:
-  OperandRows(const BlockKernels& k, int64_t rows, int64_t columns, const Floats* floats = nullptr)
-      : own_(floats != nullptr && k.operand == DType::kFloat ? 0 : rows * row_bytes(k, columns)),
-        rows_{floats != nullptr && k.operand == DType::kFloat ? reinterpret_cast<char*>(floats->data())
-                                                              : own_.data(),
+  OperandRows(const BlockKernels& k, int64_t rows, int64_t columns)
+      : own_(rows * row_bytes(k, columns)),
+        rows_{own_.data(), row_bytes(k, columns)},
+        unpadded_(columns * bytes_of(k.operand)) {}
+  OperandRows(const BlockKernels& k, int64_t rows, int64_t columns, const Floats& floats)
+      : own_(k.multiplies_floats() ? 0 : rows * row_bytes(k, columns)),
+        rows_{k.multiplies_floats() ? reinterpret_cast<char*>(floats.data()) : own_.data(),
               row_bytes(k, columns)},
         unpadded_(columns * bytes_of(k.operand)) {}
   void* at(int64_t row) const { return rows_.at(row); }
@@ -272,12 +288,15 @@ class ColumnSums {
       for (int64_t c = 0; c < width_; ++c) total_[c] += partial_[at + c];
     }
   }
-  // Sums from one on as a tensor of that many, in the type of another.
+  // Sums from one on as a tensor of that many, like another, float32 or bfloat16.
   Tensor write(int64_t from, int64_t count, const Tensor& like) const {
-    Tensor out = torch::stable::new_empty(like, {count});
+    return write(from, count, like, like.scalar_type());
+  }
+  Tensor write(int64_t from, int64_t count, const Tensor& like, ScalarType type) const {
+    Tensor out = torch::stable::new_empty(like, {count}, type);
     for (int64_t c = 0; c < count; ++c) {
       const float sum = static_cast<float>(total_[from + c]);
-      if (like.scalar_type() == ScalarType::BFloat16) {
+      if (type == ScalarType::BFloat16) {
         pointer<BFloat16>(out)[c] = Storage<BFloat16>::narrow(sum);
       } else {
         pointer<float>(out)[c] = sum;
@@ -342,9 +361,9 @@ inline DType stored_type(const Tensor& x, const char* op) {
 
 inline Tensor stored(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
                      const char* name) {
-  const ScalarType type = k.stored == DType::kFloat ? ScalarType::Float : ScalarType::BFloat16;
+  const ScalarType type = k.stores_floats() ? ScalarType::Float : ScalarType::BFloat16;
   STD_TORCH_CHECK(x.scalar_type() == type && x.numel() == count, op, ": ", name, " must be ", count,
-                  k.stored == DType::kFloat ? " float32" : " bfloat16", " numbers");
+                  k.stores_floats() ? " float32" : " bfloat16", " numbers");
   return dense(x);
 }
 

@@ -21,7 +21,9 @@ struct BlockKernels {
   int64_t panel;  // columns of a packed panel
 
   // Numbers from one row of operands to the next: bfloat16 are multiplied two by two.
-  int64_t pitch(int64_t columns) const { return operand == DType::kFloat ? columns : columns + columns % 2; }
+  int64_t pitch(int64_t columns) const { return multiplies_floats() ? columns : columns + columns % 2; }
+  bool stores_floats() const { return stored == DType::kFloat; }
+  bool multiplies_floats() const { return operand == DType::kFloat; }
   // Whether stored rows of so many columns are operands as they lie.
   bool as_stored(int64_t columns) const { return operand == stored && pitch(columns) == columns; }
 
@@ -44,7 +46,8 @@ struct BlockKernels {
   // Stored rows as operands, and operands as stored rows.
   void (*to_operand)(int64_t rows, int64_t columns, const void* x, void* y);
   void (*to_stored)(int64_t rows, int64_t columns, const void* x, void* y);
-  // x + bias as operands y; a bias of null is 0. Here and below y may be x where operands are float32.
+  // x + bias as operands y; a bias of null is 0. In this and the next three y may be x where operands are
+  // floats.
   void (*add_bias)(int64_t rows, int64_t columns, float* x, const float* bias, void* y);
   // gelu(x + bias), with the exact normal distribution function, as operands y.
   void (*bias_gelu)(int64_t rows, int64_t columns, float* x, const float* bias, void* y);
@@ -54,7 +57,7 @@ struct BlockKernels {
   void (*scale_by)(int64_t rows, int64_t columns, float* x, const float* factor, void* y);
   // sums += the columns' sums of operands x.
   void (*add_columns)(int64_t rows, int64_t columns, const void* x, float* sums);
-  // x + y as stored rows `out`, which may be y; a y of null is 0.
+  // x + y as stored rows `out`, which may be x where floats are stored; a y of null is 0.
   void (*add)(int64_t rows, int64_t columns, const float* x, const void* y, void* out);
   // z += bias; y = x + scale * (normalised z * weight + shift) for stored x and y, without x and scale where
   // they are null; z is stored in `kept`, where that is not null.

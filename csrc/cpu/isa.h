@@ -60,7 +60,7 @@ inline Isa active_isa() {
   return isa;
 }
 
-// The same for kernels that multiply no bfloat16, which the last one holds no others of.
+// The same for all kernels but those of the blocks: avx512_bf16 holds these alone.
 inline Isa active_vector_isa() { return active_isa() == Isa::kAvx512Bf16 ? Isa::kAvx512 : active_isa(); }
 
 }  // namespace deepmsi

@@ -105,14 +105,13 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
   const Rows y = rows_of(y_all, channels), kept = rows_of(branch, channels);
   const Packed product(k, cells.weight, true, cells.depth, channels);
   const int64_t block = block_rows(cells.depth + channels);
-  const bool in_place =
-      with_grad && k.stored == DType::kFloat;  // what the norm reads is made where it is kept
+  const bool in_place = with_grad && k.stores_floats();  // what the norm reads is made where it is kept
   over_rows(cells.valid, [&](int64_t begin, int64_t end) {
     const GatheredCells gathered(cells, block);
-    const Floats own(in_place ? 0 : block * channels);
+    const FloatRows sum(in_place, block, channels);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
-      float* z = in_place ? static_cast<float*>(kept.at(row)) : own.data();
+      float* z = sum.at(kept.at(row));
       gathered.gather(row, count, 0);
       product.multiply(count, gathered.operands().rows(0, count).start, z);
       k.norm(count, channels, z, bias.data(), nullptr, nullptr, cells.norm_weight.data(), norm_bias.data(),
@@ -149,11 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
     const int64_t rows = std::min(step, cells.valid - start);
     sums.begin_chunk(rows);
     over_rows(rows, [&](int64_t begin, int64_t end) {
-      const Floats gradient(wants_x ? kBlockRows * depth : 0);
-      const int64_t bytes = depth * bytes_of(k.stored);
-      const Bytes narrow(wants_x && k.stored != DType::kFloat ? kBlockRows * bytes : 0);
-      const Rows out{k.stored != DType::kFloat ? narrow.data() : reinterpret_cast<char*>(gradient.data()),
-                     bytes};
+      const int64_t bytes = depth * bytes_of(k.stored), most = wants_x ? kBlockRows : 0;
+      const Bytes gradient(most * bytes);
+      const FloatRows products(k.stores_floats(), most, depth);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row);
         gathered.gather(start + row, count, row);
@@ -162,16 +159,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
                           nullptr, cells.norm_weight.data(), cells.eps, grad_z.at(r), sums.tile(r));
         }
         if (!wants_x) continue;
-        back.multiply(count, grad_z.at(row), gradient.data());
-        if (k.stored != DType::kFloat) k.add(count, depth, gradient.data(), nullptr, out.start);
-        cells.scatter(start + row, count, out, grad_x);
+        float* to = products.at(gradient.data());
+        back.multiply(count, grad_z.at(row), to);
+        if (!k.stores_floats()) k.add(count, depth, to, nullptr, gradient.data());
+        cells.scatter(start + row, count, {gradient.data(), bytes}, grad_x);
       }
     });
     sums.end_chunk();
     grad_weight.add(rows, grad_z.at(0), gathered.operands().rows_of_chunk(0, rows).start);
   }
-  return {grad_x, grad_weight.written(), sums.write(2 * channels, channels, weight),
-          sums.write(0, channels, norm_weight), sums.write(channels, channels, norm_weight)};
+  const auto written = [&](int64_t from) { return sums.write(from, channels, x, ScalarType::Float); };
+  return {grad_x, grad_weight.written(), written(2 * channels), written(0), written(channels)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

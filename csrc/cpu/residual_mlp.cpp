@@ -61,22 +61,21 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight,
   const int64_t span = few ? width : m.hidden;
   // What the norm reads is summed where it is kept, or where its result will be, if floats are stored; else
   // in memory of its own, from group to group for all rows.
-  const bool floats = k.stored == DType::kFloat, across = !floats && span < m.hidden;
+  const bool across = !k.stores_floats() && span < m.hidden;
   const Floats summed(across ? m.valid * channels : 0);
   for (int64_t start = 0; start < m.hidden; start += span) {
     const int64_t group = std::min(span, m.hidden - start);
     const Packed first(k, m.fc1_weight, true, channels, group, start * channels);
     const Packed second(k, m.fc2_weight, true, group, channels, start, m.hidden);
     over_rows(m.valid, [&](int64_t begin, int64_t end) {
-      const Floats hidden(block * width), own(floats || across ? 0 : block * channels);
-      const OperandRows active(k, block, width, &hidden);
+      const Floats hidden(block * width);
+      const FloatRows sum(k.stores_floats() || across, block, channels);
+      const OperandRows active(k, block, width, hidden);
       const AsOperands operands(k, x, channels, block);
       for (int64_t row = begin; row < end; row += block) {
         const int64_t count = std::min(block, end - row);
         const void* in = operands.rows(row, count).start;
-        float* z = floats   ? static_cast<float*>((with_grad ? kept : y).at(row))
-                   : across ? summed.data() + row * channels
-                            : own.data();
+        float* z = sum.at(across ? summed.data() + row * channels : (with_grad ? kept : y).at(row));
         for (int64_t from = 0; from < group; from += width) {
           const int64_t columns = std::min(width, group - from);
           first.multiply_columns(count, in, from, columns, hidden.data());
@@ -85,7 +84,8 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight,
         }
         if (start + group < m.hidden) continue;
         k.norm(count, channels, z, m.fc2_bias.data(), x.at(row), m.row_scale.at(row), m.norm_weight.data(),
-               m.norm_bias.data(), m.eps, y.at(row), with_grad && !floats ? kept.at(row) : nullptr);
+               m.norm_bias.data(), m.eps, y.at(row),
+               with_grad && !k.stores_floats() ? kept.at(row) : nullptr);
       }
     });
   }
@@ -113,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
   const Packed back_second(k, m.fc2_weight, false, channels, width);
   const Packed back_first(k, m.fc1_weight, false, width, channels);
 
-  const bool floats = k.operand == DType::kFloat;
   const int64_t step = std::min(chunk_rows(k, width, width * channels), std::max<int64_t>(m.valid, 1));
   const OperandRows active(k, step, width), grad_hidden(k, step, width), grad_z(k, step, channels);
   const AsOperands operands(k, x, channels, step);
@@ -123,15 +122,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
     const Rows in = operands.rows_of_chunk(start, rows);
     sums.begin_chunk(rows);
     over_rows(rows, [&](int64_t begin, int64_t end) {
-      const Floats gradient(kBlockRows * width), slopes(floats ? 0 : kBlockRows * width);
-      const Floats back(k.stored == DType::kFloat ? 0 : kBlockRows * channels);
+      const Floats gradient(kBlockRows * width);
+      const FloatRows slopes(k.multiplies_floats(), kBlockRows, width);
+      const FloatRows back(k.stores_floats(), kBlockRows, channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row), at = start + row;
         for (int64_t r = row; r < row + count; r += k.tile) {
           k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(start + r), z.at(start + r),
                           m.row_scale.at(start + r), m.norm_weight.data(), m.eps, grad_z.at(r), sums.tile(r));
         }
-        float* slope = floats ? static_cast<float*>(grad_hidden.at(row)) : slopes.data();
+        float* slope = slopes.at(grad_hidden.at(row));
         first.multiply(count, in.at(row), slope);
         k.bias_gelu_slope(count, width, slope, m.fc1_bias.data(), active.at(row));
         back_second.multiply(count, grad_z.at(row), gradient.data());
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
           k.add_columns(std::min(k.tile, row + count - r), width, grad_hidden.at(r),
                         sums.tile(r) + 3 * channels);
         }
-        float* through = k.stored == DType::kFloat ? static_cast<float*>(dx.at(at)) : back.data();
+        float* through = back.at(dx.at(at));
         back_first.multiply(count, grad_hidden.at(row), through);
         k.add(count, channels, through, dy.at(at), dx.at(at));
       }

@@ -89,15 +89,15 @@ int64_t largest_chunk(const Attention& a) {
 void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, const OperandRows& qkv) {
   const BlockKernels& k = a.k;
   const int64_t wide = 3 * a.channels, block = block_rows(a.channels);
-  const bool floats = k.operand == DType::kFloat;
   over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
     const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, block);
-    const Floats own(floats ? 0 : block * wide);
+    const FloatRows products(k.multiplies_floats(), block, wide);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
-      float* to = floats ? static_cast<float*>(qkv.at(row)) : own.data();
+      float* to = products.at(qkv.at(row));
       weight.multiply(count, operands.rows(chunk.first + row, count).start, to);
-      if (!floats || a.qkv_bias.has_value()) k.add_bias(count, wide, to, a.qkv_bias.data(), qkv.at(row));
+      if (!k.multiplies_floats() || a.qkv_bias.has_value())
+        k.add_bias(count, wide, to, a.qkv_bias.data(), qkv.at(row));
     }
   });
 }
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
   const Rows x = rows_of(a.x, channels), y = rows_of(y_all, channels);
   const Rows kept = rows_of(branch, channels), kept_middle = rows_of(attended, channels);
   // What is kept is made where it is kept, if it is of the type that makes it.
-  const bool z_in_place = with_grad && k.stored == DType::kFloat;
+  const bool z_in_place = with_grad && k.stores_floats();
   const bool middle_in_place = with_grad && k.as_stored(channels);
   const Packed in(k, a.qkv_weight, true, channels, 3 * channels);
   const Packed out(k, a.proj_weight, true, channels, channels);
@@ -138,10 +138,10 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
       a.call.kernels.forward(w, begin, end, memory);
     });
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-      const Floats own(z_in_place ? 0 : block * channels);
+      const FloatRows sum(z_in_place, block, channels);
       for (int64_t row = begin; row < end; row += block) {
         const int64_t count = std::min(block, end - row), at = chunk.first + row;
-        float* z = z_in_place ? static_cast<float*>(kept.at(at)) : own.data();
+        float* z = sum.at(kept.at(at));
         if (!middle_in_place) scratch.pad(row, count);
         out.multiply(count, middle.at(row), z);
         if (with_grad && !middle_in_place) k.to_stored(count, channels, middle.at(row), kept_middle.at(at));
@@ -190,8 +190,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
     sums.begin_chunk(chunk.rows);
     make_qkv(a, in, chunk, qkv);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-      const bool floats = k.operand == DType::kFloat;
-      const Floats own(floats ? 0 : kBlockRows * channels);
+      const FloatRows products(k.multiplies_floats(), kBlockRows, channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row);
         for (int64_t r = row; r < row + count; r += k.tile) {
@@ -199,9 +198,9 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
           k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(at), z.at(at),
                           a.row_scale.at(at), a.norm_weight.data(), a.eps, grad_z.at(r), sums.tile(r));
         }
-        float* to = floats ? static_cast<float*>(grad_out.at(row)) : own.data();
+        float* to = products.at(grad_out.at(row));
         back_out.multiply(count, grad_z.at(row), to);
-        if (!floats) k.add_bias(count, channels, to, nullptr, grad_out.at(row));
+        if (!k.multiplies_floats()) k.add_bias(count, channels, to, nullptr, grad_out.at(row));
       }
     });
     WindowAttention w = chunk.w;
@@ -210,14 +209,13 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
     w.grad_qkv = grad_qkv.at(0);
     window_sums.add(a.call, w, chunk.frames);
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-      const bool floats = k.stored == DType::kFloat;
-      const Floats own(floats ? 0 : kBlockRows * channels);
+      const FloatRows products(k.stores_floats(), kBlockRows, channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row), at = chunk.first + row;
         grad_qkv.pad(row, count);
         for (int64_t r = row; wants_layers && r < row + count; r += k.tile)
           k.add_columns(std::min(k.tile, row + count - r), wide, grad_qkv.at(r), sums.tile(r) + 3 * channels);
-        float* to = floats ? static_cast<float*>(dx.at(at)) : own.data();
+        float* to = products.at(dx.at(at));
         back_in.multiply(count, grad_qkv.at(row), to);
         k.add(count, channels, to, dy.at(at), dx.at(at));
       }
@@ -233,7 +231,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
   window_sums.write(a.call.w.head_scale, grad_table, grad_scale);
   return {grad_x,
           grad_qkv_weight.written(),
-          sums.write(3 * channels, wants_layers ? wide : 0, qkv_weight),
+          sums.write(3 * channels, wants_layers ? wide : 0, qkv_bias.has_value() ? *qkv_bias : qkv_weight),
           grad_proj_weight.written(),
           sums.write(2 * channels, wants_layers ? channels : 0, proj_bias),
           sums.write(0, channels, norm_weight),

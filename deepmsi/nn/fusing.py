@@ -11,9 +11,14 @@ from deepmsi.ops._arguments import autocast_type, autocasts, needs_grad
 Content = tuple[tuple[int, int, torch.dtype], ...]
 
 
-def fuses(op: str, x: Tensor) -> bool:
-    """Whether an operation that does the work of several modules is to compute it for x."""
-    return backend.fuses(op, x.device.type, autocast_type(x), channels=x.shape[-1])
+def fuses(op: str, x: Tensor, casts: bool = False) -> bool:
+    """Whether an operation that does the work of several modules is to compute it for x.
+
+    It keeps the type of x, or ``casts`` x to the type that it is computed in.
+    """
+    dtype = autocast_type(x)
+    mixed = int(not casts and x.dtype != dtype)
+    return backend.fuses(op, x.device.type, dtype, channels=x.shape[-1], mixed=mixed)
 
 
 def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:

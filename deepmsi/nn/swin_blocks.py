@@ -444,7 +444,7 @@ class PatchEmbed(nn.Module):
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""
         proj, norm = self.proj, self.norm
-        if fuses("project_cells", frames) and plain(frames, proj, norm):
+        if fuses("project_cells", frames, casts=True) and plain(frames, proj, norm):
             (height, width), (_, _, rows, columns) = proj.kernel_size, frames.shape
             cells = frames.unflatten(2, (rows // height, height)).unflatten(4, (columns // width, width))
             cells = cells.permute(0, 2, 4, 1, 3, 5)
@@ -489,7 +489,7 @@ class PatchMerging(nn.Module):
 
     def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
-        if fuses("project_cells", cells) and plain(cells, self.norm, bare=(self.reduction,)):
+        if fuses("project_cells", cells, casts=True) and plain(cells, self.norm, bare=(self.reduction,)):
             norm = self.norm
             weight = self.reduction.weight
             return project_cells(cells, weight, None, norm.weight, norm.bias, cu_seqlens=cu_seqlens, eps=norm.eps)

@@ -1,6 +1,6 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,8 +32,7 @@ def autocast_layers(
 ) -> tuple[list[Any], torch.dtype, int]:
     """Return the weights and biases of layers in their :func:`autocast_type`, that type, and the fact ``mixed``.
 
-    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None. Kernels
-    on the CPU, which round float32 while they lay it out for their products, are given the layers as they came.
+    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None.
 
     Raises:
         ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.
@@ -47,6 +46,12 @@ def autocast_layers(
         raise ValueError(f"{op}: float64 goes with float64 alone, not x in {x.dtype} with weights in {dtype}")
     allowed = (dtype, torch.float32)
     return cast, dtype, int(x.dtype != dtype or any(norm.dtype not in allowed for norm in norms))
+
+
+def unrounded(layers: Sequence[Tensor | None], cast: list[Any]) -> list[Any]:
+    """Return the layers in their autocast type, but float32 as it came: for kernels that round while they read it."""
+    pairs = zip(layers, cast, strict=True)
+    return [own if own is not None and own.dtype == torch.float32 else narrow for own, narrow in pairs]
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -348,10 +348,10 @@ _register(
 
 
 # --- project_cells
-# Forward: x [F, H, W, A, B, c], read where it lies, and parameters of its type or in float32, which is rounded; y
-# [R, C] for R = F·H·W. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the last
-# of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and is
-# empty where it is not wanted; that of the norm's bias has the type of its weight.
+# Forward: x [F, H, W, A, B, c], read where it lies, a weight of its type or in float32, which is rounded, and vectors
+# of either; y [R, C] for R = F·H·W. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows
+# past the last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x
+# does, and is empty where it is not wanted; those of the biases and of the norm are in float32.
 
 _CELLS_FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
@@ -371,14 +371,13 @@ def _cells_fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
     grad_x = torch.empty_like(x) if rest[-1] else x.new_empty((0,) * 6)
-    likes = (weight[:, 0], rest[0], rest[0])
-    return (grad_x, weight.new_empty(weight.shape), *(like.new_empty(like.shape) for like in likes))
+    vectors = (weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3))
+    return (grad_x, weight.new_empty(weight.shape), *vectors)
 
 
 def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, norm_weight, norm_bias, cu_seqlens, ctx.eps, ctx.with_grad = inputs
-    ctx.norm_bias_dtype = norm_bias.dtype
-    ctx.has_bias = bias is not None
+    ctx.dtypes = [None if vector is None else vector.dtype for vector in (bias, norm_weight, norm_bias)]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, norm_weight, cu_seqlens)
@@ -388,10 +387,9 @@ def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...
     if grads[0] is None or not ctx.with_grad:
         return (None,) * 8
     wants_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias, grad_norm, grad_shift = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
-    grad_shift = grad_shift.to(ctx.norm_bias_dtype)
-    norm = (grad_norm, grad_shift, None, None, None)
-    return (grad_x if wants_x else None, grad_weight, grad_bias if ctx.has_bias else None, *norm)
+    grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
+    vectors = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
+    return (grad_x if wants_x else None, grad_weight, *vectors, None, None, None)
 
 
 _register(
@@ -453,11 +451,11 @@ _register(
 
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
-# that of x, its parameters in that or in float32, which is rounded. `branch` [R, C] is what the norm reads, in the type
-# of the products, kept with `with_grad`, else [0, C]; the hidden rows are made again. Backward reads x for its products
-# alone, and so in their type; without `wants_layers`, where all of both layers is frozen, the gradients of their
-# weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are
-# passed on: y is x, and their gradient goes to x alone.
+# that of x, its weights in that or in float32, which is rounded, and vectors in either. `branch` [R, C] is what the
+# norm reads, in the type of the products, kept with `with_grad`, else [0, C]; the hidden rows are made again. Backward
+# reads x for its products alone, and so in their type; without `wants_layers`, where all of both layers is frozen, the
+# gradients of their weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F +
+# 1] int32 are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -500,24 +498,33 @@ def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return (grad_x, *layers, *found[4:], None, None, None, None)
 
 
-for _backend, _fake_forward in (("cpp", _mlp_fake_forward_cpp), ("triton", _mlp_fake_forward_triton)):
-    _register(
-        "residual_mlp",
-        _MLP_FORWARD,
-        _MLP_BACKWARD,
-        _fake_forward,
-        _mlp_fake_backward,
-        _mlp_setup_context,
-        _mlp_gradient,
-        backends=(_backend,),
-    )
+_register(
+    "residual_mlp",
+    _MLP_FORWARD,
+    _MLP_BACKWARD,
+    _mlp_fake_forward_cpp,
+    _mlp_fake_backward,
+    _mlp_setup_context,
+    _mlp_gradient,
+    backends=("cpp",),
+)
+_register(
+    "residual_mlp",
+    _MLP_FORWARD,
+    _MLP_BACKWARD,
+    _mlp_fake_forward_triton,
+    _mlp_fake_backward,
+    _mlp_setup_context,
+    _mlp_gradient,
+    backends=("triton",),
+)
 
 
 # --- residual_window_attention
-# Forward: rows x [R, C], and parameters in their type or in float32, which is rounded; the attention's arguments as in
-# window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what the attention
-# gives, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`, and rows past
-# the last offset, are as in residual_mlp.
+# Forward: rows x [R, C], weights in their type or in float32, which is rounded, and vectors in either; the attention's
+# arguments as in window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what
+# the attention gives, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`,
+# and rows past the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -537,8 +544,9 @@ def _attention_fake_forward(x: Tensor, *rest: Any) -> Any:
 
 
 def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
-    qkv_weight, _, proj_weight, proj_bias, norm_weight, norm_bias, _, _, bias_table = rest[:9]
-    layers = _empty_unless(rest[-1], qkv_weight, qkv_weight[:, 0], proj_weight, proj_bias)
+    qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, _, _, bias_table = rest[:9]
+    like_bias = qkv_weight[:, 0] if qkv_bias is None else qkv_bias
+    layers = _empty_unless(rest[-1], qkv_weight, like_bias, proj_weight, proj_bias)
     others = (norm_weight, norm_bias, bias_table, bias_table[0])
     return (x.new_empty(x.shape), *layers, *(like.new_empty(like.shape) for like in others))
 

@@ -8,10 +8,12 @@ from deepmsi.ops import _schemas as _schemas  # registers the operators
 from deepmsi.ops._arguments import (
     autocast,
     autocast_layers,
+    autocasts,
     check_devices,
     check_floating,
     needs_grad,
     shape,
+    unrounded,
     without_autocast,
 )
 from deepmsi.reference.project_cells import project_cells as reference
@@ -35,7 +37,7 @@ def project_cells(
     x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first.
 
     The product is in the type of x and the weight, under autocast in its type; the norm is in the widest type of its
-    arguments, and y has the type of x.
+    arguments. y has the type of the product; under a GPU's autocast, as torch's norm gives it, that of the norm.
 
     Equivalent to: ``layer_norm(linear(x.flatten(3), weight, bias))``.
 
@@ -80,7 +82,9 @@ def project_cells(
     if resolve(_OP, backend, x.device.type, dtype, mixed=mixed) == "reference":
         weight, bias = cast
         with without_autocast(x.device.type):
-            return reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
+            y = reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
+        return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
+    weight, bias = unrounded((weight, bias), cast)
     arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if x.stride(5) != 1:
         x = x.contiguous()

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast_layers, check_devices, check_floating, needs_grad, shape, without_autocast
+from deepmsi.ops._arguments import (
+    autocast_layers,
+    check_devices,
+    check_floating,
+    needs_grad,
+    shape,
+    unrounded,
+    without_autocast,
+)
 from deepmsi.reference.residual_mlp import residual_mlp as reference
 
 _OP = "residual_mlp"
@@ -80,8 +88,9 @@ def residual_mlp(
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
-    if chosen != "cpp":
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    if chosen == "cpp":
+        cast, scale = unrounded(list(layers.values()), cast), None if scale is None else scale.float()
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast_layers, check_devices, needs_grad, shape, without_autocast
+from deepmsi.ops._arguments import autocast_layers, check_devices, needs_grad, shape, unrounded, without_autocast
 from deepmsi.ops.window_attention import check_windows
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
@@ -91,11 +91,12 @@ def residual_window_attention(
         head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     if positions is not None:
         positions = positions.to(torch.int32)
+    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(list(layers.values()), cast)
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
         x.reshape(-1, channels),
         *weights,
-        None if row_scale is None else row_scale.reshape(-1),
+        None if row_scale is None else row_scale.reshape(-1).float(),
         eps,
         bias_table.float(),
         head_scale,

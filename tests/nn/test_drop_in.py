@@ -212,6 +212,43 @@ def test_autocast_and_compile() -> None:
     assert relative_error(low, expected) < 0.1
 
 
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_a_block_runs_on_the_kernels_of_its_stream(stream: torch.dtype) -> None:
+    """Whole halves where the stream is in autocast's type, else the attention alone; it keeps its type, as timm's."""
+    need("residual_window_attention", "cpp", "cpu", torch.bfloat16)
+    model = build("swinv2_tiny_window8_256", img_size=64).float()
+    block = deepmsi.fuse(model).layers[0].blocks[1]
+    x = randn(2, 16, 16, 16, seed=2).to(stream)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with deepmsi.use_backend("cpp"), torch.profiler.profile() as profile:
+            y = block(x)
+        with deepmsi.use_backend("reference"):
+            plain = block(x)
+    ran = {event.key for event in profile.key_averages() if event.key.startswith("deepmsi::")}
+    halves = {"deepmsi::residual_window_attention_cpp_fwd", "deepmsi::residual_mlp_cpp_fwd"}
+    assert ran == (halves if stream == torch.bfloat16 else {"deepmsi::window_attention_cpp_fwd"})
+    assert y.dtype == plain.dtype == stream
+    assert relative_error(y, plain) < 0.05
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
+def test_in_bfloat16_it_is_as_near_as_timm_is(autocast: bool) -> None:
+    exact = build("swinv2_tiny_window8_256", img_size=64)
+    frames = randn(2, 3, 64, 64, seed=2)
+    wanted, grads = gradients(exact, frames.double())
+    kept = torch.float32 if autocast else torch.bfloat16
+    sides = []
+    for model in (copy.deepcopy(exact).to(kept), deepmsi.fuse(copy.deepcopy(exact).to(kept))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, found = gradients(model, frames.to(kept))
+        assert all(grad.dtype == kept for grad in found.values())
+        errors = {name: (found[name].double() - grad).norm() / grad.norm() for name, grad in grads.items()}
+        sides.append({"output": (out.double() - wanted).norm() / wanted.norm(), **errors})
+    timms, ours = sides
+    for name, error in ours.items():
+        assert error < 2 * timms[name] + 2**-8, (name, error, timms[name])
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 def test_shapes_are_found_without_content(name: str) -> None:
     """As tools that count operations and parameters do."""

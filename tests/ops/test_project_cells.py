@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepmsi import backend as backends
 from deepmsi import testing
@@ -218,3 +219,13 @@ def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     good |= {"norm_weight": torch.ones(5), "norm_bias": torch.zeros(5)}
     with pytest.raises(ValueError, match=words):
         project_cells(**(good | change))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks tensors of a GPU that is not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_under_a_gpus_autocast_it_has_the_norm_s_type(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    with FakeTensorMode(), torch.autocast("cuda", torch.float16):
+        x = torch.empty(1, 1, 7, 2, 2, 3, dtype=dtype, device="cuda")
+        weight, norm = torch.empty(5, 12, device="cuda"), torch.empty(5, device="cuda")
+        assert project_cells(x, weight, None, norm, norm).dtype == torch.float32

@@ -335,3 +335,27 @@ def test_the_cpu_kernel_refuses_mixed_types() -> None:
     x, *weights = operator_arguments(False)[:7]
     with pytest.raises(RuntimeError, match="x and the weights must be of one type"):
         residual_mlp(x.half(), *weights, backend="cpp")
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_layers_and_factors_of_other_types(backend: str, scale: torch.dtype, kept: torch.dtype) -> None:
+    testing.need("residual_mlp", backend, "cpu", torch.bfloat16)
+    x, *weights = operator_arguments(False)[:7]
+    layers, norm = [w.to(kept).requires_grad_() for w in weights[:4]], weights[4:]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = residual_mlp(x.bfloat16(), *layers, *norm, row_scale=torch.ones(8, dtype=scale), backend=backend)
+    assert y.dtype == torch.bfloat16
+    exact = residual_mlp(x, *weights, backend="reference")
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+    assert all(grad.dtype == kept for grad in torch.autograd.grad(y.sum(), layers))
+
+
+def test_tiles_of_bfloat16_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing.need("residual_mlp", "cpp", "cpu")
+    for tiles, chosen in ((True, "reference"), (False, "cpp")):
+        monkeypatch.setattr(backends, "_HAS_TILES", tiles)
+        monkeypatch.setattr(backends, "_ISA", "avx512_bf16")
+        assert backends.resolve("residual_mlp", None, "cpu", torch.bfloat16, channels=96) == chosen
+        assert backends.resolve("residual_mlp", None, "cpu", torch.float32, channels=96) == "cpp"

@@ -1,0 +1,63 @@
+"""The CPU kernels of a block in every instruction set: bfloat16 is multiplied as such in one and widened in others."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deepmsi.testing import need
+
+_PROBE = """
+import sys, torch
+from deepmsi import _host
+from deepmsi.ops import project_cells, residual_mlp, residual_window_attention
+from deepmsi.testing import assert_within_budget, randn, roundings_of
+assert _host.instruction_set() == sys.argv[1], _host.instruction_set()
+
+def draw(*sizes, dtype):
+    scales = [size[-1] ** -0.5 if len(size) == 2 else 1.0 for size in sizes]
+    return [randn(*size, seed=n, scale=s, dtype=dtype) for n, (size, s) in enumerate(zip(sizes, scales))]
+
+def mlp(inputs, backend):
+    return residual_mlp(*inputs, backend=backend)
+
+def cells(inputs, backend):
+    x, *weights = inputs
+    return project_cells(x.view(1, 2, 5, 1, 3, 5), *weights, backend=backend)
+
+def attention(inputs, backend):
+    x, *weights, table = inputs
+    return residual_window_attention(x, *weights, 3, (5, 7), 3, 1, bias_table=table, backend=backend)
+
+c = 15
+cases = {
+    mlp: ((85, c), (77, c), (77,), (c, 77), (c,), (c,), (c,)),
+    cells: ((10, c), (37, c), (37,), (37,), (37,)),
+    attention: ((3, 5, 7, c), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (25, 3)),
+}
+for dtype in (torch.float32, torch.bfloat16):
+    for run, sizes in cases.items():
+        results = []
+        for backend, exact in (("cpp", False), ("reference", False), ("reference", True)):
+            inputs = [(t.double() if exact else t).requires_grad_() for t in draw(*sizes, dtype=dtype)]
+            y = run(inputs, backend)
+            results.append((y, *torch.autograd.grad(y, inputs, randn(*y.shape, seed=9, dtype=dtype).to(y.dtype))))
+        for n, (got, low, wanted) in enumerate(zip(*results, strict=True)):
+            roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got)
+            assert_within_budget(got, low, wanted, f"{run.__name__} {dtype} {n}", roundings)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
+    need("residual_mlp", "cpp", "cpu", torch.bfloat16)
+    from deepmsi import _host
+
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    if order.index(isa) > order.index(_host.cpu_capability()):
+        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
+    environment = {**os.environ, "DEEPMSI_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
