@@ -6,6 +6,9 @@ at the kernel's precision, plus one rounding of the storage type.
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +22,7 @@ Result = TypeVar("Result")
 # Where the suite runs every operation: the devices of this machine, and each compiled backend on each of them.
 DEVICES: tuple[str, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 PLACES: tuple[tuple[str, str], ...] = tuple((b, d) for d in DEVICES for b in backends.BACKENDS if b != "reference")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 REFERENCES: tuple[tuple[str, str], ...] = tuple(("reference", d) for d in DEVICES)
 
 
@@ -52,6 +56,25 @@ def halves_apart(monkeypatch: Any) -> None:
     for op in ("project_cells", "residual_mlp", "residual_window_attention"):
         kernel = dataclasses.replace(backends.KERNELS[op, "cpp"], dtypes=(torch.float32,))
         monkeypatch.setitem(backends.KERNELS, (op, "cpp"), kernel)
+
+
+def run_in_instruction_set(isa: str, script: str) -> None:
+    """Run a Python script in a process whose CPU kernels are of an instruction set, which ``sys.argv[1]`` names.
+
+    Skips the test that runs where this CPU has no such instructions.
+
+    Raises:
+        AssertionError: The script ended in an error, with what it printed.
+    """
+    import pytest
+
+    from deepmsi import _host
+
+    if INSTRUCTION_SETS.index(isa) > INSTRUCTION_SETS.index(_host.cpu_capability()):
+        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
+    environment = {**os.environ, "DEEPMSI_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", script, isa], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def captured(function: Callable[[], Result], warmups: int = 3) -> tuple[torch.cuda.CUDAGraph, Result]:

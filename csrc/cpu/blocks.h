@@ -359,6 +359,7 @@ inline DType stored_type(const Tensor& x, const char* op) {
   return type;
 }
 
+// Numbers of the type that is stored.
 inline Tensor stored(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
                      const char* name) {
   const ScalarType type = k.stores_floats() ? ScalarType::Float : ScalarType::BFloat16;

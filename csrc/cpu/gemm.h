@@ -46,12 +46,12 @@ struct BlockKernels {
   // Stored rows as operands, and operands as stored rows.
   void (*to_operand)(int64_t rows, int64_t columns, const void* x, void* y);
   void (*to_stored)(int64_t rows, int64_t columns, const void* x, void* y);
-  // x + bias as operands y; a bias of null is 0. In this and the next three y may be x where operands are
-  // floats.
+  // x + bias as operands y; a bias of null is 0. Here, in bias_gelu and in scale_by y may be x where operands
+  // are floats.
   void (*add_bias)(int64_t rows, int64_t columns, float* x, const float* bias, void* y);
   // gelu(x + bias), with the exact normal distribution function, as operands y.
   void (*bias_gelu)(int64_t rows, int64_t columns, float* x, const float* bias, void* y);
-  // The same, and x = gelu'(x + bias).
+  // The same in other memory, and x = gelu'(x + bias).
   void (*bias_gelu_slope)(int64_t rows, int64_t columns, float* x, const float* bias, void* y);
   // x * factor as operands y.
   void (*scale_by)(int64_t rows, int64_t columns, float* x, const float* factor, void* y);

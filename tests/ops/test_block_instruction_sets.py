@@ -1,13 +1,9 @@
 """The CPU kernels of a block in every instruction set: bfloat16 is multiplied as such in one and widened in others."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from deepmsi.testing import need
+from deepmsi.testing import INSTRUCTION_SETS, need, run_in_instruction_set
 
 _PROBE = """
 import sys, torch
@@ -50,14 +46,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     need("residual_mlp", "cpp", "cpu", torch.bfloat16)
-    from deepmsi import _host
-
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if order.index(isa) > order.index(_host.cpu_capability()):
-        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
-    environment = {**os.environ, "DEEPMSI_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_instruction_set(isa, _PROBE)

@@ -1,9 +1,6 @@
 """cross_modal_contrastive: the reference against loops over the equation, every backend against the reference."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +13,17 @@ from torch import Tensor
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import cross_modal_contrastive
-from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, generator, poisoned_memory, randn, tokens
+from deepmsi.testing import (
+    INSTRUCTION_SETS,
+    PLACES,
+    REFERENCES,
+    assert_within_budget,
+    generator,
+    poisoned_memory,
+    randn,
+    run_in_instruction_set,
+    tokens,
+)
 
 LABELS = [0, 1, 0, 2, 1, 0, 0, 3]
 
@@ -586,14 +593,7 @@ for x, y in zip(*results, strict=True):
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     need("cpp", "cpu")
-    from deepmsi import _host
-
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if order.index(isa) > order.index(_host.cpu_capability()):
-        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
-    environment = {**os.environ, "DEEPMSI_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_instruction_set(isa, _PROBE)

@@ -1,8 +1,5 @@
 """dilated_causal_conv1d: against Eq. 4 in loops, and every backend's fused rows against the float64 reference."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +14,15 @@ from deepmsi import testing
 from deepmsi.ops import dilated_causal_conv1d
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, pack
 from deepmsi.reference.dilated_causal_conv1d import keep_mask
-from deepmsi.testing import PLACES, REFERENCES, assert_within_budget, poisoned_memory, randn
+from deepmsi.testing import (
+    INSTRUCTION_SETS,
+    PLACES,
+    REFERENCES,
+    assert_within_budget,
+    poisoned_memory,
+    randn,
+    run_in_instruction_set,
+)
 
 OP = "dilated_causal_conv1d"
 EXACT = [place for place in (*REFERENCES, *PLACES) if place[0] != "triton"]  # those that take float64
@@ -515,17 +520,10 @@ for dtype in (torch.float32, torch.float64):
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     need("cpp", "cpu")
-    from deepmsi import _host
-
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if order.index(isa) > order.index(_host.cpu_capability()):
-        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
-    environment = {**os.environ, "DEEPMSI_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_instruction_set(isa, _PROBE)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """vsc_compress: the reference against a naive loop, every backend against the reference, and torch's own machinery."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ from torch import Tensor
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import vsc_compress
-from deepmsi.testing import PLACES, REFERENCES
+from deepmsi.testing import INSTRUCTION_SETS, PLACES, REFERENCES, run_in_instruction_set
 
 OP = "vsc_compress"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -574,14 +571,7 @@ for a, b in zip(*results, strict=True):
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     need("cpp", "cpu")
-    from deepmsi import _host
-
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if order.index(isa) > order.index(_host.cpu_capability()):
-        pytest.skip(f"this CPU runs {_host.cpu_capability()} at most")
-    environment = {**os.environ, "DEEPMSI_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", _PROBE, isa], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_instruction_set(isa, _PROBE)
