@@ -101,10 +101,7 @@ def agree(actual: Tensor, wanted: Tensor) -> None:
 
 
 def as_near(actual: Tensor, other: Tensor, exact: Tensor) -> None:
-    """Assert that a side in 16 bits is as near to float32 as another one, or nearly: at most twice as far on average.
-
-    Some frames keep another token than in float32, on every side.
-    """
+    """Assert that a side in 16 bits is at most twice as far from float32, on average, as another one."""
     ours, theirs = ((side - exact).abs().mean().item() for side in (actual, other))
     assert ours <= 2 * theirs, f"{ours:.2e} from float32, the other side {theirs:.2e}"
 
@@ -167,7 +164,9 @@ def bench_video_branch(
         exact = sides[same][1]()
         sides = {name: (module, cast(narrow, function)) for name, (module, function) in sides.items()}
         if narrow:
-            as_near(forward(), sides[same][1](), exact)
+            # Up to where tokens are chosen: in 16 bits every side chooses some others. `bench_fuse` checks the rest.
+            early = cast(narrow, lambda: ours.stem(x))
+            as_near(early(), on_reference(early)(), ours.stem(x))
         else:
             agree(forward(), exact)
     against = ", bfloat16 autocast" if narrow else ""
