@@ -4,7 +4,7 @@ Sides, each with the same weights and inputs: `timm` is timm's eager Swin V2, un
 compression in plain PyTorch with timm's blocks, all frames in one batch, and `frame_by_frame` one frame at a time, as
 the released code runs it; `reference` is the model itself on the reference backend. With `--compile`, `timm` and
 `batched` under torch.compile are a case of their own. Dropout is off for the check of the numbers and on for training
-steps. On a CPU two cases run under bfloat16 autocast, on all sides; `captured_step.py` measures that of a GPU.
+steps. Some cases run under bfloat16 autocast, on all sides.
 """
 
 import copy
@@ -43,13 +43,13 @@ def step_of(module: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], No
     return step
 
 
-def cast(narrow: bool, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return the same pass under bfloat16 autocast on the CPU, where that is asked for."""
+def cast(narrow: bool, device: str, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return the same pass under bfloat16 autocast, where that is asked for."""
     if not narrow:
         return forward
 
     def run() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return forward().float()
 
     return run
@@ -106,11 +106,6 @@ def as_near(actual: Tensor, other: Tensor, exact: Tensor) -> None:
     assert ours <= 2 * theirs, f"{ours:.2e} from float32, the other side {theirs:.2e}"
 
 
-def need_cpu(narrow: bool, device: str) -> None:
-    if narrow and device != "cpu":
-        pytest.skip("captured_step.py measures bfloat16 on a GPU")
-
-
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
 @pytest.mark.parametrize(
     ("schedule", "utterances", "narrow"),
@@ -136,13 +131,12 @@ def bench_video_branch(
 ) -> None:
     if smallest and utterances > 1:
         pytest.skip("only the smallest size was asked for")
-    need_cpu(narrow, device)
     frames = 1 if smallest else 15 * utterances
     theirs, ours = backbones(schedule, device)
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     guide = testing.randn(frames, ours.guide_dim, seed=2, device=device) if ours.guide_dim else None
 
-    forward = cast(narrow, lambda: ours(x, guide))
+    forward = cast(narrow, device, lambda: ours(x, guide))
     # What is timed, by name: a module and its pass.
     sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {"timm": (theirs, lambda: theirs(x))}
     same = "timm" if schedule is None else "reference"
@@ -161,14 +155,13 @@ def bench_video_branch(
     for module, _ in (*sides.values(), (ours, forward)):
         module.eval()
     with torch.no_grad():
-        exact = sides[same][1]()
-        sides = {name: (module, cast(narrow, function)) for name, (module, function) in sides.items()}
         if narrow:
             # Up to where tokens are chosen: in 16 bits every side chooses some others. `bench_fuse` checks the rest.
-            early = cast(narrow, lambda: ours.stem(x))
+            early = cast(narrow, device, lambda: ours.stem(x))
             as_near(early(), on_reference(early)(), ours.stem(x))
         else:
-            agree(forward(), exact)
+            agree(forward(), sides[same][1]())
+    sides = {name: (module, cast(narrow, device, function)) for name, (module, function) in sides.items()}
     against = ", bfloat16 autocast" if narrow else ""
     if named := [name for name in sides if name.endswith("compiled")]:
         # Compared in a case of its own: the eager forms are in that of a run without `--compile`.
@@ -200,14 +193,13 @@ def bench_video_branch(
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 def bench_fuse(compare: Any, smallest: bool, device: str, narrow: bool, direction: str) -> None:
-    need_cpu(narrow, device)
     theirs, _ = backbones(None, device)
     fused = deepmsi.fuse(copy.deepcopy(theirs))
     frames = 1 if smallest else 15
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     theirs.eval()
     fused.eval()
-    ours, other = cast(narrow, lambda: fused(x)), cast(narrow, lambda: theirs(x))
+    ours, other = cast(narrow, device, lambda: fused(x)), cast(narrow, device, lambda: theirs(x))
     with torch.no_grad():
         exact = theirs(x)
         if narrow:

@@ -22,8 +22,9 @@ Result = TypeVar("Result")
 # Where the suite runs every operation: the devices of this machine, and each compiled backend on each of them.
 DEVICES: tuple[str, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 PLACES: tuple[tuple[str, str], ...] = tuple((b, d) for d in DEVICES for b in backends.BACKENDS if b != "reference")
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 REFERENCES: tuple[tuple[str, str], ...] = tuple(("reference", d) for d in DEVICES)
+# What DEEPMSI_ISA may name, each holding those before it.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def places(op: str) -> tuple[tuple[str, str], ...]:

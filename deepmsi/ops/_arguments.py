@@ -1,6 +1,6 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,7 +48,7 @@ def autocast_layers(
     return cast, dtype, int(x.dtype != dtype or any(norm.dtype not in allowed for norm in norms))
 
 
-def unrounded(layers: Sequence[Tensor | None], cast: list[Any]) -> list[Any]:
+def unrounded(layers: Iterable[Tensor | None], cast: list[Any]) -> list[Any]:
     """Return the layers in their autocast type, but float32 as it came: for kernels that round while they read it."""
     pairs = zip(layers, cast, strict=True)
     return [own if own is not None and own.dtype == torch.float32 else narrow for own, narrow in pairs]

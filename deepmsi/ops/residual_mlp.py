@@ -89,7 +89,8 @@ def residual_mlp(
     scale = None if row_scale is None else row_scale.reshape(-1)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
     if chosen == "cpp":
-        cast, scale = unrounded(list(layers.values()), cast), None if scale is None else scale.float()
+        cast = unrounded(layers.values(), cast)
+        scale = None if scale is None else scale.float()
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":

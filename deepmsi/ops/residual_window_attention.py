@@ -91,7 +91,7 @@ def residual_window_attention(
         head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     if positions is not None:
         positions = positions.to(torch.int32)
-    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(list(layers.values()), cast)
+    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast)
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
         x.reshape(-1, channels),
