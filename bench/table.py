@@ -19,6 +19,7 @@ SUMMARY = (
     ("`deepmsi.fuse`", "fuse", "swinv2_tiny_window8_256, 15 frames"),
     ("`deepmsi.fuse`, bfloat16", "fuse", "swinv2_tiny_window8_256, 15 frames, bfloat16 autocast"),
     ("whole model", "DeepMSI", "1 utterance of 15 frames, 256 px, released"),
+    ("next frame of a stream", "EmotionStream.step", "1 stream, a frame of each, 256 px, released"),
     ("`vsc_compress`", "vsc_compress", "256 to 100 tokens x 384, 15 frames"),
     ("`window_attention`, stage 1", "window_attention", "stage 1, shifted: 64 x 64 x 96, 3 heads, 15 frames"),
     ("`window_attention`, stage 3", "window_attention", "stage 3, shifted: 16 x 16 x 384, 12 heads, 15 frames"),

@@ -152,8 +152,11 @@ _EXTENSIONS: dict[str, str | None] = {
     "cpu": _load_extension("_C_cpu"),
     "cuda": _load_extension("_C_cuda") if torch.version.cuda else "this torch is built without CUDA",
 }
-# What an operation calls beside its own operators, by device: the extension there has these too.
-BESIDE = {("dilated_causal_conv1d", "cpu"): ("weight_normed_conv1d",)}
+# Operators that an operation calls beside its own, by device: the extension there has these too.
+BESIDE = {
+    ("dilated_causal_conv1d", "cpu"): ("weight_normed_conv1d_cpp_fwd", "weight_normed_conv1d_cpp_bwd"),
+    **{(op, "cpu"): ("pack_weight_cpp",) for op in ("project_cells", "residual_mlp", "residual_window_attention")},
+}
 _SCHEMAS = _built_for.schemas()
 # None of an extension that does not tell, which is then taken at its word.
 _BUILT_FOR = {
@@ -168,20 +171,18 @@ def _outdated(op: str, device: str) -> str | None:
     name = f"_C_{device}"
     if _EXTENSIONS[device] is not None:
         return None
-    for operator in (op, *BESIDE.get((op, device), ())):
-        for direction in ("fwd", "bwd"):
-            try:
-                found = torch._C._dispatch_has_kernel_for_dispatch_key(
-                    f"deepmsi::{operator}_cpp_{direction}", device.upper()
-                )
-            except RuntimeError:  # nothing ever registered that name
-                found = False
-            if not found:
-                return f"the extension {name} is older than this deepmsi and lacks {operator}: run `pip install -e .`"
-        told = _BUILT_FOR.get(device)
-        if told is not None and _SCHEMAS and told.get(operator) != _SCHEMAS.get(operator):
+    told = _BUILT_FOR.get(device)
+    for operator in (f"{op}_cpp_fwd", f"{op}_cpp_bwd", *BESIDE.get((op, device), ())):
+        name_of = operator.split("_cpp")[0]
+        try:
+            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"deepmsi::{operator}", device.upper())
+        except RuntimeError:  # nothing ever registered that name
+            found = False
+        if not found:
+            return f"the extension {name} is older than this deepmsi and lacks {name_of}: run `pip install -e .`"
+        if told is not None and name_of in _SCHEMAS and told.get(name_of) != _SCHEMAS[name_of]:
             return (
-                f"the extension {name} is of another deepmsi than this one, and its {operator} takes other arguments: "
+                f"the extension {name} is of another deepmsi than this one, and its {name_of} takes other arguments: "
                 "run `pip install -e .`"
             )
     return None

@@ -105,7 +105,7 @@ def randn(
     scale: float = 1.0,
 ) -> Tensor:
     """Return normal numbers that depend on seed and size alone: the float64 draw, rounded."""
-    draw = torch.randn(*size, generator=generator(seed), dtype=torch.float64)
+    draw = torch.randn(size, generator=generator(seed), dtype=torch.float64)
     return (draw * scale).to(device=device, dtype=dtype)
 
 

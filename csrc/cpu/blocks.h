@@ -239,42 +239,69 @@ class AsOperands {
   OperandRows copy_;
 };
 
-// A matrix B [depth, columns] in panels.
+// A part of a matrix B.
+struct Part {
+  int64_t row, column, depth, columns;
+};
+
+inline int64_t panels_of(const BlockKernels& k, int64_t columns) { return (columns + k.panel - 1) / k.panel; }
+
+// Lay out a part of B [depth, columns], which lies transposed, as torch keeps a weight, or as it is.
+inline void pack_part(const BlockKernels& k, const Tensor& weight, bool transposed, int64_t depth,
+                      int64_t columns, const Part& part, void* out) {
+  const int64_t row = transposed ? depth : columns;
+  const int64_t from = transposed ? part.column * row + part.row : part.row * row + part.column;
+  const void* start =
+      static_cast<const char*>(weight.data_ptr()) + from * static_cast<int64_t>(weight.element_size());
+  const auto pack = weight.scalar_type() == ScalarType::Float ? k.pack_floats : k.pack;
+  torch::stable::parallel_for(0, panels_of(k, part.columns), 1, [&](int64_t begin, int64_t end) {
+    pack(start, row, transposed, part.depth, part.columns, begin, end, out);
+  });
+}
+
+// Whether pack_weight laid a weight out beforehand.
+inline bool is_packed(const Tensor& weight) { return weight.dim() == 3; }
+
+// A matrix B [depth, columns] in panels, or a part of it.
 class Packed {
  public:
-  // From a weight [columns, depth] as torch keeps it (transposed), or from [depth, columns]; of a larger one
-  // it is the part from a number on, whose rows lie `row` numbers apart.
+  // From a weight [columns, depth] as torch keeps it (transposed) or as pack_weight lays it out, or from
+  // [depth, columns].
+  Packed(const BlockKernels& kernels, const Tensor& weight, bool transposed, int64_t depth, int64_t columns)
+      : Packed(kernels, weight, transposed, depth, columns, {0, 0, depth, columns}) {}
   Packed(const BlockKernels& kernels, const Tensor& weight, bool transposed, int64_t depth, int64_t columns,
-         int64_t from = 0, int64_t row = 0)
-      : k_(kernels), depth_(depth), columns_(columns) {
-    if (row == 0) row = transposed ? depth : columns;
-    const void* start =
-        static_cast<const char*>(weight.data_ptr()) + from * static_cast<int64_t>(weight.element_size());
-    const auto pack = weight.scalar_type() == ScalarType::Float ? k_.pack_floats : k_.pack;
-    const int64_t panels = (columns + k_.panel - 1) / k_.panel;
-    memory_ = Bytes(panels * k_.panel * k_.pitch(depth) * bytes_of(k_.operand));
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      pack(start, row, transposed, depth, columns, begin, end, memory_.data());
-    });
+         const Part& part)
+      : k_(kernels), depth_(part.depth), panel_depth_(part.depth), columns_(part.columns) {
+    if (is_packed(weight)) {
+      STD_TORCH_CHECK(transposed, "deepmsi: a packed weight has no gradient");
+      panel_depth_ = depth;
+      start_ = static_cast<const char*>(weight.data_ptr()) +
+               (part.column * k_.pitch(depth) + part.row * k_.panel) * bytes_of(k_.operand);
+      return;
+    }
+    memory_ = Bytes(panels_of(k_, columns_) * k_.panel * k_.pitch(depth_) * bytes_of(k_.operand));
+    pack_part(k_, weight, transposed, depth, columns, part, memory_.data());
+    start_ = memory_.data();
   }
   void multiply(int64_t rows, const void* a, float* c) const {
-    k_.multiply(rows, columns_, depth_, a, memory_.data(), depth_, false, c);
+    k_.multiply(rows, columns_, depth_, a, start_, panel_depth_, false, c);
   }
   // By `count` columns from `first` on, a multiple of the panel's.
   void multiply_columns(int64_t rows, const void* a, int64_t first, int64_t count, float* c) const {
-    k_.multiply(rows, count, depth_, a, at(first * k_.pitch(depth_)), depth_, false, c);
+    k_.multiply(rows, count, depth_, a, at(first * k_.pitch(panel_depth_)), panel_depth_, false, c);
   }
   // By `count` rows from `first` on, an even number; added to c, where asked.
   void multiply_rows(int64_t rows, const void* a, int64_t first, int64_t count, bool add, float* c) const {
-    k_.multiply(rows, columns_, count, a, at(first * k_.panel), depth_, add, c);
+    k_.multiply(rows, columns_, count, a, at(first * k_.panel), panel_depth_, add, c);
   }
 
  private:
-  const void* at(int64_t number) const { return memory_.data() + number * bytes_of(k_.operand); }
+  const void* at(int64_t number) const { return start_ + number * bytes_of(k_.operand); }
 
   const BlockKernels& k_;
-  int64_t depth_, columns_;
+  int64_t depth_, panel_depth_, columns_;
   Bytes memory_;
+  const char* start_;
 };
 
 // Sums over rows that are kept per tile, then added in order.
@@ -359,20 +386,29 @@ inline DType stored_type(const Tensor& x, const char* op) {
   return type;
 }
 
+inline ScalarType scalar_type_of(DType type) {
+  return type == DType::kFloat ? ScalarType::Float : ScalarType::BFloat16;
+}
+
 // Numbers of the type that is stored.
 inline Tensor stored(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
                      const char* name) {
-  const ScalarType type = k.stores_floats() ? ScalarType::Float : ScalarType::BFloat16;
-  STD_TORCH_CHECK(x.scalar_type() == type && x.numel() == count, op, ": ", name, " must be ", count,
-                  k.stores_floats() ? " float32" : " bfloat16", " numbers");
+  STD_TORCH_CHECK(x.scalar_type() == scalar_type_of(k.stored) && x.numel() == count, op, ": ", name,
+                  " must be ", count, k.stores_floats() ? " float32" : " bfloat16", " numbers");
   return dense(x);
 }
 
-// A weight of the type of the rows, or of float32.
-inline Tensor weight_of(const Tensor& x, const BlockKernels& k, int64_t count, const char* op,
+// A weight [out, in] of the type of the rows or of float32, or one that pack_weight laid out for such rows.
+inline Tensor weight_of(const Tensor& x, const BlockKernels& k, int64_t out, int64_t in, const char* op,
                         const char* name) {
-  if (x.scalar_type() != ScalarType::Float) return stored(x, k, count, op, name);
-  STD_TORCH_CHECK(x.numel() == count, op, ": ", name, " must be ", count, " numbers");
+  if (is_packed(x)) {
+    STD_TORCH_CHECK(x.scalar_type() == scalar_type_of(k.operand) && x.size(0) == panels_of(k, out) &&
+                        x.size(1) == k.pitch(in) && x.size(2) == k.panel,
+                    op, ": ", name, " is packed for other rows, or for another CPU");
+    return dense(x);
+  }
+  if (x.scalar_type() != ScalarType::Float) return stored(x, k, out * in, op, name);
+  STD_TORCH_CHECK(x.numel() == out * in, op, ": ", name, " must be ", out * in, " numbers");
   return dense(x);
 }
 

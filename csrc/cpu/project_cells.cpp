@@ -22,7 +22,7 @@ struct Cells {
 
   Cells(const Tensor& x_any, const Tensor& w, const Tensor& norm, const std::optional<Tensor>& cu_seqlens,
         double epsilon)
-      : channels(w.size(0)),
+      : channels(norm.numel()),
         k(block_kernels(stored_type(x_any, kOp))),
         x(x_any),
         norm_weight(norm, channels, kOp, "norm_weight"),
@@ -33,7 +33,7 @@ struct Cells {
     rows = size[0] * size[1] * size[2];
     depth = size[3] * size[4] * size[5];
     valid = valid_rows(cu_seqlens, rows, kOp);
-    weight = weight_of(w, k, channels * depth, kOp, "weight");
+    weight = weight_of(w, k, channels, depth, kOp, "weight");
   }
 
   // Call visit(offset in a tensor of x's sizes, offset in the cell) for every run of a row, in bytes.

@@ -28,12 +28,12 @@ struct Mlp {
       const std::optional<Tensor>& cu_seqlens, double epsilon)
       : rows(x_any.size(0)),
         channels(x_any.size(1)),
-        hidden(w1.size(0)),
+        hidden(b1.numel()),
         valid(valid_rows(cu_seqlens, rows, kOp)),
         k(block_kernels(stored_type(x_any, kOp))),
         x(stored(x_any, k, rows * channels, kOp, "x")),
-        fc1_weight(weight_of(w1, k, hidden * channels, kOp, "fc1_weight")),
-        fc2_weight(weight_of(w2, k, channels * hidden, kOp, "fc2_weight")),
+        fc1_weight(weight_of(w1, k, hidden, channels, kOp, "fc1_weight")),
+        fc2_weight(weight_of(w2, k, channels, hidden, kOp, "fc2_weight")),
         fc1_bias(b1, hidden, kOp, "fc1_bias"),
         fc2_bias(b2, channels, kOp, "fc2_bias"),
         norm_weight(weight, channels, kOp, "norm_weight"),
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight,
   const Floats summed(across ? m.valid * channels : 0);
   for (int64_t start = 0; start < m.hidden; start += span) {
     const int64_t group = std::min(span, m.hidden - start);
-    const Packed first(k, m.fc1_weight, true, channels, group, start * channels);
-    const Packed second(k, m.fc2_weight, true, group, channels, start, m.hidden);
+    const Packed first(k, m.fc1_weight, true, channels, m.hidden, {0, start, channels, group});
+    const Packed second(k, m.fc2_weight, true, m.hidden, channels, {start, 0, group, channels});
     over_rows(m.valid, [&](int64_t begin, int64_t end) {
       const Floats hidden(block * width);
       const FloatRows sum(k.stores_floats() || across, block, channels);

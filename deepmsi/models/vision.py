@@ -75,12 +75,14 @@ class VideoBranch(nn.Module):
             self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.025)
 
     def fold(self) -> None:
-        """Compute once, for inference, what does not depend on the input: position-bias tables, and the normalisation
-        of uint8 frames folded into the patch embedding (not where each position has its own). The network over time
-        folds its weight norm by itself. Undone by training mode, and by loading weights.
+        """Compute once, for inference, what does not depend on the input.
+
+        Those are the constants of the backbone, and the normalisation of uint8 frames folded into the patch embedding
+        (not where each position has its own). The network over time folds its weight norm by itself. Undone by
+        training mode, and by loading weights.
         """
         self.eval()
-        self.backbone.fix_bias_tables()
+        self.backbone.fix_constants()
         if not self.pixel_statistics:
             self.backbone.fold_pixels(self.mean, self.std)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.fusing import Content, content_of, fuses, plain, stands, unhooked
+from deepmsi.nn.fusing import Content, PackedWeights, content_of, fuses, plain, stands, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
@@ -134,6 +134,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
         self.register_buffer("fixed_table", None, persistent=False)
         self._fixed_from: Content | None = None
+        self.packed = PackedWeights()
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
@@ -147,12 +148,18 @@ class WindowAttention(nn.Module):
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
 
     @torch.no_grad()
-    def fix_table(self) -> None:
-        """Keep the position bias of now, for as long as its weights stay and no gradient of them is wanted."""
+    def fix(self) -> None:
+        """Keep the position bias and the layout of weights of now, while these stay and no gradient is wanted."""
         self.fixed_table = None
         self.fixed_table = self.bias_table()
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
+        self.packed.fix("residual_window_attention", self.qkv, self.proj)
+
+    def forget(self) -> None:
+        """Undo :meth:`fix`."""
+        self.fixed_table = None
+        self.packed.forget()
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of q, k and v [3C]; keys have none."""
@@ -207,6 +214,15 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = False
+        self.packed = PackedWeights()
+
+    def fix(self) -> None:
+        """Keep the layout of the weights of now, while these stay and no gradient is wanted."""
+        self.packed.fix("residual_mlp", self.fc1, self.fc2)
+
+    def forget(self) -> None:
+        """Undo :meth:`fix`."""
+        self.packed.forget()
 
     def forward(self, x: Tensor, source: Source | None = None) -> Tensor:
         """Transform x [..., C]; where its ``source`` is given, backward makes x again from that."""
@@ -340,6 +356,7 @@ class Block(nn.Module):
                 cu_seqlens=tokens.cu_seqlens,
                 row_scale=scale,
                 eps=norm.eps,
+                packed=attn.packed.of(attn.qkv, attn.proj),
             )
         else:
             branch = attn(tokens)
@@ -357,8 +374,9 @@ class Block(nn.Module):
         mlp, norm = self.mlp, self.norm2
         if fuses("residual_mlp", x) and unhooked(mlp) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
+            packed, offsets = mlp.packed.of(mlp.fc1, mlp.fc2), tokens.cu_seqlens
             with remade(x, source):
-                y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=tokens.cu_seqlens, eps=norm.eps)
+                y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=offsets, eps=norm.eps, packed=packed)
             return tokens._replace(x=y)
         branch = mlp(x, source)
         return tokens._replace(x=adding(norm, branch, scale)(x, branch))
@@ -405,6 +423,10 @@ class PatchEmbed(nn.Module):
         self.register_buffer("pixel_weight", None, persistent=False)
         self.register_buffer("pixel_bias", None, persistent=False)
         self._folded_from: Content | None = None
+
+    def forget(self) -> None:
+        """Undo :meth:`fold`."""
+        self.pixel_weight = self.pixel_bias = None
 
     @torch.no_grad()
     def fold(self, mean: Tensor, std: Tensor) -> None:
@@ -467,6 +489,15 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
         self.trim = trim
         self.recompute = False
+        self.packed = PackedWeights()
+
+    def fix(self) -> None:
+        """Keep the layout of the weight of now, while it stays and no gradient is wanted."""
+        self.packed.fix("project_cells", self.reduction)
+
+    def forget(self) -> None:
+        """Undo :meth:`fix`."""
+        self.packed.forget()
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Halve the grid. Packed rows keep their layout; with ``trim`` one integer is read on the host."""
@@ -490,9 +521,9 @@ class PatchMerging(nn.Module):
     def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
         if fuses("project_cells", cells, casts=True) and plain(cells, self.norm, bare=(self.reduction,)):
-            norm = self.norm
-            weight = self.reduction.weight
-            return project_cells(cells, weight, None, norm.weight, norm.bias, cu_seqlens=cu_seqlens, eps=norm.eps)
+            norm, packed = self.norm, self.packed.of(self.reduction)
+            weights = (self.reduction.weight, None, norm.weight, norm.bias)
+            return project_cells(cells, *weights, cu_seqlens=cu_seqlens, eps=norm.eps, packed=packed)
         return normed(self.norm, self.reduction(cells.flatten(3)))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:

@@ -455,21 +455,22 @@ class VSCSwin(nn.Module):
         """Return the stages in order."""
         return cast(list[Stage], list(self.layers))
 
-    def fix_bias_tables(self) -> "VSCSwin":
-        """Compute the position-bias tables once for inference; :meth:`train` computes them in every step again.
+    def fix_constants(self) -> "VSCSwin":
+        """Compute once, for inference, what follows from the weights alone; :meth:`train` and loading weights undo it.
 
-        Loading weights does so, too. Where the weights have changed otherwise the tables are computed in every call.
+        That is the position-bias tables, and on the CPU the layers' weights as its kernels read them, which take the
+        memory of these weights again. Where weights change otherwise, both are computed in every call, as in training.
         """
         self.eval()
         for module in self.modules():
-            if isinstance(module, WindowAttention):
-                module.fix_table()
+            if isinstance(module, (WindowAttention, Mlp, PatchMerging)):
+                module.fix()
         return self
 
     def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":
         """Take uint8 frames as they are in inference, (pixel / 255 - mean) / std [3, 1, 1] folded into the embedding.
 
-        They are then not given to ``prepare``. Undone as :meth:`fix_bias_tables` is.
+        They are then not given to ``prepare``. Undone as :meth:`fix_constants` is.
         """
         self.eval()
         self.patch_embed.fold(mean, std)
@@ -502,12 +503,10 @@ class VSCSwin(nn.Module):
 
 
 def _forget_constants(module: nn.Module, *_: Any) -> None:
-    """Drop what :meth:`VSCSwin.fix_bias_tables` and :meth:`VSCSwin.fold_pixels` computed."""
+    """Drop what :meth:`VSCSwin.fix_constants` and :meth:`VSCSwin.fold_pixels` computed."""
     for part in module.modules():
-        if isinstance(part, WindowAttention):
-            part.fixed_table = None
-        elif isinstance(part, PatchEmbed):
-            part.pixel_weight = part.pixel_bias = None
+        if isinstance(part, (WindowAttention, Mlp, PatchMerging, PatchEmbed)):
+            part.forget()
 
 
 def regrid_window(side: int) -> int:

@@ -2,6 +2,7 @@
 
 from deepmsi.ops.cross_modal_contrastive import cross_modal_contrastive
 from deepmsi.ops.dilated_causal_conv1d import dilated_causal_conv1d
+from deepmsi.ops.pack_weight import pack_weight
 from deepmsi.ops.project_cells import project_cells
 from deepmsi.ops.residual_mlp import residual_mlp
 from deepmsi.ops.residual_norm import residual_norm
@@ -13,6 +14,7 @@ __all__ = [
     "CompressedTokens",
     "cross_modal_contrastive",
     "dilated_causal_conv1d",
+    "pack_weight",
     "project_cells",
     "residual_mlp",
     "residual_norm",

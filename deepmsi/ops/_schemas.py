@@ -404,6 +404,21 @@ _register(
 )
 
 
+# --- pack_weight
+# A weight [out, in] as the CPU's blocks read it, [panels, in, width] for as many columns at a time as its registers
+# take: what project_cells, residual_mlp and residual_window_attention take in its place where nothing is kept for the
+# gradient, which it has none of.
+
+LIBRARY.define("pack_weight_cpp(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("deepmsi::pack_weight_cpp", lib=LIBRARY)
+def _packed_fake(weight: Tensor) -> Tensor:
+    # Only the extension knows what this CPU multiplies.
+    sizes = torch.library.get_ctx()
+    return weight.new_empty([sizes.new_dynamic_size() for _ in range(3)])
+
+
 # --- residual_norm
 # Forward: rows x and branch [R, C] and all else of any floating type; y has the type of x. Backward: the gradient of x
 # is that of y. row_scale [R] gets none.

@@ -119,7 +119,9 @@ def causal_conv_rows(
     """
     x = autocast(x)
     chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0 if g is None else 2])
-    if g is not None and (chosen != "cpp" or "weight_normed_conv1d" not in BESIDE.get((_OP, x.device.type), ())):
+    if g is not None and (
+        chosen != "cpp" or "weight_normed_conv1d_cpp_fwd" not in BESIDE.get((_OP, x.device.type), ())
+    ):
         weight, g = fold_weight_norm(weight, g), None
     weight = autocast(weight)
     bias, g = (autocast(t) if t is not None else None for t in (bias, g))

@@ -1,5 +1,7 @@
 """The public function of the projection of cells: check, resolve, call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def project_cells(
     *,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
+    packed: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Project the cells of a grid and norm them: y = LN(W cell + b), as Swin V2 embeds patches and merges tokens.
@@ -49,6 +52,8 @@ def project_cells(
         norm_weight, norm_bias: [C].
         cu_seqlens: Offsets of frames in packed rows x [1, 1, R, A, B, c], [F + 1] int32; rows past the last one give 0.
         eps: Added to the variance.
+        packed: The weight as ``pack_weight`` gives it, alone; read in its place where ``cpp`` runs, the product is in
+            its own type and no gradient is wanted.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -85,9 +90,11 @@ def project_cells(
             y = reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
         return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
     weight, bias = unrounded((weight, bias), cast)
+    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
+    if packed is not None and weight.dtype == dtype and not with_grad:
+        (weight,) = packed
     arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if x.stride(5) != 1:
         x = x.contiguous()
-    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
     y, _ = torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments, with_grad)
     return y.view(*x.shape[:3], channels)

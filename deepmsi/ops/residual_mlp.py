@@ -1,5 +1,7 @@
 """The public function of the residual MLP: check, resolve, call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def residual_mlp(
     row_scale: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
+    packed: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the normed MLP of a post-norm transformer block (Swin V2): y = x + s · LN(W2 gelu(W1 x + b1) + b2).
@@ -49,6 +52,8 @@ def residual_mlp(
         cu_seqlens: Offsets of frames in packed rows x [R, C], [F + 1] int32; rows past the last one are passed on as
             they are.
         eps: Added to the variance.
+        packed: fc1_weight and fc2_weight as ``pack_weight`` gives them; read in their place where ``cpp`` runs,
+            products are in their own type and no gradient is wanted.
         backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -91,11 +96,14 @@ def residual_mlp(
     if chosen == "cpp":
         cast = unrounded(layers.values(), cast)
         scale = None if scale is None else scale.float()
+    with_grad = needs_grad(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    if chosen == "cpp" and packed is not None and fc1_weight.dtype == dtype and not with_grad:
+        fc1_weight, fc2_weight = packed
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):
             return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
-    y, _ = forward(rows, *weights, scale, cu_seqlens, eps, needs_grad(x, *weights))
+    y, _ = forward(rows, *weights, scale, cu_seqlens, eps, with_grad)
     return y.view(x.shape)

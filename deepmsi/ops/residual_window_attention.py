@@ -1,5 +1,7 @@
 """The public function of the residual window attention: check, resolve, call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def residual_window_attention(
     cu_seqlens: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
+    packed: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
@@ -52,6 +55,8 @@ def residual_window_attention(
             Rows past the last offset are passed on as they are.
         row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
         eps: Added to the variance.
+        packed: qkv_weight and proj_weight as ``pack_weight`` gives them; read in their place where ``cpp`` runs,
+            products are in their own type and no gradient is wanted.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -92,6 +97,11 @@ def residual_window_attention(
     if positions is not None:
         positions = positions.to(torch.int32)
     qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast)
+    with_grad = needs_grad(
+        x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
+    )
+    if packed is not None and qkv_weight.dtype == dtype and not with_grad:
+        qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
         x.reshape(-1, channels),
@@ -107,6 +117,6 @@ def residual_window_attention(
         *grid,
         window,
         shift,
-        needs_grad(x, *weights, bias_table, logit_scale),
+        with_grad,
     )
     return y.view(x.shape)

@@ -380,17 +380,6 @@ def test_autocast(case: str) -> None:
     assert guide.grad.abs().max() > 0
 
 
-def test_fixed_bias_tables_change_nothing_and_go_in_training() -> None:
-    model = small("paper")
-    frames, guide = randn(1, 3, 32, 32, seed=5, dtype=torch.float64), randn(1, 16, seed=6, dtype=torch.float64)
-    names = set(model.state_dict())
-    expected = model.eval()(frames, guide)
-    torch.testing.assert_close(model.fix_bias_tables()(frames, guide), expected, rtol=0, atol=0)
-    assert set(model.state_dict()) == names
-    model.train()(frames, guide).sum().backward()
-    assert model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.2.weight").grad is not None
-
-
 def test_small_preset() -> None:
     for schedule in ("paper", "released", None):
         model = VSCSwin.small(schedule)

@@ -1,4 +1,7 @@
-"""The CPU kernels of a block in every instruction set: bfloat16 is multiplied as such in one and widened in others."""
+"""The CPU kernels of a block in every instruction set: bfloat16 is multiplied as such in one and widened in others.
+
+Weights are laid out in another way in each.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from deepmsi.testing import INSTRUCTION_SETS, need, run_in_instruction_set
 _PROBE = """
 import sys, torch
 from deepmsi import _host
-from deepmsi.ops import project_cells, residual_mlp, residual_window_attention
+from deepmsi.ops import pack_weight, project_cells, residual_mlp, residual_window_attention
 from deepmsi.testing import assert_within_budget, randn, roundings_of
 assert _host.instruction_set() == sys.argv[1], _host.instruction_set()
 
@@ -16,16 +19,19 @@ def draw(*sizes, dtype):
     scales = [size[-1] ** -0.5 if len(size) == 2 else 1.0 for size in sizes]
     return [randn(*size, seed=n, scale=s, dtype=dtype) for n, (size, s) in enumerate(zip(sizes, scales))]
 
-def mlp(inputs, backend):
-    return residual_mlp(*inputs, backend=backend)
+def mlp(inputs, **options):
+    return residual_mlp(*inputs, **options)
 
-def cells(inputs, backend):
+def cells(inputs, **options):
     x, *weights = inputs
-    return project_cells(x.view(1, 2, 5, 1, 3, 5), *weights, backend=backend)
+    return project_cells(x.view(1, 2, 5, 1, 3, 5), *weights, **options)
 
-def attention(inputs, backend):
+def attention(inputs, **options):
     x, *weights, table = inputs
-    return residual_window_attention(x, *weights, 3, (5, 7), 3, 1, bias_table=table, backend=backend)
+    return residual_window_attention(x, *weights, 3, (5, 7), 3, 1, bias_table=table, **options)
+
+def packed(inputs):
+    return [pack_weight(weight) for weight in inputs[1:-1] if weight.dim() == 2]
 
 c = 15
 cases = {
@@ -38,11 +44,13 @@ for dtype in (torch.float32, torch.bfloat16):
         results = []
         for backend, exact in (("cpp", False), ("reference", False), ("reference", True)):
             inputs = [(t.double() if exact else t).requires_grad_() for t in draw(*sizes, dtype=dtype)]
-            y = run(inputs, backend)
+            y = run(inputs, backend=backend)
             results.append((y, *torch.autograd.grad(y, inputs, randn(*y.shape, seed=9, dtype=dtype).to(y.dtype))))
         for n, (got, low, wanted) in enumerate(zip(*results, strict=True)):
             roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got)
             assert_within_budget(got, low, wanted, f"{run.__name__} {dtype} {n}", roundings)
+        inputs = draw(*sizes, dtype=dtype)
+        assert run(inputs, packed=packed(inputs), backend="cpp").equal(run(inputs, backend="cpp"))
 """
 
 

@@ -1,0 +1,30 @@
+"""Weights laid out beforehand, for inference on the CPU."""
+
+import torch
+from torch import Tensor
+
+from deepmsi.backend import require
+from deepmsi.ops import _schemas as _schemas  # registers the operator
+from deepmsi.ops._arguments import shape
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Lay a weight out as the CPU's kernels read it, for ``packed`` of the operations that take it.
+
+    They do so themselves in every call, in which it costs as much as some twenty rows do. What comes back holds for
+    this process alone: the layout is that of the instruction set in use. It has no gradient.
+
+    Args:
+        weight: [out, in], float32 or bfloat16, on the CPU.
+
+    Returns:
+        [panels, in, columns of a panel], with zeros behind the last column; of the type that is multiplied.
+
+    Raises:
+        ValueError: The weight is no matrix.
+        RuntimeError: The C++ extension is missing, or does not take the weight's type or device.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"pack_weight: weight must be [out, in], not {shape(weight)}")
+    require("residual_mlp", "cpp", weight.device.type, weight.dtype)
+    return torch.ops.deepmsi.pack_weight_cpp(weight.detach())

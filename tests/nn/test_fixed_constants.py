@@ -1,0 +1,93 @@
+"""What a VSCSwin computes once for inference: nothing changes by it, and it goes when the weights do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import backend
+from deepmsi.nn import VSCSwin
+from deepmsi.nn.swin_blocks import Mlp, PatchMerging, WindowAttention
+from deepmsi.testing import randn
+
+needs_kernels = pytest.mark.skipif(
+    not backend.fuses("residual_mlp", "cpu", torch.bfloat16, channels=32),
+    reason="the blocks run layer by layer here: another backend is set, or this CPU lacks AVX2 or multiplies tiles",
+)
+
+
+def made(case: str | None, dtype: torch.dtype = torch.float32) -> tuple[VSCSwin, tuple[Tensor, Tensor]]:
+    """Return a small model whose blocks are seen (post-norms start at zero), frames and a guide."""
+    model = VSCSwin.small(case).to(dtype).eval()
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.add_(randn(*parameter.shape, seed=n, scale=0.1, dtype=dtype))
+    return model, (randn(2, 3, 64, 64, seed=5, dtype=dtype), randn(2, 64, seed=6, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_they_change_nothing_and_go_in_training(dtype: torch.dtype) -> None:
+    model, inputs = made("paper", dtype)
+    names = set(model.state_dict())
+    expected = model.eval()(*inputs)
+    torch.testing.assert_close(model.fix_constants()(*inputs), expected, rtol=0, atol=0)
+    assert set(model.state_dict()) == names
+    model.train()(*inputs).sum().backward()
+    assert model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.2.weight").grad is not None
+
+
+def packed_of(model: VSCSwin) -> int:
+    """Count the layers whose weights are laid out and hold."""
+    parts = (part for part in model.modules() if isinstance(part, (WindowAttention, Mlp, PatchMerging)))
+    layers = {WindowAttention: ("qkv", "proj"), Mlp: ("fc1", "fc2"), PatchMerging: ("reduction",)}
+    return sum(len(p.packed.of(*(getattr(p, name) for name in layers[type(p)])) or ()) for p in parts)
+
+
+@pytest.mark.parametrize("case", ["paper", "released", None])
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_fixed_weights_are_read_while_they_stay(case: str | None, dtype: torch.dtype) -> None:
+    model, inputs = made(case, dtype)
+    every = 4 * 8 + 2  # of eight blocks and two reductions
+    expected = model(*inputs)
+    assert packed_of(model) == 0
+    assert model.fix_constants()(*inputs).equal(expected)
+    assert packed_of(model) == every
+
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert packed_of(again) == 0
+        assert again(*inputs).equal(expected)
+
+    weight = model.get_parameter("layers.0.blocks.0.mlp.fc1.weight")
+    weight.mul_(2)
+    assert packed_of(model) == every - 2
+    changed = model(*inputs)
+    assert not changed.equal(expected)
+    weight.div_(2)
+    model.load_state_dict(model.state_dict())
+    assert packed_of(model) == 0
+    model.fix_constants().float()
+    assert packed_of(model) == (every if dtype == torch.float32 else 0)
+    model.fix_constants().train()
+    assert packed_of(model) == 0
+
+
+@needs_kernels
+def test_fixed_weights_are_not_read_where_a_gradient_is_wanted() -> None:
+    model, (frames, guide) = made("paper")
+    model.fix_constants()
+    with torch.no_grad():
+        expected = model(frames, guide)
+    out = model(frames, guide)
+    assert packed_of(model) == 0
+    out.square().sum().backward()
+    assert out.equal(expected)
+    assert all(p.grad is not None for name, p in model.named_parameters() if "fc1" in name)
+    # A frozen backbone hands the gradient of its guide on.
+    model.requires_grad_(False)
+    guide.requires_grad_()
+    model(frames, guide).square().sum().backward()
+    assert guide.grad is not None

@@ -1,0 +1,105 @@
+"""Weights that are laid out beforehand: the same bits, and only where they may be read."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepmsi import ops
+from deepmsi.testing import need, randn
+
+CHANNELS = 40
+
+
+def layers(hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    sizes = ((hidden, CHANNELS), (hidden,), (CHANNELS, hidden), *[(CHANNELS,)] * 3)
+    return [randn(*size, seed=n, scale=0.2, dtype=dtype) for n, size in enumerate(sizes)]
+
+
+def packed(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return ops.pack_weight(weights[0]), ops.pack_weight(weights[2])
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_extension() -> None:
+    need("residual_mlp", "cpp", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 30, 53_000], ids=["one", "few", "many"])
+@pytest.mark.parametrize("hidden", [72, 1100])
+def test_the_mlp_reads_parts_of_them(rows: int, hidden: int, dtype: torch.dtype) -> None:
+    """In groups of 512 hidden columns, which a panel does not divide; rows of more than 8 MiB take another way."""
+    x, weights = randn(rows, CHANNELS, seed=9, dtype=dtype), layers(hidden, dtype)
+    assert rows < 53_000 or rows * CHANNELS * 4 > 8 << 20
+    given = ops.residual_mlp(x, *weights, packed=packed(weights), backend="cpp")
+    assert given.equal(ops.residual_mlp(x, *weights, backend="cpp"))
+
+
+def test_what_is_packed_is_what_is_read() -> None:
+    """Else the tests above would compare a call with itself."""
+    x, weights, others = randn(30, CHANNELS, seed=9), layers(72), layers(72)
+    others[0], others[2] = others[0] + 1, others[2] * 2
+    given = ops.residual_mlp(x, *weights, packed=packed(others), backend="cpp")
+    assert given.equal(ops.residual_mlp(x, *others, backend="cpp"))
+
+
+def test_a_gradient_reads_the_weights_themselves() -> None:
+    weights = layers(72)
+    for trained in (0, 4):
+        x = randn(30, CHANNELS, seed=9)
+        results = []
+        for given in (None, packed(layers(60))):
+            leaves = [w.clone().requires_grad_(n == trained) for n, w in enumerate(weights)]
+            y = ops.residual_mlp(x, *leaves, packed=given, backend="cpp")
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves[trained])))
+        assert all(map(torch.equal, *results))
+    x = randn(30, CHANNELS, seed=9).requires_grad_()
+    ops.residual_mlp(x, *weights, packed=packed(weights), backend="cpp").sum().backward()
+    assert x.grad is not None
+
+
+def test_autocast_and_the_reference_read_the_weights_themselves() -> None:
+    x, weights, other = randn(30, CHANNELS, seed=9), layers(72), packed(layers(60))
+    with torch.autocast("cpu", torch.bfloat16):
+        halves = x.bfloat16()
+        given = ops.residual_mlp(halves, *weights, packed=other, backend="cpp")
+        assert given.equal(ops.residual_mlp(halves, *weights, backend="cpp"))
+    given = ops.residual_mlp(x, *weights, packed=other, backend="reference")
+    assert given.equal(ops.residual_mlp(x, *weights, backend="reference"))
+
+
+def test_what_was_packed_for_another_layer_or_type_is_refused() -> None:
+    x, weights = randn(30, CHANNELS, seed=9), layers(72)
+    first, second = packed(weights)
+    for wrong in ((second, first), (first, packed(layers(60))[1]), (first[:, :-1].contiguous(), second)):
+        with pytest.raises(RuntimeError, match="is packed for other rows, or for another CPU"):
+            ops.residual_mlp(x, *weights, packed=wrong, backend="cpp")
+    with pytest.raises(RuntimeError, match="is packed for other rows, or for another CPU"):
+        ops.residual_mlp(x, *weights, packed=(first.double(), second), backend="cpp")
+
+
+def test_weights_that_cannot_be_packed_get_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"weight must be \[out, in\], not \[3\]"):
+        ops.pack_weight(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="takes float32, bfloat16, not float64"):
+        ops.pack_weight(torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="not on meta"):
+        ops.pack_weight(torch.zeros(3, 4, device="meta"))
+
+
+def test_a_weight_that_is_a_view_and_one_that_wants_a_gradient() -> None:
+    weight = randn(72, CHANNELS, seed=1)
+    for other in (weight.t().contiguous().t(), weight.clone().requires_grad_()):
+        laid_out = ops.pack_weight(other)
+        assert laid_out.equal(ops.pack_weight(weight))
+        assert not laid_out.requires_grad
+
+
+def test_operator() -> None:
+    checks: Any = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(
+            torch.ops.deepmsi.pack_weight_cpp.default, (randn(72, 39, seed=1, dtype=dtype),), test_utils=checks
+        )
