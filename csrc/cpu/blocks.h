@@ -206,6 +206,14 @@ void over_rows(int64_t rows, const Run& run) {
   });
 }
 
+// Call run(row) for each of some rows.
+template <typename Run>
+void over_each_row(int64_t rows, const Run& run) {
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) run(row);
+  });
+}
+
 // Stored rows as operands: where they lie, or a copy of `count` of them from `row` on in working memory.
 class AsOperands {
  public:
@@ -262,6 +270,13 @@ inline void pack_part(const BlockKernels& k, const Tensor& weight, bool transpos
 // Whether pack_weight laid a weight out beforehand.
 inline bool is_packed(const Tensor& weight) { return weight.dim() == 3; }
 
+// Whether threads share the columns of products of so few rows by a weight, not the rows: all of these,
+// `width` numbers each, stay in every thread's cache, and the weight passes by once. Where it is laid out
+// anew it passes by anyway.
+inline bool shares_columns(const Tensor& weight, int64_t rows, int64_t width) {
+  return is_packed(weight) && rows * width * static_cast<int64_t>(sizeof(float)) <= kBlockBytes;
+}
+
 // A matrix B [depth, columns] in panels, or a part of it.
 class Packed {
  public:
@@ -284,15 +299,23 @@ class Packed {
     start_ = memory_.data();
   }
   void multiply(int64_t rows, const void* a, float* c) const {
-    k_.multiply(rows, columns_, depth_, a, start_, panel_depth_, false, c);
+    k_.multiply(rows, columns_, depth_, a, start_, panel_depth_, false, c, columns_);
+  }
+  // The same on all threads, each of which takes some columns.
+  void multiply_shared(int64_t rows, const void* a, float* c) const {
+    torch::stable::parallel_for(0, panels_of(k_, columns_), 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * k_.panel, count = std::min(end * k_.panel, columns_) - first;
+      k_.multiply(rows, count, depth_, a, at(first * k_.pitch(panel_depth_)), panel_depth_, false, c + first,
+                  columns_);
+    });
   }
   // By `count` columns from `first` on, a multiple of the panel's.
   void multiply_columns(int64_t rows, const void* a, int64_t first, int64_t count, float* c) const {
-    k_.multiply(rows, count, depth_, a, at(first * k_.pitch(panel_depth_)), panel_depth_, false, c);
+    k_.multiply(rows, count, depth_, a, at(first * k_.pitch(panel_depth_)), panel_depth_, false, c, count);
   }
   // By `count` rows from `first` on, an even number; added to c, where asked.
   void multiply_rows(int64_t rows, const void* a, int64_t first, int64_t count, bool add, float* c) const {
-    k_.multiply(rows, columns_, count, a, at(first * k_.panel), panel_depth_, add, c);
+    k_.multiply(rows, columns_, count, a, at(first * k_.panel), panel_depth_, add, c, columns_);
   }
 
  private:

@@ -34,9 +34,9 @@ struct BlockKernels {
                     int64_t first, int64_t last, void* out);
   Pack *pack, *pack_floats;
   // C [rows, columns] = A [rows, depth] B for a packed B of which this is a part: its panels lie
-  // `panel_depth` rows apart. Added to C, where asked.
+  // `panel_depth` rows apart, and the rows of C `row_c` numbers. Added to C, where asked.
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const void* a, const void* packed,
-                   int64_t panel_depth, bool add, float* c);
+                   int64_t panel_depth, bool add, float* c, int64_t row_c);
   // C [rows, columns] += A^T B for operands A [depth, rows], whose rows lie `row_a` numbers apart, and B
   // [depth, columns]; scratch holds outer_scratch bytes.
   void (*add_outer)(int64_t rows, int64_t columns, int64_t depth, const void* a, int64_t row_a, const void* b,

@@ -179,10 +179,10 @@ void pack(const void* b_any, int64_t row_b, bool transposed, int64_t depth, int6
 
 template <typename S>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const void* a_any, const void* packed,
-              int64_t panel_depth, bool add, float* c) {
+              int64_t panel_depth, bool add, float* c, int64_t row_c) {
   using Step = StepOf<S>;
   const Step* a = static_cast<const Step*>(a_any);
-  const int64_t count = steps<S>(depth), row_c = columns;
+  const int64_t count = steps<S>(depth);
   for (int64_t j = 0; j < columns; j += kPackedColumns) {
     const Step* panel = static_cast<const Step*>(packed) + j * steps<S>(panel_depth);
     const int64_t width = columns - j, first = count < kDepth ? count : kDepth;

@@ -106,6 +106,19 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
   const Packed product(k, cells.weight, true, cells.depth, channels);
   const int64_t block = block_rows(cells.depth + channels);
   const bool in_place = with_grad && k.stores_floats();  // what the norm reads is made where it is kept
+  if (!with_grad && shares_columns(cells.weight, cells.valid, std::max(cells.depth, channels))) {
+    const GatheredCells gathered(cells, cells.valid);
+    const FloatRows sum(k.stores_floats(), cells.valid, channels);
+    float* z = sum.at(y.at(0));
+    over_each_row(cells.valid, [&](int64_t row) { gathered.gather(row, 1, row); });
+    product.multiply_shared(cells.valid, gathered.operands().rows_of_chunk(0, cells.valid).start, z);
+    over_each_row(cells.valid, [&](int64_t row) {
+      k.norm(1, channels, z + row * channels, bias.data(), nullptr, nullptr, cells.norm_weight.data(),
+             norm_bias.data(), cells.eps, y.at(row), nullptr);
+    });
+    pass_rows(y_all, nullptr, cells.valid);
+    return {y_all, branch};
+  }
   over_rows(cells.valid, [&](int64_t begin, int64_t end) {
     const GatheredCells gathered(cells, block);
     const FloatRows sum(in_place, block, channels);

@@ -42,6 +42,27 @@ struct Mlp {
         eps(static_cast<float>(epsilon)) {}
 };
 
+// y of so few rows that threads share the columns of a product.
+void forward_few(const Mlp& m, const Rows& x, const Rows& y) {
+  const BlockKernels& k = m.k;
+  const Packed first(k, m.fc1_weight, true, m.channels, m.hidden);
+  const Packed second(k, m.fc2_weight, true, m.hidden, m.channels);
+  const Floats hidden(m.valid * m.hidden);
+  const OperandRows active(k, m.valid, m.hidden, hidden);
+  const AsOperands operands(k, x, m.channels, m.valid);
+  first.multiply_shared(m.valid, operands.rows_of_chunk(0, m.valid).start, hidden.data());
+  over_each_row(m.valid, [&](int64_t row) {
+    k.bias_gelu(1, m.hidden, hidden.data() + row * m.hidden, m.fc1_bias.data(), active.at(row));
+  });
+  const FloatRows sum(k.stores_floats(), m.valid, m.channels);
+  float* z = sum.at(y.at(0));
+  second.multiply_shared(m.valid, active.at(0), z);
+  over_each_row(m.valid, [&](int64_t row) {
+    k.norm(1, m.channels, z + row * m.channels, m.fc2_bias.data(), x.at(row), m.row_scale.at(row),
+           m.norm_weight.data(), m.norm_bias.data(), m.eps, y.at(row), nullptr);
+  });
+}
+
 std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight, Tensor fc1_bias,
                                                 Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight,
                                                 Tensor norm_bias, std::optional<Tensor> row_scale,
@@ -54,6 +75,11 @@ std::tuple<Tensor, Tensor> residual_mlp_fwd_cpu(Tensor x_any, Tensor fc1_weight,
   Tensor y_all = torch::stable::new_empty(m.x, {m.rows, channels});
   Tensor branch = torch::stable::new_empty(m.x, {with_grad ? m.rows : 0, channels});
   const Rows x = rows_of(m.x, channels), y = rows_of(y_all, channels), kept = rows_of(branch, channels);
+  if (!with_grad && is_packed(m.fc2_weight) && shares_columns(m.fc1_weight, m.valid, m.hidden)) {
+    forward_few(m, x, y);
+    pass_rows(y_all, &m.x, m.valid);
+    return {y_all, branch};
+  }
   const int64_t width = std::min(m.hidden, kHiddenColumns), block = block_rows(width + 2 * channels);
   // Few rows: the memory that a group's weights are packed into stays in cache, too. Many: all weights at
   // once.

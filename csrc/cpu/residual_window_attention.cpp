@@ -89,6 +89,16 @@ int64_t largest_chunk(const Attention& a) {
 void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, const OperandRows& qkv) {
   const BlockKernels& k = a.k;
   const int64_t wide = 3 * a.channels, block = block_rows(a.channels);
+  if (shares_columns(a.qkv_weight, chunk.rows, wide)) {
+    const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, chunk.rows);
+    const FloatRows products(k.multiplies_floats(), chunk.rows, wide);
+    float* to = products.at(qkv.at(0));
+    weight.multiply_shared(chunk.rows, operands.rows_of_chunk(chunk.first, chunk.rows).start, to);
+    if (k.multiplies_floats() && !a.qkv_bias.has_value()) return;
+    over_each_row(chunk.rows,
+                  [&](int64_t row) { k.add_bias(1, wide, to + row * wide, a.qkv_bias.data(), qkv.at(row)); });
+    return;
+  }
   over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
     const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, block);
     const FloatRows products(k.multiplies_floats(), block, wide);
@@ -137,6 +147,18 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
     a.call.parallel(chunk.frames * w.bands(), false, [&](int64_t begin, int64_t end, char* memory) {
       a.call.kernels.forward(w, begin, end, memory);
     });
+    if (!with_grad && shares_columns(a.proj_weight, chunk.rows, channels)) {
+      scratch.pad(0, chunk.rows);
+      const FloatRows sum(k.stores_floats(), chunk.rows, channels);
+      float* z = sum.at(y.at(chunk.first));
+      out.multiply_shared(chunk.rows, middle.start, z);
+      over_each_row(chunk.rows, [&](int64_t row) {
+        const int64_t at = chunk.first + row;
+        k.norm(1, channels, z + row * channels, a.proj_bias.data(), x.at(at), a.row_scale.at(at),
+               a.norm_weight.data(), a.norm_bias.data(), a.eps, y.at(at), nullptr);
+      });
+      return;
+    }
     over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
       const FloatRows sum(z_in_place, block, channels);
       for (int64_t row = begin; row < end; row += block) {

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepmsi.backend import host_info
+
 LIBRARY = torch.library.Library("deepmsi", "FRAGMENT")
 COMPILED_BACKENDS = ("cpp", "triton")
 
@@ -414,9 +416,10 @@ LIBRARY.define("pack_weight_cpp(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_c
 
 @torch.library.register_fake("deepmsi::pack_weight_cpp", lib=LIBRARY)
 def _packed_fake(weight: Tensor) -> Tensor:
-    # Only the extension knows what this CPU multiplies.
-    sizes = torch.library.get_ctx()
-    return weight.new_empty([sizes.new_dynamic_size() for _ in range(3)])
+    # How many columns a panel has only the extension knows.
+    sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
+    as_stored = weight.dtype == torch.float32 or host_info().get("instruction set in use") == "avx512_bf16"
+    return weight.new_empty(sizes, dtype=weight.dtype if as_stored else torch.float32)
 
 
 # --- residual_norm

@@ -37,6 +37,50 @@ def test_the_mlp_reads_parts_of_them(rows: int, hidden: int, dtype: torch.dtype)
     assert given.equal(ops.residual_mlp(x, *weights, backend="cpp"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("frames", [1, 200], ids=["few", "many"])
+def test_the_attention_reads_them(frames: int, biased: bool, dtype: torch.dtype) -> None:
+    """On rows of which the last three frames' worth are nobody's; few ones share the columns of a product."""
+    channels, kept, places = 15, 26, 35
+    qkv, proj = (randn(n, channels, seed=n, scale=0.3, dtype=dtype) for n in (3 * channels, channels))
+    vectors = [randn(channels, seed=n, dtype=dtype) for n in range(3)]
+    bias = randn(3 * channels, seed=4, dtype=dtype) if biased else None
+    x = randn((frames + 3) * kept, channels, seed=9, dtype=dtype)
+    which = torch.stack([torch.randperm(places)[:kept].sort().values for _ in range(frames + 3)])
+
+    def run(**options: Any) -> Tensor:
+        return ops.residual_window_attention(
+            *(x, qkv, bias, proj, *vectors),
+            *(3, (5, 7), 3, 1),
+            bias_table=randn(25, 3, seed=5, dtype=dtype),
+            positions=which.flatten().to(torch.int32),
+            cu_seqlens=torch.arange(0, (frames + 1) * kept, kept, dtype=torch.int32),
+            row_scale=randn(len(x), seed=6, dtype=dtype),
+            backend="cpp",
+            **options,
+        )
+
+    assert run(packed=[ops.pack_weight(qkv), ops.pack_weight(proj)]).equal(run())
+    others = [ops.pack_weight(-qkv), ops.pack_weight(proj)]
+    assert not run(packed=others).equal(run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 25, 2500], ids=["one", "few", "many"])
+def test_project_cells_reads_them(rows: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1, 1, rows + 5, 3, 3, 15, seed=1, dtype=dtype), randn(37, 135, seed=2, scale=0.1, dtype=dtype)
+    others = [weight[:, 0], weight[:, 1] + 1, weight[:, 2]]
+    offsets = torch.tensor([0, rows // 2, rows], dtype=torch.int32)
+    cells = x.transpose(3, 4)
+
+    def run(**options: Any) -> Tensor:
+        return ops.project_cells(cells, weight, *others, cu_seqlens=offsets, backend="cpp", **options)
+
+    assert run(packed=[ops.pack_weight(weight)]).equal(run())
+    assert not run(packed=[ops.pack_weight(-weight)]).equal(run())
+
+
 def test_what_is_packed_is_what_is_read() -> None:
     """Else the tests above would compare a call with itself."""
     x, weights, others = randn(30, CHANNELS, seed=9), layers(72), layers(72)
