@@ -14,7 +14,7 @@ from bench_model import BACKBONE, backbones, quiet
 from torch import Tensor
 
 from deepmsi import testing
-from deepmsi.nn import VSCSwin
+from deepmsi.nn import VSCSwin, fix_constants
 from deepmsi.nn.swin_blocks import Tokens, mean_of_frames
 
 
@@ -90,8 +90,8 @@ def bench_saving(compare: Any, smallest: bool, device: str, layout: str) -> None
         ours = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep}).to(device)
         ours.load_state_dict(plain.state_dict(), strict=False)
     # The tables of the position bias are constants, as prediction has them.
-    plain.eval().fix_constants()
-    ours.eval().fix_constants()
+    fix_constants(plain)
+    fix_constants(ours)
     pixels = testing.randn(frames, 3, 256, 256, seed=1, device=device)
     x, guide = early(plain, pixels), guide_of(ours, frames, device)
     run = quiet(lambda: late(ours, x, guide))
@@ -131,14 +131,14 @@ def bench_threshold(compare: Any, smallest: bool, device: str) -> None:
     """Packed by threshold against packed by number, at the same mean keep."""
     frames = 1 if smallest else 15
     _, ours = backbones("paper", device)
-    ours.eval().fix_constants()
+    fix_constants(ours)
     x, guide = testing.randn(frames, 3, 256, 256, seed=1, device=device), guide_of(ours, frames, device)
     with torch.inference_mode():
         _, kept = ours(x, guide, return_kept=True)
     keep = tuple(max(1, math.ceil(float(k.cu_seqlens[-1]) / frames)) for k in kept)
     fixed = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep}).to(device)
     fixed.load_state_dict(ours.state_dict())
-    fixed.eval().fix_constants()
+    fix_constants(fixed)
     run, baseline = quiet(lambda: ours(x, guide)), quiet(lambda: fixed(x, guide))
     assert run().shape == baseline().shape
     cells = cells_of(ours, run)

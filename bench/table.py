@@ -18,6 +18,7 @@ SUMMARY = (
     ("video branch, bfloat16", "VSCSwin", "15 frames, released, bfloat16 autocast"),
     ("`deepmsi.fuse`", "fuse", "swinv2_tiny_window8_256, 15 frames"),
     ("`deepmsi.fuse`, bfloat16", "fuse", "swinv2_tiny_window8_256, 15 frames, bfloat16 autocast"),
+    ("`deepmsi.fuse`, one image", "fuse", "swinv2_tiny_window8_256, 1 image, constants fixed"),
     ("whole model", "DeepMSI", "1 utterance of 15 frames, 256 px, released"),
     ("next frame of a stream", "EmotionStream.step", "1 stream, a frame of each, 256 px, released"),
     ("`vsc_compress`", "vsc_compress", "256 to 100 tokens x 384, 15 frames"),

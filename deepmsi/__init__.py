@@ -8,14 +8,15 @@ from deepmsi.backend import explain, use_backend
 if TYPE_CHECKING:
     from deepmsi.models.config import DeepMSIConfig
     from deepmsi.models.deepmsi import DeepMSI
-    from deepmsi.nn import fuse
+    from deepmsi.nn import fix_constants, fuse
 
-__all__ = ["DeepMSI", "DeepMSIConfig", "__version__", "explain", "fuse", "use_backend"]
+__all__ = ["DeepMSI", "DeepMSIConfig", "__version__", "explain", "fix_constants", "fuse", "use_backend"]
 
 # Importing deepmsi costs no more than importing torch: what needs pydantic or the hub's client waits.
 _LAZY = {
     "DeepMSI": "deepmsi.models.deepmsi",
     "DeepMSIConfig": "deepmsi.models.config",
+    "fix_constants": "deepmsi.nn",
     "fuse": "deepmsi.nn",
 }
 

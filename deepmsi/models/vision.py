@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
-from deepmsi.nn import TCN, KeptTokens, VSCSwin
+from deepmsi.nn import TCN, KeptTokens, VSCSwin, fix_constants
 
 if TYPE_CHECKING:
     from deepmsi.models.graphs import VideoGraphs
@@ -82,7 +82,7 @@ class VideoBranch(nn.Module):
         training mode, and by loading weights.
         """
         self.eval()
-        self.backbone.fix_constants()
+        fix_constants(self.backbone)
         if not self.pixel_statistics:
             self.backbone.fold_pixels(self.mean, self.std)
 

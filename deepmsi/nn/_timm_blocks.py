@@ -1,10 +1,12 @@
 """timm's Swin blocks with their attention replaced: the one module that imports timm at its top, loaded by ``fuse``.
 
-The classes add no state: a block changes its class in place, and keeps its weights, its state dict, its hooks and all
-that timm does around the attention (drop path, checkpointing, changes of the input size).
+The classes add no state but what :func:`deepmsi.nn.fix_constants` computes: a block changes its class in place, and
+keeps its weights, its state dict, its hooks and all that timm does around the attention (drop path, checkpointing,
+changes of the input size).
 """
 
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -14,6 +16,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor
 
+from deepmsi.nn.constants import Fixed, HoldsConstants, packed
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 
@@ -130,8 +133,37 @@ class FusedSwinBlock(SwinTransformerBlock):
         return _crop_as_timm(self, out, x)
 
 
-class FusedSwinV2Block(SwinTransformerV2Block):
+class _BlockConstants(NamedTuple):
+    """What follows from the weights of a block alone."""
+
+    table: Fixed[Tensor]
+    attention: Fixed[tuple[Tensor, ...]]
+    mlp: Fixed[tuple[Tensor, ...]]
+
+
+class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
     """A block of timm's Swin V2; where it is as timm built it, each half runs as one operation."""
+
+    constants: _BlockConstants | None = None
+
+    def fix(self) -> None:
+        block: Any = self
+        attn, mlp = block.attn, block.mlp
+        self.constants = None
+        if why_not(block) is not None or type(attn) is not swin_transformer_v2.WindowAttention or type(mlp) is not Mlp:
+            return
+        constants = _BlockConstants(Fixed(), Fixed(), Fixed())
+        with torch.no_grad():
+            constants.table.fix(self._bias_table, *attn.cpb_mlp.parameters())
+        for held, op, weights in (
+            (constants.attention, "residual_window_attention", (attn.qkv.weight, attn.proj.weight)),
+            (constants.mlp, "residual_mlp", (mlp.fc1.weight, mlp.fc2.weight)),
+        ):
+            held.fix(partial(packed, op, *weights), *weights)
+        self.constants = constants
+
+    def forget(self) -> None:
+        self.constants = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self._transform(self._attend(x)) if isinstance(x, Tensor) else super().forward(x)
@@ -164,6 +196,7 @@ class FusedSwinV2Block(SwinTransformerV2Block):
             logit_scale=attn.logit_scale,
             row_scale=_drawn(block.drop_path1, x),
             eps=norm.eps,
+            packed=self.constants and self.constants.attention.of(attn.qkv.weight, attn.proj.weight),
         )
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -181,7 +214,8 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         )
         if usual and fuses("residual_mlp", x) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps)
+            laid_out = self.constants and self.constants.mlp.of(mlp.fc1.weight, mlp.fc2.weight)
+            return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps, packed=laid_out)
         rows = x.flatten(1, 2)
         return _added(norm, block.drop_path2, rows, mlp(rows)).view(x.shape)
 
@@ -191,6 +225,10 @@ class FusedSwinV2Block(SwinTransformerV2Block):
 
     def _bias_table(self) -> Tensor:
         attn: Any = self.attn
+        if self.constants is not None and unhooked(*attn.cpb_mlp.modules()):
+            fixed = self.constants.table.of(*attn.cpb_mlp.parameters())
+            if fixed is not None:
+                return fixed
         return 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -206,8 +244,18 @@ class FusedSwinV2Block(SwinTransformerV2Block):
         return _crop_as_timm(self, out, x)
 
 
-class FusedPatchMerging(PatchMerging):
+class FusedPatchMerging(HoldsConstants, PatchMerging):
     """The merging of timm's Swin V2, as one operation where the grid is even."""
+
+    constants: Fixed[tuple[Tensor, ...]] | None = None
+
+    def fix(self) -> None:
+        reduction: Any = self.reduction
+        self.constants = Fixed()
+        self.constants.fix(partial(packed, "project_cells", reduction.weight), reduction.weight)
+
+    def forget(self) -> None:
+        self.constants = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -218,7 +266,9 @@ class FusedPatchMerging(PatchMerging):
         if not (even and fuses("project_cells", x) and plain(x, norm, bare=(reduction,))):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
-        return project_cells(cells, reduction.weight, reduction.bias, norm.weight, norm.bias, eps=norm.eps)
+        laid_out = None if self.constants is None else self.constants.of(reduction.weight)
+        weights = (reduction.weight, reduction.bias, norm.weight, norm.bias)
+        return project_cells(cells, *weights, eps=norm.eps, packed=laid_out)
 
 
 FUSED: dict[type, type] = {

@@ -6,10 +6,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepmsi import backend
-from deepmsi.ops import pack_weight
-from deepmsi.ops._arguments import autocast_type, autocasts, needs_grad
-
-Content = tuple[tuple[int, int, torch.dtype], ...]
+from deepmsi.ops._arguments import autocast_type, autocasts
 
 
 def fuses(op: str, x: Tensor, casts: bool = False) -> bool:
@@ -39,54 +36,6 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
         and not any(is_traceable_wrapper_subclass(layer.weight) for layer in every)
         and (casts or all(layer.weight.dtype == x.dtype for layer in every))
     )
-
-
-def content_of(*parameters: Tensor) -> Content | None:
-    """Return what tells whether parameters hold what they held before, or None where nothing does.
-
-    A change in place shows in the version and one of storage in the address; only what is done to ``parameter.data``
-    stays unseen. Nothing tells of weights that are computed, of those made in inference mode, and under transforms.
-    """
-    own = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
-    if not own or backend.transforms():
-        return None
-    return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-
-
-def stands(content: Content | None, *parameters: Tensor) -> bool:
-    """Whether what was computed from parameters of this content may stand for them: no gradient of them is wanted."""
-    held = torch.compiler.is_compiling() or (content is not None and content == content_of(*parameters))
-    return held and not needs_grad(*parameters)
-
-
-class PackedWeights:
-    """Weights of layers as the CPU's kernels read them, for as long as they stay and no gradient of them is wanted.
-
-    They belong to the weights at hand: a copy of a module, or what is loaded of one, holds none.
-    """
-
-    def __init__(self) -> None:
-        self._packed: tuple[Tensor, ...] | None = None
-        self._content: Content | None = None
-
-    def __reduce__(self) -> tuple[type["PackedWeights"], tuple[()]]:
-        return PackedWeights, ()
-
-    def fix(self, op: str, *layers: nn.Linear) -> None:
-        """Lay the weights of now out, where a kernel of the CPU is to compute ``op`` from them."""
-        weights = [layer.weight for layer in layers]
-        self._content = content_of(*weights)
-        runs = all(weight.device.type == "cpu" and fuses(op, weight) for weight in weights)
-        self._packed = tuple(map(pack_weight, weights)) if runs and self._content is not None else None
-
-    def forget(self) -> None:
-        self._packed = None
-
-    def of(self, *layers: nn.Linear) -> tuple[Tensor, ...] | None:
-        """Return what the weights of these layers were laid out as, or None where they have changed since."""
-        if self._packed is None or torch.compiler.is_compiling():
-            return None
-        return self._packed if stands(self._content, *(layer.weight for layer in layers)) else None
 
 
 def unhooked(*modules: nn.Module) -> bool:

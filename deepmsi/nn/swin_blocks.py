@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.fusing import Content, PackedWeights, content_of, fuses, plain, stands, unhooked
+from deepmsi.nn.constants import Content, Fixed, HoldsConstants, content_of, packed, stands
+from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
@@ -99,7 +100,7 @@ def adding(norm: nn.LayerNorm, like: Tensor, scale: Tensor | None) -> Callable[[
     return added
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(HoldsConstants):
     """Cosine window attention with log-spaced continuous position bias (Swin V2).
 
     Args:
@@ -134,7 +135,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
         self.register_buffer("fixed_table", None, persistent=False)
         self._fixed_from: Content | None = None
-        self.packed = PackedWeights()
+        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
@@ -149,17 +150,20 @@ class WindowAttention(nn.Module):
 
     @torch.no_grad()
     def fix(self) -> None:
-        """Keep the position bias and the layout of weights of now, while these stay and no gradient is wanted."""
         self.fixed_table = None
         self.fixed_table = self.bias_table()
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
-        self.packed.fix("residual_window_attention", self.qkv, self.proj)
+        weights = (self.qkv.weight, self.proj.weight)
+        self._laid_out.fix(lambda: packed("residual_window_attention", *weights), *weights)
 
     def forget(self) -> None:
-        """Undo :meth:`fix`."""
         self.fixed_table = None
-        self.packed.forget()
+        self._laid_out.forget()
+
+    def laid_out(self) -> tuple[Tensor, ...] | None:
+        """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
+        return self._laid_out.of(self.qkv.weight, self.proj.weight)
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of q, k and v [3C]; keys have none."""
@@ -202,7 +206,7 @@ class WindowAttention(nn.Module):
         )
 
 
-class Mlp(nn.Module):
+class Mlp(HoldsConstants):
     """Linear, GELU, linear.
 
     Attributes:
@@ -214,15 +218,18 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = False
-        self.packed = PackedWeights()
+        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
 
     def fix(self) -> None:
-        """Keep the layout of the weights of now, while these stay and no gradient is wanted."""
-        self.packed.fix("residual_mlp", self.fc1, self.fc2)
+        weights = (self.fc1.weight, self.fc2.weight)
+        self._laid_out.fix(lambda: packed("residual_mlp", *weights), *weights)
 
     def forget(self) -> None:
-        """Undo :meth:`fix`."""
-        self.packed.forget()
+        self._laid_out.forget()
+
+    def laid_out(self) -> tuple[Tensor, ...] | None:
+        """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
+        return self._laid_out.of(self.fc1.weight, self.fc2.weight)
 
     def forward(self, x: Tensor, source: Source | None = None) -> Tensor:
         """Transform x [..., C]; where its ``source`` is given, backward makes x again from that."""
@@ -356,7 +363,7 @@ class Block(nn.Module):
                 cu_seqlens=tokens.cu_seqlens,
                 row_scale=scale,
                 eps=norm.eps,
-                packed=attn.packed.of(attn.qkv, attn.proj),
+                packed=attn.laid_out(),
             )
         else:
             branch = attn(tokens)
@@ -374,9 +381,9 @@ class Block(nn.Module):
         mlp, norm = self.mlp, self.norm2
         if fuses("residual_mlp", x) and unhooked(mlp) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            packed, offsets = mlp.packed.of(mlp.fc1, mlp.fc2), tokens.cu_seqlens
+            offsets, laid_out = tokens.cu_seqlens, mlp.laid_out()
             with remade(x, source):
-                y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=offsets, eps=norm.eps, packed=packed)
+                y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=offsets, eps=norm.eps, packed=laid_out)
             return tokens._replace(x=y)
         branch = mlp(x, source)
         return tokens._replace(x=adding(norm, branch, scale)(x, branch))
@@ -406,7 +413,7 @@ class Block(nn.Module):
         return scale[frame_of_row(tokens.cu_seqlens, x.shape[0])]
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(HoldsConstants):
     """Cut an image into patches, embed and normalise them.
 
     Attributes:
@@ -425,7 +432,6 @@ class PatchEmbed(nn.Module):
         self._folded_from: Content | None = None
 
     def forget(self) -> None:
-        """Undo :meth:`fold`."""
         self.pixel_weight = self.pixel_bias = None
 
     @torch.no_grad()
@@ -476,7 +482,7 @@ class PatchEmbed(nn.Module):
         return normed(norm, x.permute(0, 2, 3, 1))
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(HoldsConstants):
     """Join the tokens of each 2x2 cell: channels in timm's order, zeros for missing ones; empty cells are left out.
 
     Attributes:
@@ -489,15 +495,18 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
         self.trim = trim
         self.recompute = False
-        self.packed = PackedWeights()
+        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
 
     def fix(self) -> None:
-        """Keep the layout of the weight of now, while it stays and no gradient is wanted."""
-        self.packed.fix("project_cells", self.reduction)
+        weight = self.reduction.weight
+        self._laid_out.fix(lambda: packed("project_cells", weight), weight)
 
     def forget(self) -> None:
-        """Undo :meth:`fix`."""
-        self.packed.forget()
+        self._laid_out.forget()
+
+    def laid_out(self) -> tuple[Tensor, ...] | None:
+        """Return the layer's weight as :meth:`fix` laid it out, while it stays."""
+        return self._laid_out.of(self.reduction.weight)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Halve the grid. Packed rows keep their layout; with ``trim`` one integer is read on the host."""
@@ -521,9 +530,9 @@ class PatchMerging(nn.Module):
     def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
         if fuses("project_cells", cells, casts=True) and plain(cells, self.norm, bare=(self.reduction,)):
-            norm, packed = self.norm, self.packed.of(self.reduction)
+            norm = self.norm
             weights = (self.reduction.weight, None, norm.weight, norm.bias)
-            return project_cells(cells, *weights, cu_seqlens=cu_seqlens, eps=norm.eps, packed=packed)
+            return project_cells(cells, *weights, cu_seqlens=cu_seqlens, eps=norm.eps, packed=self.laid_out())
         return normed(self.norm, self.reduction(cells.flatten(3)))
 
     def _packed(self, tokens: Tokens, grid: tuple[int, int]) -> Tokens:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from deepmsi.errors import UserError
-from deepmsi.nn.fusing import content_of
+from deepmsi.nn.constants import content_of
 from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 

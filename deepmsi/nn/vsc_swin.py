@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from deepmsi.errors import UserError
+from deepmsi.nn.constants import HoldsConstants
 from deepmsi.nn.recompute import CHUNK_FRAMES, Recompute, again, again_in_parts, checked
 from deepmsi.nn.schedule import Schedule
 from deepmsi.nn.swin_blocks import (
@@ -455,31 +456,13 @@ class VSCSwin(nn.Module):
         """Return the stages in order."""
         return cast(list[Stage], list(self.layers))
 
-    def fix_constants(self) -> "VSCSwin":
-        """Compute once, for inference, what follows from the weights alone; :meth:`train` and loading weights undo it.
-
-        That is the position-bias tables, and on the CPU the layers' weights as its kernels read them, which take the
-        memory of these weights again. Where weights change otherwise, both are computed in every call, as in training.
-        """
-        self.eval()
-        for module in self.modules():
-            if isinstance(module, (WindowAttention, Mlp, PatchMerging)):
-                module.fix()
-        return self
-
     def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":
         """Take uint8 frames as they are in inference, (pixel / 255 - mean) / std [3, 1, 1] folded into the embedding.
 
-        They are then not given to ``prepare``. Undone as :meth:`fix_constants` is.
+        They are then not given to ``prepare``. Undone as :func:`fix_constants` is.
         """
         self.eval()
         self.patch_embed.fold(mean, std)
-        return self
-
-    def train(self, mode: bool = True) -> "VSCSwin":
-        if mode:
-            _forget_constants(self)
-        super().train(mode)
         return self
 
     def load_state_dict(
@@ -503,9 +486,9 @@ class VSCSwin(nn.Module):
 
 
 def _forget_constants(module: nn.Module, *_: Any) -> None:
-    """Drop what :meth:`VSCSwin.fix_constants` and :meth:`VSCSwin.fold_pixels` computed."""
+    """Drop what :func:`fix_constants` and :meth:`VSCSwin.fold_pixels` computed."""
     for part in module.modules():
-        if isinstance(part, (WindowAttention, Mlp, PatchMerging, PatchEmbed)):
+        if isinstance(part, HoldsConstants):
             part.forget()
 
 

@@ -1,14 +1,15 @@
-"""What a VSCSwin computes once for inference: nothing changes by it, and it goes when the weights do."""
+"""What a Swin computes once for inference: nothing changes by it, and it goes when the weights do."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepmsi import backend
-from deepmsi.nn import VSCSwin
+from deepmsi.errors import UserError
+from deepmsi.nn import VSCSwin, fix_constants, fuse
 from deepmsi.nn.swin_blocks import Mlp, PatchMerging, WindowAttention
 from deepmsi.testing import randn
 
@@ -32,7 +33,7 @@ def test_they_change_nothing_and_go_in_training(dtype: torch.dtype) -> None:
     model, inputs = made("paper", dtype)
     names = set(model.state_dict())
     expected = model.eval()(*inputs)
-    torch.testing.assert_close(model.fix_constants()(*inputs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fix_constants(model)(*inputs), expected, rtol=0, atol=0)
     assert set(model.state_dict()) == names
     model.train()(*inputs).sum().backward()
     assert model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.2.weight").grad is not None
@@ -41,8 +42,7 @@ def test_they_change_nothing_and_go_in_training(dtype: torch.dtype) -> None:
 def packed_of(model: VSCSwin) -> int:
     """Count the layers whose weights are laid out and hold."""
     parts = (part for part in model.modules() if isinstance(part, (WindowAttention, Mlp, PatchMerging)))
-    layers = {WindowAttention: ("qkv", "proj"), Mlp: ("fc1", "fc2"), PatchMerging: ("reduction",)}
-    return sum(len(p.packed.of(*(getattr(p, name) for name in layers[type(p)])) or ()) for p in parts)
+    return sum(len(part.laid_out() or ()) for part in parts)
 
 
 @pytest.mark.parametrize("case", ["paper", "released", None])
@@ -54,7 +54,7 @@ def test_fixed_weights_are_read_while_they_stay(case: str | None, dtype: torch.d
     every = 4 * 8 + 2  # of eight blocks and two reductions
     expected = model(*inputs)
     assert packed_of(model) == 0
-    assert model.fix_constants()(*inputs).equal(expected)
+    assert fix_constants(model)(*inputs).equal(expected)
     assert packed_of(model) == every
 
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -69,16 +69,16 @@ def test_fixed_weights_are_read_while_they_stay(case: str | None, dtype: torch.d
     weight.div_(2)
     model.load_state_dict(model.state_dict())
     assert packed_of(model) == 0
-    model.fix_constants().float()
+    fix_constants(model).float()
     assert packed_of(model) == (every if dtype == torch.float32 else 0)
-    model.fix_constants().train()
+    fix_constants(model).train()
     assert packed_of(model) == 0
 
 
 @needs_kernels
 def test_fixed_weights_are_not_read_where_a_gradient_is_wanted() -> None:
     model, (frames, guide) = made("paper")
-    model.fix_constants()
+    fix_constants(model)
     with torch.no_grad():
         expected = model(frames, guide)
     out = model(frames, guide)
@@ -91,3 +91,75 @@ def test_fixed_weights_are_not_read_where_a_gradient_is_wanted() -> None:
     guide.requires_grad_()
     model(frames, guide).square().sum().backward()
     assert guide.grad is not None
+
+
+def fused() -> tuple[nn.Module, Tensor]:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+    model = fuse(timm.create_model("swinv2_tiny_window8_256", **sizes)).eval()
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.add_(randn(*parameter.shape, seed=n, scale=0.1))
+    return model, randn(2, 3, 64, 64, seed=1)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_fused_model_reads_them_while_they_stay() -> None:
+    model, x = fused()
+    names, expected = set(model.state_dict()), model(x)
+    for name in ("attn.qkv", "attn.cpb_mlp.0", "mlp.fc2"):
+        assert fix_constants(model)(x).equal(expected)
+        weight = model.get_parameter(f"layers.0.blocks.0.{name}.weight")
+        weight.mul_(2)
+        changed = model(x)
+        assert not changed.equal(expected)
+        assert changed.equal(fix_constants(model)(x))
+        weight.div_(2)
+    weight = model.get_parameter("layers.1.downsample.reduction.weight")
+    weight.mul_(2)
+    assert not model(x).equal(expected)
+    weight.div_(2)
+    assert set(model.state_dict()) == names
+    fix_constants(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again.layers[0].blocks[0].mlp.fc1.weight.mul_(2)
+        assert not again(x).equal(expected)
+
+
+@needs_kernels
+def test_a_fused_model_reads_them_in_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = fused()
+    fix_constants(model)
+    block = model.layers[0].blocks[0]
+    # Nothing but what is kept tells the layers' own weights from these.
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(
+            block.constants.mlp, "_value", tuple(torch.zeros_like(w) for w in block.constants.mlp._value)
+        )
+        assert not model(x).equal(expected)
+    out = model(x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.train()
+    assert block.constants is None
+    with torch.no_grad():
+        assert model.eval()(x).equal(expected)
+
+
+def test_a_watched_bias_network_is_called() -> None:
+    model, x = fused()
+    fix_constants(model)
+    calls: list[int] = []
+    model.layers[0].blocks[0].attn.cpb_mlp[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(x)
+    assert calls
+
+
+def test_another_model_gets_a_sentence() -> None:
+    with pytest.raises(UserError, match="fix_constants: Linear has no block of VSCSwin, and no fused one"):
+        fix_constants(nn.Linear(3, 3))

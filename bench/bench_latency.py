@@ -1,8 +1,8 @@
-"""Live use: what the next frame of every stream costs.
+"""Live use: what the next frame of every stream costs, and one image by a fused model.
 
-Sides: `timm` is timm's eager Swin V2 alone, uncompressed, on that frame; `anew` the stream with what follows from the
-weights computed in every call (position bias, the layout of weights), as training has it; `clip` the whole model on
-the last 15 frames, as one that cannot stream would have to run.
+Sides: `timm` is timm's eager Swin V2 alone, uncompressed, on that frame or image; `anew` our side with what follows
+from the weights computed in every call (position bias, the layout of weights), as training has it; `clip` the whole
+model on the last 15 frames, as one that cannot stream would have to run.
 """
 
 import copy
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_model import BACKBONE, quiet, randomise
+from bench_model import BACKBONE, backbones, quiet, randomise
 
 import deepmsi
 from deepmsi import testing
@@ -59,5 +59,22 @@ def bench_next_frame(compare: Any, smallest: bool, device: str, streams: int) ->
         rounds=15,
         op="EmotionStream.step",
         case=f"{streams} stream{'s' * (streams > 1)}, a frame of each, {side} px, released",
+        direction="forward",
+    )
+
+
+def bench_one_image(compare: Any, device: str) -> None:
+    theirs, _ = backbones(None, device)
+    x = testing.randn(1, 3, 256, 256, seed=1, device=device)
+    anew = deepmsi.fuse(copy.deepcopy(theirs.eval()))
+    ours = deepmsi.fix_constants(copy.deepcopy(anew))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
+    compare(
+        quiet(lambda: ours(x)),
+        {"timm": quiet(lambda: theirs(x)), "anew": quiet(lambda: anew(x))},
+        rounds=15,
+        op="fuse",
+        case=f"{BACKBONE}, 1 image, constants fixed",
         direction="forward",
     )
