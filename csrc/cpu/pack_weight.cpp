@@ -7,10 +7,10 @@ namespace {
 
 constexpr const char* kOp = "pack_weight";
 
-Tensor pack_weight_cpu(Tensor weight_any) {
-  const BlockKernels& k = block_kernels(stored_type(weight_any, kOp));
+Tensor pack_weight_cpu(Tensor weight_any, bool halves) {
+  const BlockKernels& k = block_kernels(halves ? DType::kBFloat16 : DType::kFloat);
   STD_TORCH_CHECK(weight_any.dim() == 2, kOp, ": weight must be [out, in]");
-  const Tensor weight = dense(weight_any);
+  const Tensor weight = weight_of(weight_any, k, weight_any.size(0), weight_any.size(1), kOp, "weight");
   const int64_t columns = weight.size(0), depth = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {panels_of(k, columns), k.pitch(depth), k.panel},
                                            scalar_type_of(k.operand));

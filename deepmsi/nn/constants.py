@@ -10,7 +10,7 @@ from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.nn.fusing import fuses
 from deepmsi.ops import pack_weight
-from deepmsi.ops._arguments import needs_grad
+from deepmsi.ops._arguments import autocast_type, needs_grad
 
 Value = TypeVar("Value")
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,19 +38,21 @@ def stands(content: Content | None, *parameters: Tensor) -> bool:
 class Fixed(Generic[Value]):
     """What follows from parameters alone, for as long as they stay and no gradient of them is wanted.
 
-    It belongs to the parameters at hand: a copy of a module, or what is loaded of one, holds nothing.
+    It holds under the autocast, or without one, under which it was computed. It belongs to the parameters at hand: a
+    copy of a module, or what is loaded of one, holds nothing.
     """
 
     def __init__(self) -> None:
         self._value: Value | None = None
         self._content: Content | None = None
+        self._dtype: torch.dtype | None = None
 
     def __reduce__(self) -> tuple[type["Fixed[Value]"], tuple[()]]:
         return type(self), ()
 
     def fix(self, compute: Callable[[], Value | None], *parameters: Tensor) -> None:
         """Keep what is computed of the parameters of now, where anything tells when they change."""
-        self._content = content_of(*parameters)
+        self._content, self._dtype = content_of(*parameters), autocast_type(parameters[0])
         self._value = compute() if self._content is not None else None
 
     def forget(self) -> None:
@@ -60,15 +62,15 @@ class Fixed(Generic[Value]):
     def of(self, *parameters: Tensor) -> Value | None:
         """Return what stands for these parameters, or None where they have changed since."""
         # A compiled graph would not see them change.
-        if self._value is None or torch.compiler.is_compiling():
+        if self._value is None or torch.compiler.is_compiling() or self._dtype != autocast_type(parameters[0]):
             return None
         return self._value if stands(self._content, *parameters) else None
 
 
 def packed(op: str, *weights: Tensor) -> tuple[Tensor, ...] | None:
     """Lay weights out where a kernel of the CPU is to compute ``op`` from them; elsewhere nothing reads them so."""
-    runs = all(weight.device.type == "cpu" and fuses(op, weight) for weight in weights)
-    return tuple(map(pack_weight, weights)) if runs else None
+    runs = all(weight.device.type == "cpu" and fuses(op, weight, casts=True) for weight in weights)
+    return tuple(pack_weight(weight, autocast_type(weight)) for weight in weights) if runs else None
 
 
 class HoldsConstants(nn.Module):
@@ -90,9 +92,9 @@ def fix_constants(model: Model) -> Model:
     """Compute once, for inference, what follows from the weights of a Swin alone, and return the model.
 
     Those are the tables of the position bias and, on the CPU, the layers' weights as its kernels read them, which take
-    the memory of these weights again. The fewer images a call has, the more it saves. ``train()`` undoes it; where
-    weights have changed otherwise, in place or by another tensor in their place, both are computed in every call again.
-    Only what is done to ``parameter.data`` stays unseen.
+    the memory of these weights again. The fewer images a call has, the more it saves. Call it under the autocast that
+    the model will run under. ``train()`` undoes it; where weights have changed otherwise, in place or by another tensor
+    in their place, both are computed in every call again. Only what is done to ``parameter.data`` stays unseen.
 
     Args:
         model: A :class:`VSCSwin`, a model that :func:`deepmsi.fuse` fused, or a module that contains such; it is put in

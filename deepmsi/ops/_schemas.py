@@ -411,15 +411,15 @@ _register(
 # take: what project_cells, residual_mlp and residual_window_attention take in its place where nothing is kept for the
 # gradient, which it has none of.
 
-LIBRARY.define("pack_weight_cpp(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("pack_weight_cpp(Tensor weight, bool halves) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake("deepmsi::pack_weight_cpp", lib=LIBRARY)
-def _packed_fake(weight: Tensor) -> Tensor:
+def _packed_fake(weight: Tensor, halves: bool) -> Tensor:
     # How many columns a panel has only the extension knows.
     sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
-    as_stored = weight.dtype == torch.float32 or host_info().get("instruction set in use") == "avx512_bf16"
-    return weight.new_empty(sizes, dtype=weight.dtype if as_stored else torch.float32)
+    narrow = halves and host_info().get("instruction set in use") == "avx512_bf16"
+    return weight.new_empty(sizes, dtype=torch.bfloat16 if narrow else torch.float32)
 
 
 # --- residual_norm

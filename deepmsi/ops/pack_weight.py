@@ -8,7 +8,7 @@ from deepmsi.ops import _schemas as _schemas  # registers the operator
 from deepmsi.ops._arguments import shape
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Lay a weight out as the CPU's kernels read it, for ``packed`` of the operations that take it.
 
     They do so themselves in every call, in which it costs as much as some twenty rows do. What comes back holds for
@@ -16,15 +16,19 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     Args:
         weight: [out, in], float32 or bfloat16, on the CPU.
+        dtype: Type that products are in, as autocast has it: the weight's own, which is the default, or bfloat16.
 
     Returns:
         [panels, in, columns of a panel], with zeros behind the last column; of the type that is multiplied.
 
     Raises:
-        ValueError: The weight is no matrix.
-        RuntimeError: The C++ extension is missing, or does not take the weight's type or device.
+        ValueError: The weight is no matrix, or in fewer bits than products are to be in.
+        RuntimeError: The C++ extension is missing, or does not take the type or device.
     """
     if weight.dim() != 2:
         raise ValueError(f"pack_weight: weight must be [out, in], not {shape(weight)}")
-    require("residual_mlp", "cpp", weight.device.type, weight.dtype)
-    return torch.ops.deepmsi.pack_weight_cpp(weight.detach())
+    dtype = dtype or weight.dtype
+    require("residual_mlp", "cpp", weight.device.type, dtype)
+    if weight.dtype not in (dtype, torch.float32):
+        raise ValueError(f"pack_weight: a weight in {weight.dtype} cannot be for products in {dtype}")
+    return torch.ops.deepmsi.pack_weight_cpp(weight.detach(), dtype == torch.bfloat16)

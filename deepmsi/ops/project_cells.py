@@ -52,8 +52,8 @@ def project_cells(
         norm_weight, norm_bias: [C].
         cu_seqlens: Offsets of frames in packed rows x [1, 1, R, A, B, c], [F + 1] int32; rows past the last one give 0.
         eps: Added to the variance.
-        packed: The weight as ``pack_weight`` gives it, alone; read in its place where ``cpp`` runs, the product is in
-            its own type and no gradient is wanted.
+        packed: The weight, alone, as ``pack_weight`` gives it for the type that the product is in; read in its place
+            where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -91,7 +91,7 @@ def project_cells(
         return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
     weight, bias = unrounded((weight, bias), cast)
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
-    if packed is not None and weight.dtype == dtype and not with_grad:
+    if packed is not None and not with_grad:
         (weight,) = packed
     arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if x.stride(5) != 1:

@@ -52,8 +52,8 @@ def residual_mlp(
         cu_seqlens: Offsets of frames in packed rows x [R, C], [F + 1] int32; rows past the last one are passed on as
             they are.
         eps: Added to the variance.
-        packed: fc1_weight and fc2_weight as ``pack_weight`` gives them; read in their place where ``cpp`` runs,
-            products are in their own type and no gradient is wanted.
+        packed: fc1_weight and fc2_weight as ``pack_weight`` gives them for the type that products are in; read in
+            their place where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -98,7 +98,7 @@ def residual_mlp(
         scale = None if scale is None else scale.float()
     with_grad = needs_grad(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
-    if chosen == "cpp" and packed is not None and fc1_weight.dtype == dtype and not with_grad:
+    if chosen == "cpp" and packed is not None and not with_grad:
         fc1_weight, fc2_weight = packed
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":

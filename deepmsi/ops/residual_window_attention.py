@@ -55,8 +55,8 @@ def residual_window_attention(
             Rows past the last offset are passed on as they are.
         row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
         eps: Added to the variance.
-        packed: qkv_weight and proj_weight as ``pack_weight`` gives them; read in their place where ``cpp`` runs,
-            products are in their own type and no gradient is wanted.
+        packed: qkv_weight and proj_weight as ``pack_weight`` gives them for the type that products are in; read in
+            their place where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -100,7 +100,7 @@ def residual_window_attention(
     with_grad = needs_grad(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
     )
-    if packed is not None and qkv_weight.dtype == dtype and not with_grad:
+    if packed is not None and not with_grad:
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(

@@ -150,6 +150,27 @@ def test_a_fused_model_reads_them_in_inference_alone(monkeypatch: pytest.MonkeyP
         assert model.eval()(x).equal(expected)
 
 
+@needs_kernels
+@torch.no_grad()
+def test_they_hold_under_the_autocast_that_they_were_computed_under() -> None:
+    (model, x), (other, inputs) = fused(), made("released")
+    for module, given in ((model, (x,)), (other, inputs)):
+        plain = module(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = module(*given)
+            assert fix_constants(module)(*given).equal(rounded)
+            assert not rounded.float().equal(plain)
+        assert module(*given).equal(plain)
+        fix_constants(module)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(*given).equal(rounded)
+    assert packed_of(other) > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed_of(other) == 0
+        fix_constants(other)
+        assert packed_of(other) > 0
+
+
 def test_a_watched_bias_network_is_called() -> None:
     model, x = fused()
     fix_constants(model)

@@ -17,8 +17,8 @@ def layers(hidden: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [randn(*size, seed=n, scale=0.2, dtype=dtype) for n, size in enumerate(sizes)]
 
 
-def packed(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return ops.pack_weight(weights[0]), ops.pack_weight(weights[2])
+def packed(weights: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    return ops.pack_weight(weights[0], dtype), ops.pack_weight(weights[2], dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +104,16 @@ def test_a_gradient_reads_the_weights_themselves() -> None:
     assert x.grad is not None
 
 
-def test_autocast_and_the_reference_read_the_weights_themselves() -> None:
-    x, weights, other = randn(30, CHANNELS, seed=9), layers(72), packed(layers(60))
+def test_under_autocast_they_are_for_its_type() -> None:
+    x, weights = randn(30, CHANNELS, seed=9, dtype=torch.bfloat16), layers(72)
     with torch.autocast("cpu", torch.bfloat16):
-        halves = x.bfloat16()
-        given = ops.residual_mlp(halves, *weights, packed=other, backend="cpp")
-        assert given.equal(ops.residual_mlp(halves, *weights, backend="cpp"))
-    given = ops.residual_mlp(x, *weights, packed=other, backend="reference")
+        given = ops.residual_mlp(x, *weights, packed=packed(weights, torch.bfloat16), backend="cpp")
+        assert given.equal(ops.residual_mlp(x, *weights, backend="cpp"))
+
+
+def test_the_reference_reads_the_weights_themselves() -> None:
+    x, weights = randn(30, CHANNELS, seed=9), layers(72)
+    given = ops.residual_mlp(x, *weights, packed=packed(layers(60)), backend="reference")
     assert given.equal(ops.residual_mlp(x, *weights, backend="reference"))
 
 
@@ -129,6 +132,8 @@ def test_weights_that_cannot_be_packed_get_a_sentence() -> None:
         ops.pack_weight(torch.zeros(3))
     with pytest.raises(RuntimeError, match="takes float32, bfloat16, not float64"):
         ops.pack_weight(torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"in torch\.bfloat16 cannot be for products in torch\.float32"):
+        ops.pack_weight(torch.zeros(3, 4, dtype=torch.bfloat16), torch.float32)
     with pytest.raises(RuntimeError, match="not on meta"):
         ops.pack_weight(torch.zeros(3, 4, device="meta"))
 
@@ -143,7 +148,6 @@ def test_a_weight_that_is_a_view_and_one_that_wants_a_gradient() -> None:
 
 def test_operator() -> None:
     checks: Any = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(
-            torch.ops.deepmsi.pack_weight_cpp.default, (randn(72, 39, seed=1, dtype=dtype),), test_utils=checks
-        )
+    for dtype, halves in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        weight = randn(72, 39, seed=1, dtype=dtype)
+        torch.library.opcheck(torch.ops.deepmsi.pack_weight_cpp.default, (weight, halves), test_utils=checks)
