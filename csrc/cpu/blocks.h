@@ -289,6 +289,7 @@ class Packed {
       : k_(kernels), depth_(part.depth), panel_depth_(part.depth), columns_(part.columns) {
     if (is_packed(weight)) {
       STD_TORCH_CHECK(transposed, "deepmsi: a packed weight has no gradient");
+      STD_TORCH_CHECK(part.column % k_.panel == 0 && part.row % 2 == 0, "deepmsi: a part that cuts panels");
       panel_depth_ = depth;
       start_ = static_cast<const char*>(weight.data_ptr()) +
                (part.column * k_.pitch(depth) + part.row * k_.panel) * bytes_of(k_.operand);
@@ -427,7 +428,7 @@ inline Tensor weight_of(const Tensor& x, const BlockKernels& k, int64_t out, int
   if (is_packed(x)) {
     STD_TORCH_CHECK(x.scalar_type() == scalar_type_of(k.operand) && x.size(0) == panels_of(k, out) &&
                         x.size(1) == k.pitch(in) && x.size(2) == k.panel,
-                    op, ": ", name, " is packed for other rows, or for another CPU");
+                    op, ": ", name, " is packed for another layer, other rows or another CPU");
     return dense(x);
   }
   if (x.scalar_type() != ScalarType::Float) return stored(x, k, out * in, op, name);

@@ -5,7 +5,6 @@ keeps its weights, its state dict, its hooks and all that timm does around the a
 changes of the input size).
 """
 
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,9 +13,9 @@ from timm.layers.activations import GELU
 from timm.models import swin_transformer, swin_transformer_v2
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepmsi.nn.constants import Fixed, HoldsConstants, packed
+from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 
@@ -85,6 +84,13 @@ def _runs_fused(block: Any, x: Tensor) -> bool:
     return type(attn.softmax) is torch.nn.Softmax and why_not(block) is None
 
 
+def _usual_bias(attn: Any) -> bool:
+    """Whether the bias of a Swin V2's positions follows from the parameters of its network alone, as timm built it."""
+    network = attn.cpb_mlp
+    usual = type(network) is nn.Sequential and [type(part) for part in network] == [nn.Linear, nn.ReLU, nn.Linear]
+    return usual and unhooked(network, *network)
+
+
 def _drops(dropout: torch.nn.Module) -> bool:
     """Whether a layer may change what it is given: anything but a dropout that is off."""
     if type(dropout) is torch.nn.Dropout:
@@ -134,11 +140,12 @@ class FusedSwinBlock(SwinTransformerBlock):
 
 
 class _BlockConstants(NamedTuple):
-    """What follows from the weights of a block alone."""
+    """What follows from the weights of a block alone; its table from these coordinates, too."""
 
+    coordinates: Tensor
     table: Fixed[Tensor]
-    attention: Fixed[tuple[Tensor, ...]]
-    mlp: Fixed[tuple[Tensor, ...]]
+    attention: LaidOut
+    mlp: LaidOut
 
 
 class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
@@ -150,16 +157,14 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         block: Any = self
         attn, mlp = block.attn, block.mlp
         self.constants = None
-        if why_not(block) is not None or type(attn) is not swin_transformer_v2.WindowAttention or type(mlp) is not Mlp:
+        if type(attn) is not swin_transformer_v2.WindowAttention or type(mlp) is not Mlp:
             return
-        constants = _BlockConstants(Fixed(), Fixed(), Fixed())
-        with torch.no_grad():
+        coordinates = cast(Tensor, attn.relative_coords_table)
+        constants = _BlockConstants(coordinates, Fixed(), LaidOut(), LaidOut())
+        if _usual_bias(attn):
             constants.table.fix(self._bias_table, *attn.cpb_mlp.parameters())
-        for held, op, weights in (
-            (constants.attention, "residual_window_attention", (attn.qkv.weight, attn.proj.weight)),
-            (constants.mlp, "residual_mlp", (mlp.fc1.weight, mlp.fc2.weight)),
-        ):
-            held.fix(partial(packed, op, *weights), *weights)
+        constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
+        constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
         self.constants = constants
 
     def forget(self) -> None:
@@ -196,7 +201,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             logit_scale=attn.logit_scale,
             row_scale=_drawn(block.drop_path1, x),
             eps=norm.eps,
-            packed=self.constants and self.constants.attention.of(attn.qkv.weight, attn.proj.weight),
+            packed=self.constants and self.constants.attention.of_layers(attn.qkv, attn.proj),
         )
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         )
         if usual and fuses("residual_mlp", x) and plain(x, mlp.fc1, mlp.fc2, norm):
             weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            laid_out = self.constants and self.constants.mlp.of(mlp.fc1.weight, mlp.fc2.weight)
+            laid_out = self.constants and self.constants.mlp.of_layers(mlp.fc1, mlp.fc2)
             return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps, packed=laid_out)
         rows = x.flatten(1, 2)
         return _added(norm, block.drop_path2, rows, mlp(rows)).view(x.shape)
@@ -225,8 +230,9 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
 
     def _bias_table(self) -> Tensor:
         attn: Any = self.attn
-        if self.constants is not None and unhooked(*attn.cpb_mlp.modules()):
-            fixed = self.constants.table.of(*attn.cpb_mlp.parameters())
+        held = self.constants
+        if held is not None and held.coordinates is attn.relative_coords_table and _usual_bias(attn):
+            fixed = held.table.of(*attn.cpb_mlp.parameters())
             if fixed is not None:
                 return fixed
         return 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
@@ -247,12 +253,11 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
 class FusedPatchMerging(HoldsConstants, PatchMerging):
     """The merging of timm's Swin V2, as one operation where the grid is even."""
 
-    constants: Fixed[tuple[Tensor, ...]] | None = None
+    constants: LaidOut | None = None
 
     def fix(self) -> None:
-        reduction: Any = self.reduction
-        self.constants = Fixed()
-        self.constants.fix(partial(packed, "project_cells", reduction.weight), reduction.weight)
+        self.constants = LaidOut()
+        self.constants.fix_layers("project_cells", cast(torch.nn.Module, self.reduction))
 
     def forget(self) -> None:
         self.constants = None
@@ -266,9 +271,9 @@ class FusedPatchMerging(HoldsConstants, PatchMerging):
         if not (even and fuses("project_cells", x) and plain(x, norm, bare=(reduction,))):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
-        laid_out = None if self.constants is None else self.constants.of(reduction.weight)
+        laid_out = None if self.constants is None else self.constants.of_layers(reduction)
         weights = (reduction.weight, reduction.bias, norm.weight, norm.bias)
-        return project_cells(cells, *weights, eps=norm.eps, packed=laid_out)
+        return project_cells(cells, *weights, eps=norm.eps, packed=None if laid_out is None else laid_out[0])
 
 
 FUSED: dict[type, type] = {

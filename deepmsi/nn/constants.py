@@ -1,10 +1,11 @@
 """What follows from weights alone, kept for inference while they stay."""
 
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepmsi import backend
 from deepmsi.errors import UserError
@@ -14,19 +15,35 @@ from deepmsi.ops._arguments import autocast_type, needs_grad
 
 Value = TypeVar("Value")
 Model = TypeVar("Model", bound=nn.Module)
-Content = tuple[tuple[int, int, torch.dtype], ...]
+
+
+class Content:
+    """What tells whether parameters hold what they held before; equal where they do.
+
+    A change in place shows in the version, another tensor in their place in the storage: while this refers to one, no
+    other can lie where it lay. Only what is done to ``parameter.data`` in place stays unseen. A copy is of no
+    parameters, and equals nothing.
+    """
+
+    def __init__(self, *parameters: Tensor) -> None:
+        self._facts = tuple(
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version, p.dtype) for p in parameters
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Content) and self._facts == other._facts != ()
+
+    def __reduce__(self) -> tuple[type["Content"], tuple[()]]:
+        return Content, ()
 
 
 def content_of(*parameters: Tensor) -> Content | None:
-    """Return what tells whether parameters hold what they held before, or None where nothing does.
+    """Return the content of parameters, or None where nothing tells of it.
 
-    A change in place shows in the version and one of storage in the address; only what is done to ``parameter.data``
-    stays unseen. Nothing tells of weights that are computed, of those made in inference mode, and under transforms.
+    That is so of weights that are computed, of those made in inference mode, and under transforms.
     """
     own = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
-    if not own or backend.transforms():
-        return None
-    return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+    return Content(*parameters) if own and not backend.transforms() else None
 
 
 def stands(content: Content | None, *parameters: Tensor) -> bool:
@@ -60,17 +77,29 @@ class Fixed(Generic[Value]):
         self._value = None
 
     def of(self, *parameters: Tensor) -> Value | None:
-        """Return what stands for these parameters, or None where they have changed since."""
+        """Return what stands for these parameters, or None where nothing does; it is dropped when they change."""
         # A compiled graph would not see them change.
         if self._value is None or torch.compiler.is_compiling() or self._dtype != autocast_type(parameters[0]):
             return None
-        return self._value if stands(self._content, *parameters) else None
+        content = content_of(*parameters)
+        if content is not None and content != self._content:
+            self.forget()
+        return None if content is None or needs_grad(*parameters) else self._value
 
 
-def packed(op: str, *weights: Tensor) -> tuple[Tensor, ...] | None:
-    """Lay weights out where a kernel of the CPU is to compute ``op`` from them; elsewhere nothing reads them so."""
-    runs = all(weight.device.type == "cpu" and fuses(op, weight, casts=True) for weight in weights)
-    return tuple(pack_weight(weight, autocast_type(weight)) for weight in weights) if runs else None
+class LaidOut(Fixed[tuple[Tensor, ...]]):
+    """Weights of linear layers as the CPU's kernels read them."""
+
+    def fix_layers(self, op: str, *layers: nn.Module) -> None:
+        """Lay the weights of now out, where a kernel of the CPU is to compute ``op`` from layers as torch has them."""
+        self.forget()
+        weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+        if len(weights) == len(layers) and all(w.device.type == "cpu" and fuses(op, w, casts=True) for w in weights):
+            self.fix(lambda: tuple(pack_weight(w, autocast_type(w)) for w in weights), *weights)
+
+    def of_layers(self, *layers: Any) -> tuple[Tensor, ...] | None:
+        """Return what stands for the weights of these layers, as :meth:`of` does."""
+        return None if self._value is None else self.of(*(layer.weight for layer in layers))
 
 
 class HoldsConstants(nn.Module):
@@ -106,10 +135,12 @@ def fix_constants(model: Model) -> Model:
     parts = [module for module in model.modules() if isinstance(module, HoldsConstants)]
     if not parts:
         raise UserError(
-            f"fix_constants: {type(model).__name__} has no block of VSCSwin, and no fused one of timm's swinv2_*: "
-            "give deepmsi.fuse the model first"
+            f"fix_constants: {type(model).__name__} has nothing to fix: give it a VSCSwin, or a swinv2_* model of timm "
+            "that deepmsi.fuse fused"
         )
     model.eval()
-    for part in parts:
-        part.fix()
+    # A tensor that was made in inference mode could not be saved for the gradient of x.
+    with torch.inference_mode(False), torch.no_grad():
+        for part in parts:
+            part.fix()
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.constants import Content, Fixed, HoldsConstants, content_of, packed, stands
+from deepmsi.nn.constants import Content, HoldsConstants, LaidOut, content_of, stands
 from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
@@ -133,9 +133,10 @@ class WindowAttention(HoldsConstants):
         coordinates = scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)
         # As integers, so that a change of the module's type cannot round them.
         self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
+        # A buffer, which an exported program keeps as a constant.
         self.register_buffer("fixed_table", None, persistent=False)
         self._fixed_from: Content | None = None
-        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
+        self._laid_out = LaidOut()
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
@@ -148,14 +149,12 @@ class WindowAttention(HoldsConstants):
             raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
 
-    @torch.no_grad()
     def fix(self) -> None:
         self.fixed_table = None
         self.fixed_table = self.bias_table()
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
-        weights = (self.qkv.weight, self.proj.weight)
-        self._laid_out.fix(lambda: packed("residual_window_attention", *weights), *weights)
+        self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
 
     def forget(self) -> None:
         self.fixed_table = None
@@ -163,7 +162,7 @@ class WindowAttention(HoldsConstants):
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
-        return self._laid_out.of(self.qkv.weight, self.proj.weight)
+        return self._laid_out.of_layers(self.qkv, self.proj)
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of q, k and v [3C]; keys have none."""
@@ -218,18 +217,17 @@ class Mlp(HoldsConstants):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.recompute = False
-        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
+        self._laid_out = LaidOut()
 
     def fix(self) -> None:
-        weights = (self.fc1.weight, self.fc2.weight)
-        self._laid_out.fix(lambda: packed("residual_mlp", *weights), *weights)
+        self._laid_out.fix_layers("residual_mlp", self.fc1, self.fc2)
 
     def forget(self) -> None:
         self._laid_out.forget()
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
-        return self._laid_out.of(self.fc1.weight, self.fc2.weight)
+        return self._laid_out.of_layers(self.fc1, self.fc2)
 
     def forward(self, x: Tensor, source: Source | None = None) -> Tensor:
         """Transform x [..., C]; where its ``source`` is given, backward makes x again from that."""
@@ -434,6 +432,7 @@ class PatchEmbed(HoldsConstants):
     def forget(self) -> None:
         self.pixel_weight = self.pixel_bias = None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fold(self, mean: Tensor, std: Tensor) -> None:
         """Fold (pixel / 255 - mean) / std [3, 1, 1] into the embedding of uint8 frames, for inference.
@@ -495,18 +494,18 @@ class PatchMerging(HoldsConstants):
         self.norm = nn.LayerNorm(2 * dim)
         self.trim = trim
         self.recompute = False
-        self._laid_out: Fixed[tuple[Tensor, ...]] = Fixed()
+        self._laid_out = LaidOut()
 
     def fix(self) -> None:
-        weight = self.reduction.weight
-        self._laid_out.fix(lambda: packed("project_cells", weight), weight)
+        self._laid_out.fix_layers("project_cells", self.reduction)
 
     def forget(self) -> None:
         self._laid_out.forget()
 
-    def laid_out(self) -> tuple[Tensor, ...] | None:
+    def laid_out(self) -> Tensor | None:
         """Return the layer's weight as :meth:`fix` laid it out, while it stays."""
-        return self._laid_out.of(self.reduction.weight)
+        found = self._laid_out.of_layers(self.reduction)
+        return None if found is None else found[0]
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Halve the grid. Packed rows keep their layout; with ``trim`` one integer is read on the host."""

@@ -81,6 +81,12 @@ def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> Non
             raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {x.device}: move it")
 
 
+def check_packed(op: str, *packed: Tensor) -> None:
+    """Raise unless these are weights that ``pack_weight`` gave."""
+    if not all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in packed):
+        raise ValueError(f"{op}: packed must be what pack_weight gives, one for each weight")
+
+
 def shape(x: Tensor) -> str:
     """Return a shape as text, such as ``[3, 4]``."""
     return str(list(x.shape))

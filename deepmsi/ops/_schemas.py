@@ -366,8 +366,8 @@ _CELLS_BACKWARD = (
 )
 
 
-def _cells_fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], weight.shape[0]
+def _cells_fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
+    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
     return x.new_empty((rows, channels)), x.new_empty((rows if rest[-1] else 0, channels))
 
 
@@ -408,8 +408,8 @@ _register(
 
 # --- pack_weight
 # A weight [out, in] as the CPU's blocks read it, [panels, in, width] for as many columns at a time as its registers
-# take: what project_cells, residual_mlp and residual_window_attention take in its place where nothing is kept for the
-# gradient, which it has none of.
+# take (in is even where bfloat16 is multiplied). project_cells, residual_mlp and residual_window_attention take it in
+# the weight's place where nothing is kept for the gradient, which it has none of.
 
 LIBRARY.define("pack_weight_cpp(Tensor weight, bool halves) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 

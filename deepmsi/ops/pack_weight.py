@@ -19,16 +19,20 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype: Type that products are in, as autocast has it: the weight's own, which is the default, or bfloat16.
 
     Returns:
-        [panels, in, columns of a panel], with zeros behind the last column; of the type that is multiplied.
+        [panels, in, columns of a panel], with zeros behind the last column, and behind an odd ``in`` where bfloat16 is
+        multiplied; of the type that is multiplied.
 
     Raises:
-        ValueError: The weight is no matrix, or in fewer bits than products are to be in.
-        RuntimeError: The C++ extension is missing, or does not take the type or device.
+        ValueError: The weight is no dense matrix on the CPU, or of another type.
+        RuntimeError: The C++ extension is missing.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"pack_weight: weight must be [out, in], not {shape(weight)}")
     dtype = dtype or weight.dtype
-    require("residual_mlp", "cpp", weight.device.type, dtype)
-    if weight.dtype not in (dtype, torch.float32):
-        raise ValueError(f"pack_weight: a weight in {weight.dtype} cannot be for products in {dtype}")
+    if weight.dim() != 2 or weight.layout != torch.strided or weight.device.type != "cpu":
+        raise ValueError(
+            f"pack_weight: weight must be [out, in], dense and on the CPU, not {shape(weight)}, {weight.layout}, on "
+            f"{weight.device}"
+        )
+    if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, dtype):
+        raise ValueError(f"pack_weight: products are in float32 or bfloat16, not in {dtype} of {weight.dtype}")
+    require("residual_mlp", "cpp", "cpu", dtype)
     return torch.ops.deepmsi.pack_weight_cpp(weight.detach(), dtype == torch.bfloat16)

@@ -1,7 +1,5 @@
 """The public function of the projection of cells: check, resolve, call."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from deepmsi.ops._arguments import (
     autocasts,
     check_devices,
     check_floating,
+    check_packed,
     needs_grad,
     shape,
     unrounded,
@@ -32,7 +31,7 @@ def project_cells(
     *,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
-    packed: Sequence[Tensor] | None = None,
+    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Project the cells of a grid and norm them: y = LN(W cell + b), as Swin V2 embeds patches and merges tokens.
@@ -52,7 +51,7 @@ def project_cells(
         norm_weight, norm_bias: [C].
         cu_seqlens: Offsets of frames in packed rows x [1, 1, R, A, B, c], [F + 1] int32; rows past the last one give 0.
         eps: Added to the variance.
-        packed: The weight, alone, as ``pack_weight`` gives it for the type that the product is in; read in its place
+        packed: The weight as ``pack_weight`` gives it for the type that the product is in; read in its place
             where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
@@ -92,7 +91,8 @@ def project_cells(
     weight, bias = unrounded((weight, bias), cast)
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
     if packed is not None and not with_grad:
-        (weight,) = packed
+        check_packed(_OP, packed)
+        weight = packed
     arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
     if x.stride(5) != 1:
         x = x.contiguous()

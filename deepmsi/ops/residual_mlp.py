@@ -1,7 +1,5 @@
 """The public function of the residual MLP: check, resolve, call."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from deepmsi.ops._arguments import (
     autocast_layers,
     check_devices,
     check_floating,
+    check_packed,
     needs_grad,
     shape,
     unrounded,
@@ -33,7 +32,7 @@ def residual_mlp(
     row_scale: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
-    packed: Sequence[Tensor] | None = None,
+    packed: tuple[Tensor, ...] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the normed MLP of a post-norm transformer block (Swin V2): y = x + s · LN(W2 gelu(W1 x + b1) + b2).
@@ -99,6 +98,7 @@ def residual_mlp(
     with_grad = needs_grad(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:
+        check_packed(_OP, *packed)
         fc1_weight, fc2_weight = packed
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":

@@ -1,13 +1,19 @@
 """The public function of the residual window attention: check, resolve, call."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast_layers, check_devices, needs_grad, shape, unrounded, without_autocast
+from deepmsi.ops._arguments import (
+    autocast_layers,
+    check_devices,
+    check_packed,
+    needs_grad,
+    shape,
+    unrounded,
+    without_autocast,
+)
 from deepmsi.ops.window_attention import check_windows
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
@@ -35,7 +41,7 @@ def residual_window_attention(
     cu_seqlens: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
-    packed: Sequence[Tensor] | None = None,
+    packed: tuple[Tensor, ...] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
@@ -101,6 +107,7 @@ def residual_window_attention(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
     )
     if packed is not None and not with_grad:
+        check_packed(_OP, *packed)
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(

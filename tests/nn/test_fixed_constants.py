@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +13,11 @@ from torch import Tensor, nn
 from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.nn import VSCSwin, fix_constants, fuse
-from deepmsi.nn.swin_blocks import Mlp, PatchMerging, WindowAttention
+from deepmsi.nn.constants import Fixed, content_of
 from deepmsi.testing import randn
+
+timm = pytest.importorskip("timm")
+Made = tuple[Any, tuple[Tensor, ...]]
 
 needs_kernels = pytest.mark.skipif(
     not backend.fuses("residual_mlp", "cpu", torch.bfloat16, channels=32),
@@ -19,168 +25,235 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def made(case: str | None, dtype: torch.dtype = torch.float32) -> tuple[VSCSwin, tuple[Tensor, Tensor]]:
-    """Return a small model whose blocks are seen (post-norms start at zero), frames and a guide."""
-    model = VSCSwin.small(case).to(dtype).eval()
-    with torch.no_grad():
-        for n, parameter in enumerate(model.parameters()):
-            parameter.add_(randn(*parameter.shape, seed=n, scale=0.1, dtype=dtype))
+@torch.no_grad()
+def moved(model: nn.Module) -> nn.Module:
+    """Move every parameter off its start: post-norms begin at zero and would hide the blocks."""
+    for n, parameter in enumerate(model.parameters()):
+        parameter.add_(randn(*parameter.shape, seed=n, scale=0.1, dtype=parameter.dtype))
+    return model.eval()
+
+
+def fused(dtype: torch.dtype = torch.float32) -> Made:
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+    model = moved(fuse(timm.create_model("swinv2_tiny_window8_256", **sizes)).to(dtype))
+    return model, (randn(2, 3, 64, 64, seed=1, dtype=dtype),)
+
+
+def compressing(dtype: torch.dtype = torch.float32) -> Made:
+    model = moved(VSCSwin.small("released").to(dtype))
     return model, (randn(2, 3, 64, 64, seed=5, dtype=dtype), randn(2, 64, seed=6, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_they_change_nothing_and_go_in_training(dtype: torch.dtype) -> None:
-    model, inputs = made("paper", dtype)
+MODELS = pytest.mark.parametrize("make", [compressing, fused])
+
+
+def held(model: nn.Module) -> list[Fixed[Any]]:
+    """Return what is kept of weights, but for the tables of a VSCSwin, which are buffers."""
+    found: list[Fixed[Any]] = []
+    for part in model.modules():
+        constants = vars(part).get("constants")
+        every = (*vars(part).values(), *(constants if isinstance(constants, tuple) else ()))
+        found += [value for value in every if isinstance(value, Fixed) and value._value is not None]
+    return found
+
+
+def unfixed(model: nn.Module) -> Any:
+    """Return a copy, which holds nothing but buffers."""
+    other = copy.deepcopy(model)
+    assert not held(other)
+    return other.train().eval()
+
+
+@MODELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_they_change_nothing_and_go_in_training(make: Callable[..., Made], dtype: torch.dtype) -> None:
+    model, inputs = make(dtype)
     names = set(model.state_dict())
-    expected = model.eval()(*inputs)
-    torch.testing.assert_close(fix_constants(model)(*inputs), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        expected = model(*inputs)
+        assert fix_constants(model)(*inputs).equal(expected)
     assert set(model.state_dict()) == names
-    model.train()(*inputs).sum().backward()
-    assert model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.2.weight").grad is not None
-
-
-def packed_of(model: VSCSwin) -> int:
-    """Count the layers whose weights are laid out and hold."""
-    parts = (part for part in model.modules() if isinstance(part, (WindowAttention, Mlp, PatchMerging)))
-    return sum(len(part.laid_out() or ()) for part in parts)
-
-
-@pytest.mark.parametrize("case", ["paper", "released", None])
-@needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_fixed_weights_are_read_while_they_stay(case: str | None, dtype: torch.dtype) -> None:
-    model, inputs = made(case, dtype)
-    every = 4 * 8 + 2  # of eight blocks and two reductions
-    expected = model(*inputs)
-    assert packed_of(model) == 0
-    assert fix_constants(model)(*inputs).equal(expected)
-    assert packed_of(model) == every
-
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert packed_of(again) == 0
-        assert again(*inputs).equal(expected)
-
-    weight = model.get_parameter("layers.0.blocks.0.mlp.fc1.weight")
-    weight.mul_(2)
-    assert packed_of(model) == every - 2
-    changed = model(*inputs)
-    assert not changed.equal(expected)
-    weight.div_(2)
-    model.load_state_dict(model.state_dict())
-    assert packed_of(model) == 0
-    fix_constants(model).float()
-    assert packed_of(model) == (every if dtype == torch.float32 else 0)
-    fix_constants(model).train()
-    assert packed_of(model) == 0
-
-
-@needs_kernels
-def test_fixed_weights_are_not_read_where_a_gradient_is_wanted() -> None:
-    model, (frames, guide) = made("paper")
-    fix_constants(model)
-    with torch.no_grad():
-        expected = model(frames, guide)
-    out = model(frames, guide)
-    assert packed_of(model) == 0
-    out.square().sum().backward()
-    assert out.equal(expected)
-    assert all(p.grad is not None for name, p in model.named_parameters() if "fc1" in name)
-    # A frozen backbone hands the gradient of its guide on.
-    model.requires_grad_(False)
-    guide.requires_grad_()
-    model(frames, guide).square().sum().backward()
-    assert guide.grad is not None
-
-
-def fused() -> tuple[nn.Module, Tensor]:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    sizes = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
-    model = fuse(timm.create_model("swinv2_tiny_window8_256", **sizes)).eval()
-    with torch.no_grad():
-        for n, parameter in enumerate(model.parameters()):
-            parameter.add_(randn(*parameter.shape, seed=n, scale=0.1))
-    return model, randn(2, 3, 64, 64, seed=1)
-
-
-@needs_kernels
-@torch.no_grad()
-def test_a_fused_model_reads_them_while_they_stay() -> None:
-    model, x = fused()
-    names, expected = set(model.state_dict()), model(x)
-    for name in ("attn.qkv", "attn.cpb_mlp.0", "mlp.fc2"):
-        assert fix_constants(model)(x).equal(expected)
-        weight = model.get_parameter(f"layers.0.blocks.0.{name}.weight")
-        weight.mul_(2)
-        changed = model(x)
-        assert not changed.equal(expected)
-        assert changed.equal(fix_constants(model)(x))
-        weight.div_(2)
-    weight = model.get_parameter("layers.1.downsample.reduction.weight")
-    weight.mul_(2)
-    assert not model(x).equal(expected)
-    weight.div_(2)
-    assert set(model.state_dict()) == names
-    fix_constants(model)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        again.layers[0].blocks[0].mlp.fc1.weight.mul_(2)
-        assert not again(x).equal(expected)
-
-
-@needs_kernels
-def test_a_fused_model_reads_them_in_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = fused()
-    fix_constants(model)
-    block = model.layers[0].blocks[0]
-    # Nothing but what is kept tells the layers' own weights from these.
-    with torch.no_grad():
-        expected = model(x)
-        monkeypatch.setattr(
-            block.constants.mlp, "_value", tuple(torch.zeros_like(w) for w in block.constants.mlp._value)
-        )
-        assert not model(x).equal(expected)
-    out = model(x)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    out.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
     model.train()
-    assert block.constants is None
-    with torch.no_grad():
-        assert model.eval()(x).equal(expected)
+    assert not held(model)
+    model(*inputs).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "cpb_mlp" in name or "fc1" in name)
 
 
 @needs_kernels
+@MODELS
 @torch.no_grad()
-def test_they_hold_under_the_autocast_that_they_were_computed_under() -> None:
-    (model, x), (other, inputs) = fused(), made("released")
-    for module, given in ((model, (x,)), (other, inputs)):
-        plain = module(*given)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = module(*given)
-            assert fix_constants(module)(*given).equal(rounded)
-            assert not rounded.float().equal(plain)
-        assert module(*given).equal(plain)
-        fix_constants(module)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert module(*given).equal(rounded)
-    assert packed_of(other) > 0
+def test_each_is_read(make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make()
+    expected = fix_constants(model)(*inputs)
+    every = held(model)
+    # Of eight blocks and two reductions, of four blocks with their tables and one reduction.
+    assert len(every) == (8 * 2 + 2 if isinstance(model, VSCSwin) else 4 * 3 + 1)
+    for fixed in every:
+        value = fixed._value
+        changed = 2 * value if isinstance(value, Tensor) else tuple(torch.zeros_like(weight) for weight in value)
+        with monkeypatch.context() as patched:
+            patched.setattr(fixed, "_value", changed)
+            assert not model(*inputs).equal(expected)
+    tables = [part for part in model.modules() if isinstance(getattr(part, "fixed_table", None), Tensor)]
+    assert len(tables) == (8 if isinstance(model, VSCSwin) else 0)
+    for part in tables:
+        part.fixed_table.mul_(2)
+        assert not model(*inputs).equal(expected)
+        part.fixed_table.div_(2)
+    assert model(*inputs).equal(expected)
+
+
+@MODELS
+@torch.no_grad()
+def test_a_weight_that_changes_is_seen(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    expected = fix_constants(model)(*inputs)
+    before = len(held(model))
+    block = "layers.1.blocks.0"
+    for name in (f"{block}.attn.qkv", f"{block}.attn.cpb_mlp.0", f"{block}.mlp.fc2", "layers.1.downsample.reduction"):
+        weight = model.get_parameter(f"{name}.weight")
+        weight.mul_(2)
+        changed = model(*inputs)
+        assert not changed.equal(expected)
+        assert changed.equal(unfixed(model)(*inputs))
+        weight.div_(2)
+    assert model(*inputs).equal(expected)
+    assert len(held(model)) <= before - 3 or before == 0
+
+
+def test_weights_that_lie_where_others_lay_are_others() -> None:
+    memory = np.zeros(1000, np.float32)
+    parameter = nn.Parameter(torch.from_numpy(memory))
+    content = content_of(parameter)
+    assert content == content_of(parameter)
+    parameter.data = torch.from_numpy(memory)
+    assert (parameter.data_ptr(), parameter._version) == (memory.ctypes.data, 0)
+    assert content != content_of(parameter)
+    assert content != copy.deepcopy(content)
+
+
+@MODELS
+@torch.no_grad()
+def test_weights_of_another_type_in_between_are_seen(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    fix_constants(model).bfloat16().float()
+    assert model(*inputs).equal(unfixed(model)(*inputs))
+    assert all(isinstance(fixed._value, Tensor) for fixed in held(model))  # a table that waits for its coordinates
+
+
+@MODELS
+@torch.no_grad()
+def test_a_copy_holds_none(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    expected = fix_constants(model)(*inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not held(other)
+        assert other(*inputs).equal(expected)
+        other.get_parameter("layers.0.blocks.0.mlp.fc1.weight").mul_(2)
+        assert not other(*inputs).equal(expected)
+    assert model(*inputs).equal(expected)
+
+
+@MODELS
+def test_they_are_not_read_where_a_gradient_is_wanted(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    # Made in inference mode, they could not be saved for the gradient of an input.
+    with torch.inference_mode():
+        expected = fix_constants(model)(*inputs).clone()
+    for fixed in held(model):
+        if isinstance(fixed._value, tuple):
+            fixed._value = tuple(torch.zeros_like(weight) for weight in fixed._value)
+    out = model(*inputs)
+    assert out.equal(expected)
+    out.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "compress" not in name)
+    model.requires_grad_(False)
+    x = inputs[0].clone().requires_grad_()
+    model(x, *inputs[1:]).square().sum().backward()
+    assert x.grad is not None
+
+
+@needs_kernels
+@MODELS
+@torch.no_grad()
+def test_they_hold_under_the_autocast_that_they_were_computed_under(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    plain = model(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        assert packed_of(other) == 0
-        fix_constants(other)
-        assert packed_of(other) > 0
-
-
-def test_a_watched_bias_network_is_called() -> None:
-    model, x = fused()
+        rounded = model(*inputs)
+        assert fix_constants(model)(*inputs).equal(rounded)
+        assert held(model)
+    assert not rounded.float().equal(plain)
+    assert model(*inputs).equal(plain)
     fix_constants(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(*inputs).equal(rounded)
+    assert model(*inputs).equal(plain)
+
+
+class Wrapped(nn.Module):
+    """A layer in the place of another, as adapters and quantisers put it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = layer
+
+    @property
+    def bias(self) -> Tensor:
+        return self.inner.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 1.5
+
+
+@MODELS
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_a_replaced_layer_is_called(make: Callable[[], Made], when: str) -> None:
+    model, inputs = make()
+    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+        if when == "after":
+            fix_constants(model)
+        owner = model.get_submodule(f"layers.1.blocks.0.{name.split('.')[0]}")
+        layer = name.split(".")[1]
+        setattr(owner, layer, Wrapped(getattr(owner, layer)))
+        expected = unfixed(model)(*inputs)
+        if when == "before":
+            fix_constants(model)
+        assert model(*inputs).equal(expected)
+    merging = model.layers[1].downsample
+    merging.reduction = Wrapped(merging.reduction)
+    expected = unfixed(model)(*inputs)
+    assert model(*inputs).equal(expected)
+    assert fix_constants(model)(*inputs).equal(expected)
+
+
+@torch.no_grad()
+def test_a_bias_network_that_is_not_timms_own_is_called() -> None:
+    model, inputs = fused()
+    fix_constants(model)
+    attn = model.layers[0].blocks[0].attn
+    attn.cpb_mlp[1] = nn.Tanh()
+    assert model(*inputs).equal(unfixed(model)(*inputs))
+    attn.cpb_mlp[1] = nn.ReLU()
     calls: list[int] = []
-    model.layers[0].blocks[0].attn.cpb_mlp[0].register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        model(x)
+    attn.cpb_mlp[0].register_forward_hook(lambda *_: calls.append(1))
+    model(*inputs)
     assert calls
 
 
-def test_another_model_gets_a_sentence() -> None:
-    with pytest.raises(UserError, match="fix_constants: Linear has no block of VSCSwin, and no fused one"):
-        fix_constants(nn.Linear(3, 3))
+@torch.no_grad()
+def test_another_input_size_has_other_tables() -> None:
+    model, _ = fused()
+    fix_constants(model)
+    model.set_input_size(img_size=(32, 32), window_size=(4, 4))
+    x = randn(2, 3, 32, 32, seed=3)
+    assert model(x).equal(unfixed(model)(x))
+    assert fix_constants(model)(x).equal(unfixed(model)(x))
+
+
+def test_what_has_no_constants_gets_a_sentence() -> None:
+    for model in (nn.Linear(3, 3), fuse(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))):
+        with pytest.raises(UserError, match="has nothing to fix: give it a VSCSwin, or a swinv2"):
+            fix_constants(model)

@@ -30,7 +30,7 @@ def _needs_the_extension() -> None:
 @pytest.mark.parametrize("rows", [1, 30, 53_000], ids=["one", "few", "many"])
 @pytest.mark.parametrize("hidden", [72, 1100])
 def test_the_mlp_reads_parts_of_them(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    """In groups of 512 hidden columns, which a panel does not divide; rows of more than 8 MiB take another way."""
+    """In groups of 512 hidden columns, with a rest that fills no panel; rows of more than 8 MiB take another way."""
     x, weights = randn(rows, CHANNELS, seed=9, dtype=dtype), layers(hidden, dtype)
     assert rows < 53_000 or rows * CHANNELS * 4 > 8 << 20
     given = ops.residual_mlp(x, *weights, packed=packed(weights), backend="cpp")
@@ -61,8 +61,8 @@ def test_the_attention_reads_them(frames: int, biased: bool, dtype: torch.dtype)
             **options,
         )
 
-    assert run(packed=[ops.pack_weight(qkv), ops.pack_weight(proj)]).equal(run())
-    others = [ops.pack_weight(-qkv), ops.pack_weight(proj)]
+    assert run(packed=(ops.pack_weight(qkv), ops.pack_weight(proj))).equal(run())
+    others = (ops.pack_weight(-qkv), ops.pack_weight(proj))
     assert not run(packed=others).equal(run())
 
 
@@ -77,8 +77,8 @@ def test_project_cells_reads_them(rows: int, dtype: torch.dtype) -> None:
     def run(**options: Any) -> Tensor:
         return ops.project_cells(cells, weight, *others, cu_seqlens=offsets, backend="cpp", **options)
 
-    assert run(packed=[ops.pack_weight(weight)]).equal(run())
-    assert not run(packed=[ops.pack_weight(-weight)]).equal(run())
+    assert run(packed=ops.pack_weight(weight)).equal(run())
+    assert not run(packed=ops.pack_weight(-weight)).equal(run())
 
 
 def test_what_is_packed_is_what_is_read() -> None:
@@ -121,21 +121,37 @@ def test_what_was_packed_for_another_layer_or_type_is_refused() -> None:
     x, weights = randn(30, CHANNELS, seed=9), layers(72)
     first, second = packed(weights)
     for wrong in ((second, first), (first, packed(layers(60))[1]), (first[:, :-1].contiguous(), second)):
-        with pytest.raises(RuntimeError, match="is packed for other rows, or for another CPU"):
+        with pytest.raises(RuntimeError, match="is packed for another layer, other rows or another CPU"):
             ops.residual_mlp(x, *weights, packed=wrong, backend="cpp")
-    with pytest.raises(RuntimeError, match="is packed for other rows, or for another CPU"):
+    with pytest.raises(RuntimeError, match="is packed for another layer, other rows or another CPU"):
         ops.residual_mlp(x, *weights, packed=(first.double(), second), backend="cpp")
 
 
-def test_weights_that_cannot_be_packed_get_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"weight must be \[out, in\], not \[3\]"):
-        ops.pack_weight(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="takes float32, bfloat16, not float64"):
-        ops.pack_weight(torch.zeros(3, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"in torch\.bfloat16 cannot be for products in torch\.float32"):
-        ops.pack_weight(torch.zeros(3, 4, dtype=torch.bfloat16), torch.float32)
-    with pytest.raises(RuntimeError, match="not on meta"):
-        ops.pack_weight(torch.zeros(3, 4, device="meta"))
+def test_what_is_not_packed_gets_a_sentence() -> None:
+    x, weights = randn(30, CHANNELS, seed=9), layers(72)
+    sentence = "residual_mlp: packed must be what pack_weight gives, one for each weight"
+    with pytest.raises(ValueError, match=sentence):
+        ops.residual_mlp(x, *weights, packed=(weights[0], weights[2]), backend="cpp")
+    cells, weight = randn(1, 1, 4, 1, 1, 40, seed=1), randn(40, 40, seed=2)
+    with pytest.raises(ValueError, match="project_cells: packed must be what pack_weight gives"):
+        ops.project_cells(cells, weight, *weights[3:], packed=weight, backend="cpp")
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [
+        (torch.zeros(3), None),
+        (torch.zeros(3, 4).to_sparse(), None),
+        (torch.zeros(3, 4, device="meta"), None),
+        (torch.zeros(3, 4, dtype=torch.float64), None),
+        (torch.zeros(3, 4, dtype=torch.bfloat16), torch.float32),
+        (torch.zeros(3, 4, dtype=torch.float64), torch.float32),
+    ],
+    ids=["vector", "sparse", "meta", "float64", "narrower", "wider"],
+)
+def test_weights_that_cannot_be_packed_get_a_sentence(weight: Tensor, dtype: torch.dtype | None) -> None:
+    with pytest.raises(ValueError, match=r"pack_weight: (weight must be|products are in)"):
+        ops.pack_weight(weight, dtype)
 
 
 def test_a_weight_that_is_a_view_and_one_that_wants_a_gradient() -> None:
@@ -151,3 +167,18 @@ def test_operator() -> None:
     for dtype, halves in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
         weight = randn(72, 39, seed=1, dtype=dtype)
         torch.library.opcheck(torch.ops.deepmsi.pack_weight_cpp.default, (weight, halves), test_utils=checks)
+
+
+def test_the_operators_take_them_without_content() -> None:
+    """As a graph is traced: shapes follow from what is not packed."""
+    x, weights = randn(30, CHANNELS, seed=9), layers(72)
+    first, second = packed(weights)
+    operators = torch.ops.deepmsi
+    mlp = (x, first, weights[1], second, *weights[3:], None, None, 1e-5, False)
+    torch.library.opcheck(operators.residual_mlp_cpp_fwd.default, mlp)
+    cells = (randn(1, 2, 3, 2, 2, 10, seed=1), ops.pack_weight(randn(72, 40, seed=2)), None, *layers(72)[1:2] * 2)
+    torch.library.opcheck(operators.project_cells_cpp_fwd.default, (*cells, None, 1e-5, False))
+    qkv, proj = (ops.pack_weight(randn(n, CHANNELS, seed=n)) for n in (3 * CHANNELS, CHANNELS))
+    vectors, table = [weights[3]] * 3, randn(9, 2, seed=3)
+    attention = (x, qkv, None, proj, *vectors, None, 1e-5, table, None, 1.0, None, None, 2, 5, 6, 2, 0, False)
+    torch.library.opcheck(operators.residual_window_attention_cpp_fwd.default, attention)
