@@ -1,8 +1,8 @@
 """Live use: what the next frame of every stream costs, and one image by a fused model.
 
 Sides: `timm` is timm's eager Swin V2 alone, uncompressed, on that frame or image; `anew` our side with what follows
-from the weights computed in every call (position bias, the layout of weights), as training has it; `clip` the whole
-model on the last 15 frames, as one that cannot stream would have to run.
+from the weights computed in every call (position bias, the layout of weights; a stream normalises its pixels, too), as
+training has it; `clip` the whole model on the last 15 frames, as one that cannot stream would have to run.
 """
 
 import copy

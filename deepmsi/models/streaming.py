@@ -33,7 +33,8 @@ class EmotionStream:
     frames in sight, so that other words need the second half of the backbone only.
 
     Args:
-        model: the model, which is put in eval mode.
+        model: the model, which is put in eval mode. What follows from its weights is computed here, for steps under the
+            autocast, or without one, of now.
         streams: B.
 
     Raises:

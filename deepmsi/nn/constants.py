@@ -20,14 +20,16 @@ Model = TypeVar("Model", bound=nn.Module)
 class Content:
     """What tells whether parameters hold what they held before; equal where they do.
 
-    A change in place shows in the version, another tensor in their place in the storage: while this refers to one, no
-    other can lie where it lay. Only what is done to ``parameter.data`` in place stays unseen. A copy is of no
-    parameters, and equals nothing.
+    A change in place shows in the version, another tensor in their place in the storage (while this refers to one, no
+    other can lie where it lay) or in how it lies there. What torch does not count as a change stays unseen: what is
+    done to ``parameter.data``, by numpy, by a collective, by another process, and by the step of a fused optimizer,
+    whose gradients were asked for before. A copy is of no parameters, and equals nothing.
     """
 
     def __init__(self, *parameters: Tensor) -> None:
         self._facts = tuple(
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version, p.dtype) for p in parameters
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version, p.dtype, p.shape, p.stride())
+            for p in parameters
         )
 
     def __eq__(self, other: object) -> bool:
@@ -40,16 +42,27 @@ class Content:
 def content_of(*parameters: Tensor) -> Content | None:
     """Return the content of parameters, or None where nothing tells of it.
 
-    That is so of weights that are computed, of those made in inference mode, and under transforms.
+    That is so of weights that are computed, of sparse ones, of those made in inference mode, and under transforms.
     """
-    own = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
+    own = all(type(p) is nn.Parameter and p.layout is torch.strided and not p.is_inference() for p in parameters)
     return Content(*parameters) if own and not backend.transforms() else None
 
 
+def recorded() -> bool:
+    """Whether a graph is being made of this call, which would not see weights change."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def stands(content: Content | None, *parameters: Tensor) -> bool:
-    """Whether what was computed from parameters of this content may stand for them: no gradient of them is wanted."""
-    held = torch.compiler.is_compiling() or (content is not None and content == content_of(*parameters))
-    return held and not needs_grad(*parameters)
+    """Whether what was computed from parameters of this content may stand for them: no gradient of them is wanted.
+
+    An exported program has its weights for good.
+    """
+    if needs_grad(*parameters):
+        return False
+    if torch.compiler.is_exporting():
+        return True
+    return not recorded() and content is not None and content == content_of(*parameters)
 
 
 class Fixed(Generic[Value]):
@@ -77,14 +90,18 @@ class Fixed(Generic[Value]):
         self._value = None
 
     def of(self, *parameters: Tensor) -> Value | None:
-        """Return what stands for these parameters, or None where nothing does; it is dropped when they change."""
-        # A compiled graph would not see them change.
-        if self._value is None or torch.compiler.is_compiling() or self._dtype != autocast_type(parameters[0]):
+        """Return what stands for these parameters, or None where nothing does.
+
+        It is dropped when they change, and when a gradient of them is wanted: what follows may change them unseen.
+        """
+        if self._value is None or recorded() or self._dtype != autocast_type(parameters[0]):
             return None
         content = content_of(*parameters)
-        if content is not None and content != self._content:
+        if content is None:
+            return None
+        if content != self._content or needs_grad(*parameters):
             self.forget()
-        return None if content is None or needs_grad(*parameters) else self._value
+        return self._value
 
 
 class LaidOut(Fixed[tuple[Tensor, ...]]):
@@ -94,7 +111,8 @@ class LaidOut(Fixed[tuple[Tensor, ...]]):
         """Lay the weights of now out, where a kernel of the CPU is to compute ``op`` from layers as torch has them."""
         self.forget()
         weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
-        if len(weights) == len(layers) and all(w.device.type == "cpu" and fuses(op, w, casts=True) for w in weights):
+        read = [w for w in weights if w.device.type == "cpu" and w.dtype in (torch.float32, autocast_type(w))]
+        if len(read) == len(layers) and all(fuses(op, w, casts=True) for w in read):
             self.fix(lambda: tuple(pack_weight(w, autocast_type(w)) for w in weights), *weights)
 
     def of_layers(self, *layers: Any) -> tuple[Tensor, ...] | None:
@@ -122,8 +140,10 @@ def fix_constants(model: Model) -> Model:
 
     Those are the tables of the position bias and, on the CPU, the layers' weights as its kernels read them, which take
     the memory of these weights again. The fewer images a call has, the more it saves. Call it under the autocast that
-    the model will run under. ``train()`` undoes it; where weights have changed otherwise, in place or by another tensor
-    in their place, both are computed in every call again. Only what is done to ``parameter.data`` stays unseen.
+    the model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they
+    have changed otherwise, in place or by another tensor in their place, both are computed in every call again. What
+    torch does not count as a change stays unseen (``parameter.data``, numpy's views, collectives): call it again then.
+    In a graph of ``torch.compile`` everything is computed in every call.
 
     Args:
         model: A :class:`VSCSwin`, a model that :func:`deepmsi.fuse` fused, or a module that contains such; it is put in

@@ -17,7 +17,7 @@ from deepmsi.nn.fusing import fuses, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, without_autocast
+from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
 
 
 class Tokens(NamedTuple):
@@ -141,8 +141,11 @@ class WindowAttention(HoldsConstants):
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
-        if self.fixed_table is not None and stands(self._fixed_from, hidden.weight, hidden.bias, out.weight):
+        weights = (hidden.weight, hidden.bias, out.weight)
+        if self.fixed_table is not None and stands(self._fixed_from, *weights):
             return self.fixed_table
+        if self._fixed_from is not None and needs_grad(*weights):
+            self._fixed_from = None  # what follows may change them unseen
         wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
         with without_autocast(self.coordinate_bits.device.type):
             coordinates = self.coordinate_bits.view(torch.float32).to(wide)
@@ -157,7 +160,7 @@ class WindowAttention(HoldsConstants):
         self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
 
     def forget(self) -> None:
-        self.fixed_table = None
+        self.fixed_table = self._fixed_from = None
         self._laid_out.forget()
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
@@ -430,7 +433,7 @@ class PatchEmbed(HoldsConstants):
         self._folded_from: Content | None = None
 
     def forget(self) -> None:
-        self.pixel_weight = self.pixel_bias = None
+        self.pixel_weight = self.pixel_bias = self._folded_from = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -466,7 +469,10 @@ class PatchEmbed(HoldsConstants):
             return self._embedded(frames)
 
     def _holds(self) -> bool:
-        return stands(self._folded_from, self.proj.weight, cast(Tensor, self.proj.bias))
+        weights = (self.proj.weight, cast(Tensor, self.proj.bias))
+        if self._folded_from is not None and needs_grad(*weights):
+            self._folded_from = None  # what follows may change them unseen
+        return stands(self._folded_from, *weights)
 
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from deepmsi.errors import UserError
-from deepmsi.nn.constants import content_of
+from deepmsi.nn.constants import content_of, recorded
 from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 
@@ -108,13 +108,16 @@ class TemporalBlock(nn.Module):
     def _weight(self, conv: nn.Conv1d) -> tuple[Tensor, Tensor | None]:
         """Return a convolution's weight [k, Cin, Cout] and None, or v [Cout, Cin, k] and g of its weight norm.
 
-        In evaluation the norm is folded in, and the weight is that of the time before.
+        In evaluation the norm is folded in, and the weight is that of the time before, until a gradient is wanted.
 
-        What :func:`content_of` does not see stays unseen until the next call of ``train()`` or ``eval()``.
+        What :class:`Content` does not see stays unseen until the next call of ``train()`` or ``eval()``.
         """
         norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
-        in_use = self.training or needs_grad(*sources) or torch.compiler.is_compiling()
+        in_use = self.training or recorded()
+        if not in_use and needs_grad(*sources):
+            self._folded.pop(conv, None)  # what follows may change them unseen
+            in_use = True
         if in_use or (content := content_of(*sources)) is None:
             return (norm.original1, norm.original0) if norm is not None else (pack(conv.weight), None)
         device = sources[0].device.type

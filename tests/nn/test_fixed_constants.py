@@ -144,6 +144,62 @@ def test_weights_of_another_type_in_between_are_seen(make: Callable[[], Made]) -
 
 @MODELS
 @torch.no_grad()
+def test_a_view_in_the_place_of_a_weight_is_seen(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    block = fix_constants(model).layers[1].blocks[0]
+    block.attn.proj.weight = nn.Parameter(block.attn.proj.weight.detach().t())
+    assert model(*inputs).equal(unfixed(model)(*inputs))
+    fix_constants(model)
+    mlp, some = block.mlp, block.mlp.fc1.out_features // 2
+    mlp.fc1.weight, mlp.fc1.bias = (nn.Parameter(p.detach()[:some]) for p in (mlp.fc1.weight, mlp.fc1.bias))
+    mlp.fc2.weight = nn.Parameter(mlp.fc2.weight.detach()[:, :some])
+    assert model(*inputs).equal(unfixed(model)(*inputs))
+
+
+@MODELS
+def test_the_step_of_a_fused_optimizer_is_seen(make: Callable[[], Made]) -> None:
+    """It changes weights without a new version; their gradients were asked for before."""
+    model, inputs = make()
+    fix_constants(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(*inputs).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model(*inputs).equal(unfixed(model)(*inputs))
+
+
+@MODELS
+@torch.no_grad()
+def test_a_graph_reads_the_weights_themselves(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    fix_constants(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(*inputs)
+    model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.0.weight").mul_(3)
+    model.get_parameter("layers.0.blocks.0.mlp.fc1.weight").mul_(2)
+    torch.testing.assert_close(compiled(*inputs), unfixed(model)(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_trace_reads_the_weights_themselves() -> None:
+    model, inputs = fused()
+    traced = torch.jit.trace(fix_constants(model), inputs, check_trace=False)
+    model.get_parameter("layers.0.blocks.0.mlp.fc1.weight").mul_(2)
+    torch.testing.assert_close(traced(*inputs), unfixed(model)(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_in_a_type_of_its_own_is_left_alone() -> None:
+    model, inputs = fused()
+    model.layers[0].blocks[0].mlp.half()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs)
+        assert fix_constants(model)(*inputs).equal(expected)
+
+
+@MODELS
+@torch.no_grad()
 def test_a_copy_holds_none(make: Callable[[], Made]) -> None:
     model, inputs = make()
     expected = fix_constants(model)(*inputs)

@@ -257,6 +257,21 @@ def test_a_cuda_graph_of_a_training_step_draws_anew(backend: str) -> None:
             assert torch.equal(found, eager)
 
 
+def test_the_step_of_a_fused_optimizer_is_seen() -> None:
+    """It changes weights without a new version; their gradients were asked for before."""
+    tcn = both()[1].eval()
+    x = randn(2, 5, 15, seed=9, dtype=torch.float64)
+    with torch.no_grad():
+        before = tcn.last(x)
+    optimizer = torch.optim.AdamW(tcn.parameters(), lr=0.1, fused=True)
+    tcn.last(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = tcn.last(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, copy.deepcopy(tcn).last(x))
+
+
 def test_evaluation_folds_once_and_sees_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
     tcn = both()[1].eval()
     x = randn(2, 5, 15, seed=9, dtype=torch.float64)
