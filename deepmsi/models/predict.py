@@ -71,7 +71,7 @@ class _Item:
 
 
 def load_run(run: str | Path) -> DeepMSI:
-    """Load the model of a run directory, or of a checkpoint folder, with what is constant under this autocast computed.
+    """Load the model of a run directory or a checkpoint folder, and compute its constants under the autocast of now.
 
     Raises:
         UserError: there is neither in it.
