@@ -89,7 +89,7 @@ def bench_saving(compare: Any, smallest: bool, device: str, layout: str) -> None
     if layout == "packed":
         ours = VSCSwin.from_timm(BACKBONE, schedule={"keep": keep}).to(device)
         ours.load_state_dict(plain.state_dict(), strict=False)
-    # The tables of the position bias are constants, as prediction has them.
+    # As prediction has them: what does not shrink with the tokens is not in either side's way.
     fix_constants(plain)
     fix_constants(ours)
     pixels = testing.randn(frames, 3, 256, 256, seed=1, device=device)

@@ -14,7 +14,6 @@ from bench_model import BACKBONE, backbones, quiet, randomise
 
 import deepmsi
 from deepmsi import testing
-from deepmsi.models.streaming import EmotionStream
 
 FRAMES = 15
 
@@ -25,6 +24,8 @@ def bench_next_frame(compare: Any, smallest: bool, device: str, streams: int) ->
         pytest.skip("only the smallest size was asked for")
     timm = pytest.importorskip("timm")
     pytest.importorskip("pydantic")  # the model's configuration
+    from deepmsi.models.streaming import EmotionStream
+
     torch.manual_seed(0)
     features: dict[str, Any] = {name: {"encoder": "features"} for name in ("text", "audio")}
     config = deepmsi.DeepMSIConfig(num_labels=6, preset="released", **features)
