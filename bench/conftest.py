@@ -80,9 +80,9 @@ class Place:
         """What sets this place's cases apart from those of the others on the same device."""
         return f", {self.backend}, {name_of(self.dtype)}" if self.device == "cuda" else ""
 
-    def need(self, op: str) -> None:
+    def need(self, op: str, **facts: int) -> None:
         """Skip the benchmark that runs, with the reason, where the backend cannot run the operation."""
-        testing.need(op, self.backend, self.device, self.dtype)
+        testing.need(op, self.backend, self.device, self.dtype, **facts)
 
     def randn(self, *size: int, seed: int) -> Tensor:
         """Return normal numbers; a GPU draws its own, for a CPU takes seconds over the largest."""

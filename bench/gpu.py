@@ -43,6 +43,7 @@ BENCHES = (
     "dilated_causal_conv1d",
     "cross_modal_contrastive",
     "residual_mlp",
+    "residual_window_attention",
     "residual_norm",
 )
 

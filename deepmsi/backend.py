@@ -103,6 +103,15 @@ def _at_most(channels: int) -> Callable[[dict[str, int]], str | None]:
     return limit
 
 
+def _narrow_windows(facts: dict[str, int]) -> str | None:
+    """Refuse what the attention half's kernels do not hold: whole rows, and windows and heads of one tile."""
+    if facts.get("channels", 0) > 256:
+        return "rows may have 256 channels at most"
+    if facts.get("window", 0) > 8:
+        return "windows may have 8 x 8 slots at most"
+    return "heads may have 64 channels at most" if facts.get("head_dim", 0) > 64 else None
+
+
 # One line per operation and backend. A sibling kernel registers here.
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")),
@@ -127,6 +136,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
         (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096), _has_tensor_cores
     ),
     ("residual_window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
+    ("residual_window_attention", "triton"): Kernel((torch.bfloat16, torch.float16), ("cuda", "cpu"), _narrow_windows),
 }
 
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
-from deepmsi.nn.fusing import fuses, plain, unhooked
+from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 
 
@@ -180,7 +180,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         whole = _runs_fused(block, x) and not any(_padding(block, x)) and _passed_over(attn.proj_drop)
         if not (
             whole
-            and fuses("residual_window_attention", x)
+            and fuses_attention(x, attn.num_heads, block.window_size[0])
             and _draws_as_timm(block.drop_path1)
             and plain(x, attn.proj, norm, bare=(attn.qkv,))
         ):

@@ -9,14 +9,21 @@ from deepmsi import backend
 from deepmsi.ops._arguments import autocast_type, autocasts
 
 
-def fuses(op: str, x: Tensor, casts: bool = False) -> bool:
+def fuses(op: str, x: Tensor, casts: bool = False, **facts: int) -> bool:
     """Whether an operation that does the work of several modules is to compute it for x.
 
-    It keeps the type of x, or ``casts`` x to the type that it is computed in.
+    It keeps the type of x, or ``casts`` x to the type that it is computed in. ``facts`` are those of the call, beside
+    its channels.
     """
     dtype = autocast_type(x)
     mixed = int(not casts and x.dtype != dtype)
-    return backend.fuses(op, x.device.type, dtype, channels=x.shape[-1], mixed=mixed)
+    return backend.fuses(op, x.device.type, dtype, channels=x.shape[-1], mixed=mixed, **facts)
+
+
+def fuses_attention(x: Tensor, heads: int, window: int) -> bool:
+    """Whether the attention half of a block is to be computed as one operation for x."""
+    channels = x.shape[-1]
+    return fuses("residual_window_attention", x, heads=heads, head_dim=channels // heads, window=window)
 
 
 def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:

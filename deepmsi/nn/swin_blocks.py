@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepmsi.backend import resolve
 from deepmsi.nn.constants import Content, HoldsConstants, LaidOut, content_of, stands
-from deepmsi.nn.fusing import fuses, plain, unhooked
+from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
@@ -345,7 +345,10 @@ class Block(nn.Module):
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
         source: Source | None = None
-        if fuses("residual_window_attention", x) and unhooked(attn) and plain(x, attn.proj, norm, bare=(attn.qkv,)):
+        # On a GPU the fused half keeps y, which is made again where the layers run apart: less counts for more there.
+        lean = attn.recompute and x.device.type != "cpu"
+        fused = not lean and fuses_attention(x, attn.heads, attn.window) and unhooked(attn)
+        if fused and plain(x, attn.proj, norm, bare=(attn.qkv,)):
             y = residual_window_attention(
                 x,
                 attn.qkv.weight,

@@ -539,10 +539,10 @@ _register(
 
 
 # --- residual_window_attention
-# Forward: rows x [R, C], weights in their type or in float32, which is rounded, and vectors in either; the attention's
-# arguments as in window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what
-# the attention gives, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient. `wants_layers`,
-# and rows past the last offset, are as in residual_mlp.
+# Forward: rows x [R, C], weights and vectors in the types that residual_mlp takes; the attention's arguments as in
+# window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what the attention
+# gives, in the type of the products, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient.
+# `wants_layers`, what backward reads of x, and rows past the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -556,9 +556,14 @@ _ATTENTION_BACKWARD = (
 )
 
 
-def _attention_fake_forward(x: Tensor, *rest: Any) -> Any:
+def _attention_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
     kept = (x.shape[0] if rest[-1] else 0, x.shape[1])
     return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
+
+
+def _attention_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
+    kept = (x.shape[0] if rest[-1] else 0, x.shape[1])
+    return x.new_empty(x.shape), rest[0].new_empty(kept), rest[0].new_empty(kept)
 
 
 def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
@@ -566,7 +571,7 @@ def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended
     like_bias = qkv_weight[:, 0] if qkv_bias is None else qkv_bias
     layers = _empty_unless(rest[-1], qkv_weight, like_bias, proj_weight, proj_bias)
     others = (norm_weight, norm_bias, bias_table, bias_table[0])
-    return (x.new_empty(x.shape), *layers, *(like.new_empty(like.shape) for like in others))
+    return (grad_y.new_empty(grad_y.shape), *layers, *(like.new_empty(like.shape) for like in others))
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -574,7 +579,8 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     *ctx.sizes, ctx.with_grad = inputs[14:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
+    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
+    ctx.save_for_backward(narrow, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -597,11 +603,21 @@ _register(
     "residual_window_attention",
     _ATTENTION_FORWARD,
     _ATTENTION_BACKWARD,
-    _attention_fake_forward,
+    _attention_fake_forward_cpp,
     _attention_fake_backward,
     _attention_setup_context,
     _attention_gradient,
     backends=("cpp",),
+)
+_register(
+    "residual_window_attention",
+    _ATTENTION_FORWARD,
+    _ATTENTION_BACKWARD,
+    _attention_fake_forward_triton,
+    _attention_fake_backward,
+    _attention_setup_context,
+    _attention_gradient,
+    backends=("triton",),
 )
 
 

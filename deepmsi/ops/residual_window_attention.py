@@ -63,7 +63,7 @@ def residual_window_attention(
         eps: Added to the variance.
         packed: qkv_weight and proj_weight as ``pack_weight`` gives them for the type that products are in; read in
             their place where ``cpp`` runs and no gradient is wanted.
-        backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+        backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
         The shape of x.
@@ -90,8 +90,9 @@ def residual_window_attention(
         check_devices(x, _OP, "x", **{name: tensor})
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
-    facts = {"heads": heads, "head_dim": channels // heads, "window": window, "mixed": mixed}
-    if resolve(_OP, backend, x.device.type, dtype, **facts) == "reference":
+    facts = {"channels": channels, "heads": heads, "head_dim": channels // heads, "window": window, "mixed": mixed}
+    chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
+    if chosen == "reference":
         qkv_weight, qkv_bias, proj_weight, proj_bias = cast
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
         where = (positions, cu_seqlens, row_scale)
@@ -102,15 +103,15 @@ def residual_window_attention(
         head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     if positions is not None:
         positions = positions.to(torch.int32)
-    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast)
+    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast) if chosen == "cpp" else cast
     with_grad = needs_grad(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
     )
-    if packed is not None and not with_grad:
+    if chosen == "cpp" and packed is not None and not with_grad:
         check_packed(_OP, *packed)
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
-    y, _, _ = torch.ops.deepmsi.residual_window_attention_cpp_fwd(
+    y, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
         x.reshape(-1, channels),
         *weights,
         None if row_scale is None else row_scale.reshape(-1).float(),

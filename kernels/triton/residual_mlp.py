@@ -13,7 +13,16 @@ import os
 from typing import Any
 
 import torch
-from deepmsi._triton.residual_norm import add_normed, counted, gradient_through_norm, row_scale_of, unit_rows
+from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.residual_norm import (
+    add_normed,
+    add_part,
+    counted,
+    gradient_through_norm,
+    keep,
+    row_scale_of,
+    statistics,
+)
 from torch import Tensor
 
 import triton
@@ -21,10 +30,9 @@ import triton.language as tl
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _MOST_FUSED = 256
-_BLOCK_ROWS = 64
-# Hidden channels at a time: in the forward pass, and in the backward one, which holds two sums of them.
-_UNITS = 64
-_GRADIENT_UNITS = 32
+# Rows and hidden channels at a time; those whose sums over rows a program holds are the rows of its products.
+_ROWS, _UNITS = 64, 32
+_SUMMED_ROWS, _SUMMED_UNITS = 32, 64
 # Programs that sum over rows; it depends on nothing of the device, so that bits do not either.
 _SUMMING_PROGRAMS = 1024
 # Elements of the hidden rows that live at once in a wide layer.
@@ -33,42 +41,56 @@ _BLOCK_ELEMENTWISE = 4096
 
 HALF_ROOT = tl.constexpr(0.7071067811865476)  # sqrt(1/2)
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * HALF_ROOT))
+def _gelu(x, DTYPE: tl.constexpr):
+    """Return gelu(x) in float32, exact enough to be rounded to DTYPE."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return 0.5 * x * (1.0 + tl.erf(x * HALF_ROOT))
+    tail, _ = _tail(x)
+    return tl.maximum(x, 0.0) - tl.abs(x) * tail
 
 
 @triton.jit
-def _gelu_and_slope(x):
-    """Return gelu(x) and its derivative."""
-    below = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
-    return x * below, below + x * DENSITY * tl.exp(-0.5 * x * x)
+def _gelu_and_slope(x, DTYPE: tl.constexpr):
+    """Return gelu(x) and its derivative in float32, exact enough to be rounded to DTYPE."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        below = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
+        return x * below, below + x * DENSITY * tl.exp(-0.5 * x * x)
+    tail, bell = _tail(x)
+    below = tl.where(x > 0.0, 1.0 - tail, tail)
+    return x * below, below + x * DENSITY * bell
 
 
 @triton.jit
-def _tile(x_ptr, row, counts, column, width, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """Read rows and columns of a matrix of `width` columns as operands of a product, 0 where they do not count."""
-    at = row.to(tl.int64)[:, None] * width + column[None, :]
-    x = tl.load(x_ptr + at, mask=counts[:, None] & (column < width)[None, :], other=0.0).to(DTYPE)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+def _tail(x):
+    """Return the normal distribution's mass below -|x|, and exp(-x²/2), its density's shape.
+
+    Their ratio is smooth: a polynomial of it is off by 1e-4 of it at most up to |x| = 6, a fifth of a rounding to
+    float16, in half the instructions of erf. From there on, where gelu is below 1e-8 or x itself, it is held.
+    """
+    bell = tl.exp2(x * x * -HALF_LOG2_E)
+    t = tl.minimum(tl.abs(x), 6.0)
+    ratio = 1.8358622e-05 - 5.601584e-07 * t
+    ratio = ratio * t - 0.0002632126
+    ratio = ratio * t + 0.002182631
+    ratio = ratio * t - 0.011712532
+    ratio = ratio * t + 0.04343954
+    ratio = ratio * t - 0.117399715
+    ratio = ratio * t + 0.24298333
+    ratio = ratio * t - 0.39762118
+    ratio = ratio * t + 0.49995506
+    return ratio * bell, bell
 
 
 @triton.jit
-def _vector(x_ptr, column, width):
-    return tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """Round to the type of the operands."""
-    x = x.to(DTYPE)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+def _hidden(rows, more, fc1, fc1_more, fc1_bias_ptr, unit, HIDDEN: tl.constexpr):
+    """Return W1 x + b1 of some hidden channels in float32."""
+    hidden = tl.dot(rows, tl.trans(fc1), input_precision="ieee")
+    hidden = tl.dot(more, tl.trans(fc1_more), hidden, input_precision="ieee")
+    return hidden + vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
 
 
 @triton.jit
@@ -91,6 +113,7 @@ def _fused_forward_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SCALED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -100,29 +123,32 @@ def _fused_forward_kernel(
     """The whole of it for a block of rows; what the norm reads is written where it is KEPT."""
     DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < CHANNELS
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
     counts = row < counted(offset_ptr, frames, rows, PACKED)
-    x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    x = tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    more = tile(x_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
     branch = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    branch_more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
     for first in range(0, HIDDEN, BLOCK_H):
         unit = first + tl.arange(0, BLOCK_H)
-        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
-        hidden = tl.dot(x, tl.trans(fc1), input_precision="ieee") + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
-        active = _narrowed(_gelu(hidden), DTYPE, UPCAST)
-        fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
+        fc1 = tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+        fc1_more = tile(fc1_ptr, unit, unit < HIDDEN, beyond, CHANNELS, DTYPE, UPCAST)
+        hidden = _hidden(x, more, fc1, fc1_more, fc1_bias_ptr, unit, HIDDEN)
+        active = narrowed(_gelu(hidden, DTYPE), DTYPE, UPCAST)
+        fc2 = tile(fc2_ptr, column, column < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
+        fc2_more = tile(fc2_ptr, beyond, beyond < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
         branch = tl.dot(active, tl.trans(fc2), branch, input_precision="ieee")
-    branch = tl.where(inside[None, :], branch + _vector(fc2_bias_ptr, column, CHANNELS)[None, :], 0.0)
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & inside[None, :]
+        branch_more = tl.dot(active, tl.trans(fc2_more), branch_more, input_precision="ieee")
+    branch += vector(fc2_bias_ptr, column, CHANNELS)[None, :]
+    branch_more += vector(fc2_bias_ptr, beyond, CHANNELS)[None, :]
     if KEPT:
-        kept = tl.where(counts[:, None], branch, 0.0).to(branch_ptr.dtype.element_ty)
-        tl.store(branch_ptr + at, kept, mask=written)
-    normed, _ = unit_rows(branch, column, CHANNELS, eps)
-    normed = normed * _vector(weight_ptr, column, CHANNELS)[None, :] + _vector(bias_ptr, column, CHANNELS)[None, :]
-    stream = tl.load(x_ptr + at, mask=written, other=0.0)
-    y = stream.to(tl.float32) + normed * row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
-    tl.store(y_ptr + at, tl.where(counts[:, None], y.to(stream.dtype), stream), mask=written)
+        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        keep(branch_ptr, branch_more, row, rows, counts, beyond, CHANNELS)
+    mean, inverse = statistics(branch, branch_more, column, beyond, CHANNELS, eps)
+    scale = row_scale_of(scale_ptr, row, counts, SCALED)
+    norm = (weight_ptr, bias_ptr, mean, inverse, scale)
+    add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
+    add_part(x_ptr, y_ptr, branch_more, norm, row, rows, counts, beyond, CHANNELS)
 
 
 @triton.jit
@@ -141,6 +167,7 @@ def _fused_grad_x_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -148,25 +175,37 @@ def _fused_grad_x_kernel(
     """grad x = grad y + (gelu'(W1 x + b1) · (grad branch W2)) W1 for a block of rows."""
     DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < CHANNELS
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
     counts = row < counted(offset_ptr, frames, rows, PACKED)
-    x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
-    grad_branch = _tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    x = tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    more = tile(x_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
+    grad_branch = tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+    grad_more = tile(grad_branch_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
     grad_x = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    grad_x_more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
     for first in range(0, HIDDEN, BLOCK_H):
         unit = first + tl.arange(0, BLOCK_H)
-        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
-        fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
-        hidden = tl.dot(x, tl.trans(fc1), input_precision="ieee") + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
-        _, slope = _gelu_and_slope(hidden)
-        grad_hidden = _narrowed(tl.dot(grad_branch, fc2, input_precision="ieee") * slope, DTYPE, UPCAST)
+        fc1 = tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+        fc1_more = tile(fc1_ptr, unit, unit < HIDDEN, beyond, CHANNELS, DTYPE, UPCAST)
+        fc2 = tile(fc2_ptr, column, column < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
+        fc2_more = tile(fc2_ptr, beyond, beyond < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
+        _, slope = _gelu_and_slope(_hidden(x, more, fc1, fc1_more, fc1_bias_ptr, unit, HIDDEN), DTYPE)
+        grad_hidden = tl.dot(grad_branch, fc2, input_precision="ieee")
+        grad_hidden = tl.dot(grad_more, fc2_more, grad_hidden, input_precision="ieee")
+        grad_hidden = narrowed(grad_hidden * slope, DTYPE, UPCAST)
         grad_x = tl.dot(grad_hidden, fc1, grad_x, input_precision="ieee")
+        grad_x_more = tl.dot(grad_hidden, fc1_more, grad_x_more, input_precision="ieee")
+    _add_grad(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
+    _add_grad(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
+
+
+@triton.jit
+def _add_grad(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
     at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & inside[None, :]
+    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
     grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
-    through = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad_x).to(grad_y.dtype), grad_y)
-    tl.store(grad_x_ptr + at, through, mask=written)
+    grad_x = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
+    tl.store(grad_x_ptr + at, grad_x, mask=written)
 
 
 @triton.jit
@@ -188,6 +227,7 @@ def _fused_grad_weights_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -197,34 +237,51 @@ def _fused_grad_weights_kernel(
     PARTS: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     chunk = (tl.program_id(0) // PARTS).to(tl.int64)
     unit = tl.program_id(0) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < CHANNELS
-    fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
-    fc2 = _tile(fc2_ptr, column, inside, unit, HIDDEN, DTYPE, UPCAST)
-    fc1_bias = _vector(fc1_bias_ptr, unit, HIDDEN)
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
+    fc1 = tile(fc1_ptr, unit, unit < HIDDEN, column, CHANNELS, DTYPE, UPCAST)
+    fc1_more = tile(fc1_ptr, unit, unit < HIDDEN, beyond, CHANNELS, DTYPE, UPCAST)
+    fc2 = tile(fc2_ptr, column, column < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
+    fc2_more = tile(fc2_ptr, beyond, beyond < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
+    fc1_bias = vector(fc1_bias_ptr, unit, HIDDEN)
     valid = counted(offset_ptr, frames, rows, PACKED)
     grad_fc1 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    grad_fc1_more = tl.zeros([BLOCK_H, BLOCK_MORE], tl.float32)
     grad_fc2 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    grad_fc2_more = tl.zeros([BLOCK_H, BLOCK_MORE], tl.float32)
     grad_bias = tl.zeros([BLOCK_H], tl.float32)
     begin = (chunk * blocks // chunks).to(tl.int32)
     end = ((chunk + 1) * blocks // chunks).to(tl.int32)
     for block in range(begin, end):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         counts = row < valid
-        x = _tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
-        grad_branch = _tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        x = tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        more = tile(x_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
+        grad_branch = tile(grad_branch_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        grad_more = tile(grad_branch_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
         # By hidden channels and rows, so that the sums over rows need no transposes of what was made here.
-        hidden = tl.dot(fc1, tl.trans(x), input_precision="ieee") + fc1_bias[:, None]
-        active, slope = _gelu_and_slope(hidden)
-        grad_fc2 = tl.dot(_narrowed(active, DTYPE, UPCAST), grad_branch, grad_fc2, input_precision="ieee")
-        grad_hidden = tl.dot(tl.trans(fc2), tl.trans(grad_branch), input_precision="ieee") * slope
+        hidden = tl.dot(fc1, tl.trans(x), input_precision="ieee")
+        hidden = tl.dot(fc1_more, tl.trans(more), hidden, input_precision="ieee") + fc1_bias[:, None]
+        active, slope = _gelu_and_slope(hidden, DTYPE)
+        active = narrowed(active, DTYPE, UPCAST)
+        grad_fc2 = tl.dot(active, grad_branch, grad_fc2, input_precision="ieee")
+        grad_fc2_more = tl.dot(active, grad_more, grad_fc2_more, input_precision="ieee")
+        grad_hidden = tl.dot(tl.trans(fc2), tl.trans(grad_branch), input_precision="ieee")
+        grad_hidden = tl.dot(tl.trans(fc2_more), tl.trans(grad_more), grad_hidden, input_precision="ieee") * slope
         grad_bias += tl.sum(grad_hidden, 1)
-        grad_fc1 = tl.dot(_narrowed(grad_hidden, DTYPE, UPCAST), x, grad_fc1, input_precision="ieee")
-    at = (chunk * HIDDEN + unit)[:, None] * CHANNELS + column[None, :]
-    mask = (unit < HIDDEN)[:, None] & inside[None, :]
-    tl.store(grad_fc1_ptr + at, grad_fc1, mask=mask)
-    tl.store(grad_fc2_ptr + at, grad_fc2, mask=mask)
+        grad_hidden = narrowed(grad_hidden, DTYPE, UPCAST)
+        grad_fc1 = tl.dot(grad_hidden, x, grad_fc1, input_precision="ieee")
+        grad_fc1_more = tl.dot(grad_hidden, more, grad_fc1_more, input_precision="ieee")
+    _write_sums(grad_fc1_ptr, grad_fc1, chunk, unit, column, HIDDEN, CHANNELS)
+    _write_sums(grad_fc1_ptr, grad_fc1_more, chunk, unit, beyond, HIDDEN, CHANNELS)
+    _write_sums(grad_fc2_ptr, grad_fc2, chunk, unit, column, HIDDEN, CHANNELS)
+    _write_sums(grad_fc2_ptr, grad_fc2_more, chunk, unit, beyond, HIDDEN, CHANNELS)
     tl.store(grad_fc1_bias_ptr + chunk * HIDDEN + unit, grad_bias, mask=unit < HIDDEN)
+
+
+@triton.jit
+def _write_sums(sums_ptr, sums, chunk, unit, column, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
+    at = (chunk * HIDDEN + unit)[:, None] * CHANNELS + column[None, :]
+    tl.store(sums_ptr + at, sums, mask=(unit < HIDDEN)[:, None] & (column < CHANNELS)[None, :])
 
 
 @triton.jit
@@ -254,10 +311,10 @@ def _linear_gelu_kernel(
     hidden = tl.zeros([BLOCK_ROWS, BLOCK_H], tl.float32)
     for first in range(0, channels, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        x = _tile(x_ptr, row, row < rows, column, channels, DTYPE, UPCAST)
-        fc1 = _tile(fc1_ptr, unit, unit < HIDDEN, column, channels, DTYPE, UPCAST)
+        x = tile(x_ptr, row, row < rows, column, channels, DTYPE, UPCAST)
+        fc1 = tile(fc1_ptr, unit, unit < HIDDEN, column, channels, DTYPE, UPCAST)
         hidden = tl.dot(x, tl.trans(fc1), hidden, input_precision="ieee")
-    hidden = _gelu(hidden + _vector(fc1_bias_ptr, unit, HIDDEN)[None, :]).to(DTYPE)
+    hidden = _gelu(hidden + vector(fc1_bias_ptr, unit, HIDDEN)[None, :], DTYPE).to(DTYPE)
     at = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
     tl.store(hidden_ptr + at, hidden, mask=(row < rows)[:, None] & (unit < HIDDEN)[None, :])
 
@@ -268,7 +325,7 @@ def _gelu_backward_kernel(hidden_ptr, grad_ptr, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     hidden = tl.load(hidden_ptr + at, mask=at < size, other=0.0)
     grad = tl.load(grad_ptr + at, mask=at < size, other=0.0)
-    active, slope = _gelu_and_slope(hidden.to(tl.float32))
+    active, slope = _gelu_and_slope(hidden.to(tl.float32), hidden.dtype)
     tl.store(hidden_ptr + at, active.to(hidden.dtype), mask=at < size)
     tl.store(grad_ptr + at, (grad.to(tl.float32) * slope).to(grad.dtype), mask=at < size)
 
@@ -282,7 +339,6 @@ class _Layer:
         self.hidden, self.channels = fc1_weight.shape
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.frames = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.wide = max(16, triton.next_power_of_2(self.channels))
         # The interpreter multiplies bfloat16 as if it were integers.
         self.upcast = _INTERPRET and self.dtype == torch.bfloat16
 
@@ -290,17 +346,18 @@ class _Layer:
     def fused(self) -> bool:
         return self.channels <= _MOST_FUSED and self.dtype != torch.float32
 
-    def constants(self, hidden: int) -> dict[str, Any]:
-        """Return the constants of a fused kernel that takes so many hidden channels at a time."""
+    def constants(self, rows: int, units: int) -> dict[str, Any]:
+        """Return the constants of a fused kernel that takes so many rows and hidden channels at a time."""
         return {
             "CHANNELS": self.channels,
             "HIDDEN": self.hidden,
-            "BLOCK_ROWS": _BLOCK_ROWS,
-            "BLOCK_C": self.wide,
-            "BLOCK_H": hidden,
+            "BLOCK_ROWS": rows,
+            **in_two(self.channels),
+            "BLOCK_H": units,
             "PACKED": self.cu_seqlens is not None,
             "UPCAST": self.upcast,
-            "num_warps": 8 if self.wide > 64 else 4,
+            # One for each 16 rows: more would repeat the products, whose second reads whole rows of the first.
+            "num_warps": 4,
             "num_stages": 2,
         }
 
@@ -364,7 +421,7 @@ def residual_mlp_fwd(
             return add_normed(x, whole, norm_weight, norm_bias, row_scale, layer.cu_seqlens, eps), branch
         y = torch.empty_like(x)
         if rows:
-            _fused_forward_kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
+            _fused_forward_kernel[(triton.cdiv(rows, _ROWS),)](
                 x,
                 layer.fc1,
                 layer.fc1_bias,
@@ -381,7 +438,7 @@ def residual_mlp_fwd(
                 eps,
                 SCALED=row_scale is not None,
                 KEPT=with_grad,
-                **layer.constants(_UNITS),
+                **layer.constants(_ROWS, _UNITS),
             )
         return y, branch
 
@@ -430,11 +487,12 @@ def _fused_gradients(
     if not rows:
         return grad_x, torch.zeros_like(layer.fc1), torch.zeros_like(layer.fc1_bias), torch.zeros_like(layer.fc2)
     operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
-    constants = layer.constants(_GRADIENT_UNITS)
-    blocks, parts = triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(layer.hidden, _GRADIENT_UNITS)
-    _fused_grad_x_kernel[(blocks,)](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
+    constants = layer.constants(_ROWS, _UNITS)
+    programs = (triton.cdiv(rows, _ROWS),)
+    _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
     if not wants_layers:
         return (grad_x,)
+    blocks, parts = triton.cdiv(rows, _SUMMED_ROWS), triton.cdiv(layer.hidden, _SUMMED_UNITS)
     chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, parts))
     sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
     bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
@@ -448,7 +506,7 @@ def _fused_gradients(
         layer.frames,
         blocks,
         chunks,
-        **constants,
+        **layer.constants(_SUMMED_ROWS, _SUMMED_UNITS),
     )
     grad_fc1, grad_fc2 = (part.sum(0).to(layer.dtype) for part in sums)
     return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()

@@ -43,6 +43,39 @@ def row_scale_of(scale_ptr, row, mask, SCALED: tl.constexpr):
 
 
 @triton.jit
+def statistics(branch, more, column, beyond, channels, eps):
+    """Return mean and 1 / deviation of rows in two parts of columns, whose entries past the channels are 0."""
+    mean = (tl.sum(branch, 1) + tl.sum(more, 1)) / channels
+    centred = tl.where((column < channels)[None, :], branch - mean[:, None], 0.0)
+    centred_more = tl.where((beyond < channels)[None, :], more - mean[:, None], 0.0)
+    variance = (tl.sum(centred * centred, 1) + tl.sum(centred_more * centred_more, 1)) / channels
+    return mean, tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def keep(branch_ptr, branch, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write a part of what the norm reads, 0 in rows that do not count."""
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    kept = tl.where(counts[:, None], branch, 0.0).to(branch_ptr.dtype.element_ty)
+    tl.store(branch_ptr + at, kept, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
+
+
+@triton.jit
+def add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write a part of y = x + s · (w · unit(branch) + b); rows that do not count stay x."""
+    weight_ptr, bias_ptr, mean, inverse, scale = norm
+    inside = column < CHANNELS
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    written = (row < rows)[:, None] & inside[None, :]
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normed = (branch - mean[:, None]) * inverse[:, None] * weight[None, :] + bias[None, :]
+    x = tl.load(x_ptr + at, mask=written, other=0.0)
+    y = x.to(tl.float32) + normed * scale[:, None]
+    tl.store(y_ptr + at, tl.where(counts[:, None], y.to(x.dtype), x), mask=written)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     branch_ptr,

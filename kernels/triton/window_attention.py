@@ -27,6 +27,8 @@ _BLOCK_PLACES = 128
 _BLOCK_ROWS = 32
 
 NORM_FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 EMPTY_QUERY = tl.constexpr(-1)
 EMPTY_KEY = tl.constexpr(-2)
 
@@ -65,7 +67,7 @@ def _zero_tail_kernel(x_ptr, offset_ptr, frames, rows, width, BLOCK_ROWS: tl.con
 
 
 @triton.jit
-def _slots(
+def slots(
     map_ptr,
     index,
     first,
@@ -115,12 +117,17 @@ def _write(x_ptr, row, stride, kind, x, DEPTH: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _inverse_norm(x, COSINE: tl.constexpr):
-    """Return 1 / norm of each row, the norm floored; rounded correctly, since its error is common to the row."""
+def inverse_norm(x, COSINE: tl.constexpr):
+    """Return 1 / norm of each row, the norm floored.
+
+    In float32 it is rounded correctly, since its error is common to the row.
+    """
     if COSINE:
         wide = x.to(tl.float32)
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(wide * wide, 1)), NORM_FLOOR)
-        return tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
+        square = tl.sum(wide * wide, 1)
+        if x.dtype != tl.float32:
+            return tl.rsqrt(tl.maximum(square, NORM_FLOOR * NORM_FLOOR))
+        return tl.div_rn(tl.full(square.shape, 1.0, tl.float32), tl.maximum(tl.sqrt_rn(square), NORM_FLOOR))
     else:
         return tl.full([x.shape[0]], 1.0, tl.float32)
 
@@ -142,15 +149,19 @@ def _cosines(q, k, q_inverse, k_inverse, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _logits(c, factor, bias_ptr, query_kind, query_code, key_kind, key_code, WINDOW: tl.constexpr):
-    """Return scaled products plus the position bias, -inf where query and key do not see each other."""
-    seen = query_kind[:, None] == key_kind[None, :]
+def _logits(
+    c, factor, bias_ptr, query_kind, query_code, key_kind, key_code, WINDOW: tl.constexpr, MASKED: tl.constexpr
+):
+    """Return scaled products plus the position bias, for exp2; -inf where query and key do not see each other."""
     index = query_code[:, None] - key_code[None, :] + 2 * WINDOW * (WINDOW - 1)
-    return c * factor + tl.load(bias_ptr + index, mask=seen, other=float("-inf"))
+    if MASKED:
+        seen = query_kind[:, None] == key_kind[None, :]
+        return c * (factor * LOG2_E) + tl.load(bias_ptr + index, mask=seen, other=float("-inf"))
+    return c * (factor * LOG2_E) + tl.load(bias_ptr + index)
 
 
 @triton.jit
-def _factor(head_scale_ptr, scale, head, COSINE: tl.constexpr):
+def factor_of(head_scale_ptr, scale, head, COSINE: tl.constexpr):
     if COSINE:
         return tl.load(head_scale_ptr + head)
     else:
@@ -194,6 +205,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Attend: softmax(factor · cos(q, k) + bias) v for one block of queries of one head of one window."""
@@ -205,31 +217,34 @@ def _forward_kernel(
     channels = heads * DEPTH
     qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    factor = _factor(head_scale_ptr, scale, head, COSINE)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE)
 
-    row, kind, code = _slots(map_ptr, index, block * BLOCK, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+    row, kind, code = slots(map_ptr, index, block * BLOCK, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
     q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
-    q_inverse = _inverse_norm(q, COSINE)
+    q_inverse = inverse_norm(q, COSINE)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first in range(0, SLOTS, BLOCK):
-        key_row, key_kind, key_code = _slots(
+        key_row, key_kind, key_code = slots(
             map_ptr, index, first, height, width, shift, EMPTY_KEY, WINDOW, BLOCK, PACKED
         )
         k = _read(qkv_ptr + channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
-        c = _cosines(q, k, q_inverse, _inverse_norm(k, COSINE), COSINE)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW)
+        c = _cosines(q, k, q_inverse, inverse_norm(k, COSINE), COSINE)
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
         higher, shown = _top(top, logits)
-        p = tl.exp(logits - shown[:, None])
-        shrink = tl.exp(top - shown)
-        total = total * shrink + tl.sum(p, 1)
-        result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        p = tl.exp2(logits - shown[:, None])
+        if BLOCKS > 1:
+            shrink = tl.exp2(top - shown)
+            total = total * shrink
+            result = result * shrink[:, None]
+        total += tl.sum(p, 1)
+        result = tl.dot(p.to(v.dtype), v, result, input_precision="ieee")
         top = higher
     total = tl.where(total > 0, total, 1.0)
-    _write(out_ptr + head * DEPTH, row, channels, kind, result / total[:, None], DEPTH, BLOCK_D)
-    tl.store(lse_ptr + row * heads + head, top + tl.log(total), mask=kind >= 0)
+    _write(out_ptr + head * DEPTH, row, channels, kind, result * (1.0 / total)[:, None], DEPTH, BLOCK_D)
+    tl.store(lse_ptr + row * heads + head, (top + tl.log2(total)) * LN_2, mask=kind >= 0)
 
 
 @triton.jit
@@ -256,6 +271,7 @@ def _backward_tile_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Backward of a chunk of windows of one tile each; its sum of the logits' gradients goes to [chunks, heads]."""
@@ -266,25 +282,25 @@ def _backward_tile_kernel(
     grad_out_ptr += head * DEPTH
     grad_qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    factor = _factor(head_scale_ptr, scale, head, COSINE)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE)
     grad_logits = tl.zeros([BLOCK, BLOCK], tl.float32)
     grad_scale = tl.zeros([BLOCK], tl.float32)
     begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
     end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
     for index in range(begin, end):
-        row, kind, code = _slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        row, kind, code = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         k = _read(qkv_ptr + channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         grad_out = _read(grad_out_ptr, row, channels, kind, DEPTH, BLOCK_D, UPCAST)
-        q_inverse, k_inverse = _inverse_norm(q, COSINE), _inverse_norm(k, COSINE)
+        q_inverse, k_inverse = inverse_norm(q, COSINE), inverse_norm(k, COSINE)
         c = _cosines(q, k, q_inverse, k_inverse, COSINE)
         key_kind = tl.where(kind >= 0, kind, EMPTY_KEY)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, code, WINDOW)
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, code, WINDOW, MASKED)
         _, shown = _top(tl.full([BLOCK], float("-inf"), tl.float32), logits)
-        p = tl.exp(logits - shown[:, None])
+        p = tl.exp2(logits - shown[:, None])
         total = tl.sum(p, 1)
-        p = p / tl.where(total > 0, total, 1.0)[:, None]
+        p = p * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
         grad_v = tl.dot(tl.trans(p.to(v.dtype)), grad_out, input_precision="ieee")
         _write(grad_qkv_ptr + 2 * channels, row, 3 * channels, kind, grad_v, DEPTH, BLOCK_D)
 
@@ -294,13 +310,13 @@ def _backward_tile_kernel(
         along = d * c
         along_q = tl.sum(along, 1)
         grad_scale += along_q
-        along_k = tl.sum(along, 0)
         q, k = _unit(q, q_inverse, COSINE), _unit(k, k_inverse, COSINE)
         d = d.to(q.dtype)
         grad_q = tl.dot(d, k, input_precision="ieee")
         grad_q = _through_norm(grad_q, along_q, q, q_inverse, COSINE) * factor
         _write(grad_qkv_ptr, row, 3 * channels, kind, grad_q, DEPTH, BLOCK_D)
         grad_k = tl.dot(tl.trans(d), q, input_precision="ieee")
+        along_k = tl.sum(grad_k * k.to(tl.float32), 1)
         grad_k = _through_norm(grad_k, along_k, k, k_inverse, COSINE) * factor
         _write(grad_qkv_ptr + channels, row, 3 * channels, kind, grad_k, DEPTH, BLOCK_D)
     offs = tl.arange(0, BLOCK)
@@ -331,6 +347,7 @@ def _backward_queries_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Gradient of one block of queries of a large window; `state` [R, heads, 3]: maximum, 1 / sum, mean gradient."""
@@ -342,26 +359,26 @@ def _backward_queries_kernel(
     channels = heads * DEPTH
     qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    factor = _factor(head_scale_ptr, scale, head, COSINE)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE)
 
-    row, kind, code = _slots(map_ptr, index, block * BLOCK, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+    row, kind, code = slots(map_ptr, index, block * BLOCK, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
     q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
     grad_out = _read(grad_out_ptr + head * DEPTH, row, channels, kind, DEPTH, BLOCK_D, UPCAST)
-    q_inverse = _inverse_norm(q, COSINE)
+    q_inverse = inverse_norm(q, COSINE)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     for first in range(0, SLOTS, BLOCK):
-        key_row, key_kind, key_code = _slots(
+        key_row, key_kind, key_code = slots(
             map_ptr, index, first, height, width, shift, EMPTY_KEY, WINDOW, BLOCK, PACKED
         )
         k = _read(qkv_ptr + channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
-        c = _cosines(q, k, q_inverse, _inverse_norm(k, COSINE), COSINE)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW)
+        c = _cosines(q, k, q_inverse, inverse_norm(k, COSINE), COSINE)
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
         higher, shown = _top(top, logits)
-        p = tl.exp(logits - shown[:, None])
-        shrink = tl.exp(top - shown)
+        p = tl.exp2(logits - shown[:, None])
+        shrink = tl.exp2(top - shown)
         total = total * shrink + tl.sum(p, 1)
         mean = mean * shrink + tl.sum(p * tl.dot(grad_out, tl.trans(v), input_precision="ieee"), 1)
         top = higher
@@ -376,15 +393,15 @@ def _backward_queries_kernel(
     along = tl.zeros([BLOCK], tl.float32)
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first in range(0, SLOTS, BLOCK):
-        key_row, key_kind, key_code = _slots(
+        key_row, key_kind, key_code = slots(
             map_ptr, index, first, height, width, shift, EMPTY_KEY, WINDOW, BLOCK, PACKED
         )
         k = _read(qkv_ptr + channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
-        k_inverse = _inverse_norm(k, COSINE)
+        k_inverse = inverse_norm(k, COSINE)
         c = _cosines(q, k, q_inverse, k_inverse, COSINE)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW)
-        p = tl.exp(logits - shown[:, None]) * inverse[:, None]
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
+        p = tl.exp2(logits - shown[:, None]) * inverse[:, None]
         d = p * (tl.dot(grad_out, tl.trans(v), input_precision="ieee") - mean[:, None])
         along += tl.sum(d * c, 1)
         grad_q += tl.dot(d.to(k.dtype), _unit(k, k_inverse, COSINE), input_precision="ieee")
@@ -401,7 +418,7 @@ def _gradient_of_logits(logits, state_ptr, row, kind, heads, grad_out, v):
     top = tl.load(state_ptr + at, mask=kind >= 0, other=0.0)
     inverse = tl.load(state_ptr + at + 1, mask=kind >= 0, other=0.0)
     mean = tl.load(state_ptr + at + 2, mask=kind >= 0, other=0.0)
-    p = tl.exp(logits - top[:, None]) * inverse[:, None]
+    p = tl.exp2(logits - top[:, None]) * inverse[:, None]
     return p, p * (tl.dot(grad_out, tl.trans(v), input_precision="ieee") - mean[:, None])
 
 
@@ -426,6 +443,7 @@ def _backward_keys_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Gradients of one block of keys and values of a large window."""
@@ -439,24 +457,24 @@ def _backward_keys_kernel(
     grad_out_ptr += head * DEPTH
     grad_qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    factor = _factor(head_scale_ptr, scale, head, COSINE)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE)
 
-    key_row, key_kind, key_code = _slots(
+    key_row, key_kind, key_code = slots(
         map_ptr, index, block * BLOCK, height, width, shift, EMPTY_KEY, WINDOW, BLOCK, PACKED
     )
     k = _read(qkv_ptr + channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
     v = _read(qkv_ptr + 2 * channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
-    k_inverse = _inverse_norm(k, COSINE)
+    k_inverse = inverse_norm(k, COSINE)
     along = tl.zeros([BLOCK], tl.float32)
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first in range(0, SLOTS, BLOCK):
-        row, kind, code = _slots(map_ptr, index, first, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        row, kind, code = slots(map_ptr, index, first, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         grad_out = _read(grad_out_ptr, row, channels, kind, DEPTH, BLOCK_D, UPCAST)
-        q_inverse = _inverse_norm(q, COSINE)
+        q_inverse = inverse_norm(q, COSINE)
         c = _cosines(q, k, q_inverse, k_inverse, COSINE)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW)
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
         p, d = _gradient_of_logits(logits, state_ptr + head * 3, row, kind, heads, grad_out, v)
         grad_v += tl.dot(tl.trans(p.to(v.dtype)), grad_out, input_precision="ieee")
         along += tl.sum(d * c, 0)
@@ -490,6 +508,7 @@ def _backward_logits_kernel(
     BLOCK_D: tl.constexpr,
     COSINE: tl.constexpr,
     PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Sum logits' gradients of a pair of blocks over a chunk of large windows: [chunks, heads, padded, padded]."""
@@ -501,21 +520,21 @@ def _backward_logits_kernel(
     channels = heads * DEPTH
     qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    factor = _factor(head_scale_ptr, scale, head, COSINE)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE)
     grad_logits = tl.zeros([BLOCK, BLOCK], tl.float32)
     begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
     end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
     for index in range(begin, end):
-        row, kind, code = _slots(map_ptr, index, from_query, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
-        key_row, key_kind, key_code = _slots(
+        row, kind, code = slots(map_ptr, index, from_query, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        key_row, key_kind, key_code = slots(
             map_ptr, index, from_key, height, width, shift, EMPTY_KEY, WINDOW, BLOCK, PACKED
         )
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         k = _read(qkv_ptr + channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, key_row, stride_row, key_kind, DEPTH, BLOCK_D, UPCAST)
         grad_out = _read(grad_out_ptr + head * DEPTH, row, channels, kind, DEPTH, BLOCK_D, UPCAST)
-        c = _cosines(q, k, _inverse_norm(q, COSINE), _inverse_norm(k, COSINE), COSINE)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW)
+        c = _cosines(q, k, inverse_norm(q, COSINE), inverse_norm(k, COSINE), COSINE)
+        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
         _, d = _gradient_of_logits(logits, state_ptr + head * 3, row, kind, heads, grad_out, v)
         grad_logits += d
     offs = tl.arange(0, BLOCK)
@@ -547,12 +566,14 @@ def _fold_kernel(
     tl.store(grad_bias_ptr + at, total, mask=entry < 2 * WINDOW - 1)
 
 
-class _Call:
-    """Sizes, compile-time constants and the map of places that both directions share."""
+class Windows:
+    """Sizes, compile-time constants and the map of places of a call, whose products are in `dtype`."""
 
     def __init__(
         self,
-        qkv: Tensor,
+        rows: int,
+        channels: int,
+        dtype: torch.dtype,
         bias_table: Tensor,
         head_scale: Tensor | None,
         positions: Tensor | None,
@@ -561,22 +582,23 @@ class _Call:
         height: int,
         width: int,
         window: int,
+        shift: int,
     ) -> None:
-        self.qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
-        self.rows, self.heads, self.window = qkv.shape[0], heads, window
-        self.channels = qkv.shape[1] // 3
-        depth, slots = self.channels // heads, window * window
+        self.rows, self.channels, self.dtype = rows, channels, dtype
+        depth, tile = channels // heads, window * window
         wide = max(16, triton.next_power_of_2(depth))
         # A window of several blocks and wide heads: what a program holds of 64 slots does not fit its registers.
-        most = 32 if slots > 64 and wide > 32 else 64
-        self.block = min(most, max(16, triton.next_power_of_2(slots)))
-        self.blocks = triton.cdiv(slots, self.block)
+        most = 32 if tile > 64 and wide > 32 else 64
+        self.block = min(most, max(16, triton.next_power_of_2(tile)))
+        self.blocks = triton.cdiv(tile, self.block)
         self.padded = self.blocks * self.block
-        self.bias = bias_table.t().contiguous()
+        # Exponentials are powers of two.
+        self.bias = (bias_table.t() * LOG2_E.value).contiguous()
         self.head_scale = head_scale.contiguous() if head_scale is not None else None
         self.cu_seqlens = cu_seqlens.contiguous() if cu_seqlens is not None else None
         self.frames = self.rows // (height * width) if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.windows = self.frames * triton.cdiv(height, window) * triton.cdiv(width, window)
+        full = self.padded == tile and height % window == 0 and width % window == 0
         self.constants: dict[str, Any] = {
             "DEPTH": depth,
             "WINDOW": window,
@@ -584,8 +606,10 @@ class _Call:
             "BLOCK_D": wide,
             "COSINE": head_scale is not None,
             "PACKED": positions is not None,
+            # Whether some slots of a window do not see each other.
+            "MASKED": positions is not None or shift > 0 or not full,
             # The interpreter multiplies bfloat16 as if it were integers.
-            "UPCAST": _INTERPRET and qkv.dtype == torch.bfloat16,
+            "UPCAST": _INTERPRET and dtype == torch.bfloat16,
         }
         self.map: Tensor | None = None
         if positions is not None and self.frames:
@@ -603,9 +627,14 @@ class _Call:
             )
 
     def warps(self, most: int) -> int:
-        """Return the warps of a program: wide heads and float32, whose products hold their operands, are spread."""
-        spread = (2 if self.qkv.dtype == torch.float32 else 1) * (2 if self.constants["BLOCK_D"] > 32 else 1)
-        return min(most, spread * {16: 1, 32: 2, 64: 4}[self.block])
+        """Return the warps of a program: one for each 16 rows, since more would repeat the products on tensor cores.
+
+        float32, whose products hold their operands, is spread, the more so in wide heads.
+        """
+        spread = 1
+        if self.dtype == torch.float32:
+            spread = 4 if self.constants["BLOCK_D"] > 32 else 2
+        return min(most, spread * self.block // 16)
 
     def zero_tail(self, *outputs: Tensor) -> None:
         """Zero the rows that are no frame's."""
@@ -633,14 +662,17 @@ def window_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return output [R, C] and log-sum-exp [R, heads] float32. Positions are trusted: they ascend in each frame."""
     with torch.cuda.device_of(qkv):
-        call = _Call(qkv, bias_table, head_scale, positions, cu_seqlens, heads, height, width, window)
-        out = qkv.new_empty((call.rows, call.channels))
-        lse = qkv.new_empty((call.rows, heads), dtype=torch.float32)
+        qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+        rows, channels = qkv.shape[0], qkv.shape[1] // 3
+        layout = (positions, cu_seqlens, heads, height, width, window, shift)
+        call = Windows(rows, channels, qkv.dtype, bias_table, head_scale, *layout)
+        out = qkv.new_empty((rows, channels))
+        lse = qkv.new_empty((rows, heads), dtype=torch.float32)
         call.zero_tail(out, lse)
         if call.windows:
             _forward_kernel[(call.windows * call.blocks * heads,)](
-                call.qkv,
-                call.qkv.stride(0),
+                qkv,
+                qkv.stride(0),
                 call.bias,
                 call.head_scale,
                 call.map,
@@ -676,15 +708,18 @@ def window_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of qkv [R, 3C], bias_table [(2w - 1)², heads] and head_scale [heads] (zeros without it)."""
     with torch.cuda.device_of(qkv):
-        call = _Call(qkv, bias_table, head_scale, positions, cu_seqlens, heads, height, width, window)
-        grad_qkv = qkv.new_empty((call.rows, 3 * call.channels))
+        qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+        rows, channels = qkv.shape[0], qkv.shape[1] // 3
+        layout = (positions, cu_seqlens, heads, height, width, window, shift)
+        call = Windows(rows, channels, qkv.dtype, bias_table, head_scale, *layout)
+        grad_qkv = qkv.new_empty((rows, 3 * channels))
         call.zero_tail(grad_qkv)
         if not call.windows:
             return grad_qkv, torch.zeros_like(bias_table), bias_table.new_zeros(heads)
         programs = heads * call.blocks * call.blocks
         chunks = min(call.windows, triton.cdiv(_SUMMING_PROGRAMS, programs))
         grad_logits = bias_table.new_empty((chunks, heads * call.padded * call.padded))
-        shared = (grad_out.contiguous(), call.qkv, call.qkv.stride(0), call.bias, call.head_scale, call.map)
+        shared = (grad_out.contiguous(), qkv, qkv.stride(0), call.bias, call.head_scale, call.map)
         sizes = (heads, height, width, shift)
         options = {**call.constants, "num_warps": call.warps(8), "num_stages": 1}
         if call.blocks == 1:
@@ -693,7 +728,7 @@ def window_attention_bwd(
                 *shared, grad_qkv, grad_logits, grad_scale, scale, call.windows, chunks, *sizes, **options
             )
         else:
-            state = bias_table.new_empty((call.rows, heads, 3))
+            state = bias_table.new_empty((rows, heads, 3))
             grad_scale = bias_table.new_empty((call.windows * call.blocks, heads))
             grid = (call.windows * call.blocks * heads,)
             _backward_queries_kernel[grid](*shared, grad_qkv, state, grad_scale, scale, *sizes, **options)

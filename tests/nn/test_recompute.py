@@ -195,27 +195,43 @@ def test_nothing_lives_but_what_is_counted(position: str) -> None:
         gc.enable()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts on tensors of a GPU that is not there")
-@pytest.mark.parametrize("position", ["none", "light"])
-def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
-    """CUDA's autocast norms in float32, and adds up there: what is kept of a block is in 16 bits all the same."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Triton's kernels count as what runs on tensors of a GPU that is not there."""
     takes = backend.why_not
 
-    def why_not(op: str, name: str, *rest: Any, **facts: int) -> str | None:
-        return None if name == "triton" and (op, name) in backend.KERNELS else takes(op, name, *rest, **facts)
+    def why_not(op: str, name: str, device: str, dtype: torch.dtype, **facts: int) -> str | None:
+        kernel = backend.KERNELS.get((op, name))
+        if name != "triton" or kernel is None or dtype not in kernel.dtypes:
+            return takes(op, name, device, dtype, **facts)
+        return kernel.limit(facts) if kernel.limit is not None else None
 
     monkeypatch.setattr(backend, "why_not", why_not)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    model = build("none", embed_dim=64).train().float()
-    model.recompute = position
-    mode = FakeTensorMode()
+
+
+def without_content(model: VSCSwin, mode: FakeTensorMode) -> VSCSwin:
+    """Return a copy whose tensors have no content and lie on a GPU."""
     hollow: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())
         with mode:
             fake = fake.to("cuda")
         hollow[id(tensor)] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
-    twin = copy.deepcopy(model, hollow)
+    return copy.deepcopy(model, hollow)
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on tensors of a GPU that is not there")
+
+
+@no_gpu
+@pytest.mark.parametrize("position", ["none", "light"])
+def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
+    """CUDA's autocast norms in float32, and adds up there: what is kept of a block is in 16 bits all the same."""
+    as_on_a_gpu(monkeypatch)
+    model = build("none", embed_dim=64).train().float()
+    model.recompute = position
+    mode = FakeTensorMode()
+    twin = without_content(model, mode)
     kept: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in (*twin.parameters(), *twin.buffers())}
     sizes = {torch.float16: 0, torch.float32: 0}
 
@@ -231,6 +247,28 @@ def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch,
     assert sizes[torch.float16] > 30e6
     # Statistics of norms, sums of exponentials, the last norm's input and the tables of the biases.
     assert sizes[torch.float32] < 0.1 * sizes[torch.float16], sizes
+
+
+@no_gpu
+def test_the_kept_bytes_where_a_gpu_s_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 utterances of 15 frames in bfloat16: fused halves keep less than layers apart, and `light` less than they."""
+    as_on_a_gpu(monkeypatch)
+    pytest.importorskip("timm")
+    model = VSCSwin.from_timm("swinv2_tiny_window8_256", schedule="released").bfloat16().train()
+    found = {}
+    for position in ("none", *POSITIONS):
+        model.recompute = position
+        mode = FakeTensorMode()
+        twin = without_content(model, mode)
+        with mode, saved_bytes(twin) as saved:
+            frames = torch.empty(240, 3, 256, 256, dtype=torch.uint8, device="cuda")
+            guide = torch.empty(240, model.guide_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            twin(frames, guide, prepare=lambda x: (x.float() / 255).bfloat16())
+        found[position] = saved.total / 1e9
+    assert found["none"] < 5.5
+    assert found["light"] < 4.0
+    assert found["block"] < 1.05
+    assert found["chunk"] < 0.1
 
 
 def test_hooks_are_called_once() -> None:

@@ -13,9 +13,8 @@ from deepmsi import backend as backends
 from deepmsi import ops, testing
 from deepmsi.testing import DEVICES, PLACES
 
-# Of these parts of a Swin V2 one compiled kernel exists, on one device, and it has tests of its own shape.
-BLOCK = ("residual_window_attention", "project_cells")
-KERNELS = [(op, backend) for op, backend in backends.KERNELS if op not in BLOCK]
+# Of this part of a Swin V2 one compiled kernel exists, on one device, and it has tests of its own shape.
+KERNELS = [(op, backend) for op, backend in backends.KERNELS if op != "project_cells"]
 # The tests that each kernel must have in tests/ops/test_<op>.py, by a part of their name, with its place as parameters.
 PROOF = ("error_budget", "opcheck", "compile", "autocast", "same_bits")
 FAR = 2**29  # elements between rows, of which the fifth lies past 2^31
@@ -72,6 +71,18 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
 
         def run(*inputs: Tensor) -> Tensor:
             return ops.residual_mlp(*inputs, backend=backend)
+
+        return inputs, run
+    if op == "residual_window_attention":
+        sizes = ((4, 16, 8, 32), (96, 32), (96,), (32, 32), (32,), (32,), (32,))
+        # Triton's kernels take 16 bits alone.
+        dtype = torch.float16 if backend == "triton" else torch.float32
+        inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
+        inputs.append(testing.randn(15**2, 2, seed=7, device=device))
+
+        def run(*inputs: Tensor) -> Tensor:
+            options = {"bias_table": inputs[-1], "backend": backend}
+            return ops.residual_window_attention(*inputs[:-1], 2, (16, 8), 8, 4, **options)
 
         return inputs, run
     raise AssertionError(f"{op} has no call here")
@@ -139,13 +150,24 @@ def test_window_attention_reads_rows_past_2_to_the_31(backend: str, device: str)
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("op", ["dilated_causal_conv1d", "cross_modal_contrastive", "residual_norm", "residual_mlp"])
+FAR_ROWS = (
+    "dilated_causal_conv1d",
+    "cross_modal_contrastive",
+    "residual_norm",
+    "residual_mlp",
+    "residual_window_attention",
+)
+
+
+@pytest.mark.parametrize("op", FAR_ROWS)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_rows_past_2_to_the_31_are_read(op: str, backend: str, device: str) -> None:
     testing.need(op, backend, device, torch.float16)
     near = testing.randn(6, 16, 3, seed=1, dtype=torch.float16, device=device)
     far = torch.empty(5 * FAR + 48, dtype=torch.float16, device=device).as_strided((6, 16, 3), (FAR, 3, 1))
     far.copy_(near)
+
+    places = torch.tensor([0, 1, 5, 6, 7, 14], dtype=torch.int32, device=device)
 
     def draw(*size: int) -> Tensor:
         return testing.randn(*size, seed=len(size), dtype=torch.float16, device=device)
@@ -159,6 +181,13 @@ def test_rows_past_2_to_the_31_are_read(op: str, backend: str, device: str) -> N
             return ops.cross_modal_contrastive(rows, rows.flip(0), labels, backend=backend)
         if op == "residual_norm":
             return ops.residual_norm(rows, rows, draw(48), draw(48), backend=backend)
+        if op == "residual_window_attention":
+            layers = (draw(144, 48), draw(144), draw(48, 48), draw(48), draw(48), draw(48))
+            layout = {"positions": places, "cu_seqlens": testing.offsets([3, 3], device)}
+            table = testing.randn(9, 2, seed=2, device=device)
+            return ops.residual_window_attention(
+                rows, *layers, 2, (4, 4), 2, 1, bias_table=table, backend=backend, **layout
+            )
         layers = (draw(32, 48), draw(32), draw(48, 32), draw(48))
         return ops.residual_mlp(rows, *layers, draw(48), draw(48), backend=backend)
 

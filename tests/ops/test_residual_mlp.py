@@ -248,6 +248,32 @@ def test_gelu_is_exact_in_both_tails(backend: str, device: str) -> None:
     assert ((y.double() - exact).abs() <= 4e-7 * x.double().abs()).all()
 
 
+@pytest.mark.parametrize("channels", [2, 300], ids=["fused", "wide"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_gelu_is_as_exact_as_16_bits_in_both_tails(
+    backend: str, device: str, dtype: torch.dtype, channels: int
+) -> None:
+    """And so is its slope. fc1 and fc2 pass the first channel on to the second, where the stream is 0."""
+    testing.need("residual_mlp", backend, device, dtype)
+    x = torch.linspace(-6, 6, 4001, device=device).to(dtype)
+    rows = torch.nn.functional.pad(x[:, None], (0, channels - 1)).requires_grad_()
+    fc1, fc2 = (torch.zeros(channels, channels, device=device, dtype=dtype) for _ in range(2))
+    fc1[0, 0] = fc2[1, 0] = 1
+    zeros, steep = torch.zeros(channels, device=device, dtype=dtype), torch.full((channels,), 1e10, device=device)
+    # Under a large eps the norm is linear: it takes away the mean alone.
+    y = residual_mlp(rows, fc1, zeros, fc2, zeros, steep, steep * 0, eps=1e20, backend=backend)[:, 1]
+    share = 1 - 1 / channels
+    wide = x.double().requires_grad_()
+    exact = torch.nn.functional.gelu(wide) * share
+    smallest = torch.finfo(dtype).smallest_normal
+    off = (y.double() - exact).abs() / exact.abs().clamp(min=smallest)
+    assert off.max() < 2 * torch.finfo(dtype).eps
+    (slope,) = torch.autograd.grad(y.sum(), rows)
+    (wanted,) = torch.autograd.grad(exact.sum(), wide)
+    assert (slope[:, 0].double() - wanted).abs().max() < 2 * torch.finfo(dtype).eps
+
+
 def operator_arguments(empty: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Return the arguments of the forward operator."""
     rows, channels, hidden = (0 if empty else 8), 6, 10

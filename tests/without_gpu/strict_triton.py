@@ -5,7 +5,8 @@
 - Masked-off lanes of a load without ``other`` hold NaN or a large integer, not zero.
 - Loads and stores touch no byte outside of the storage of a launch's tensors, or the launch ends with a sentence.
 - Products of float32 are summed one after another by fused multiply-adds, as CUDA cores do; NumPy's are more exact.
-- exp is that of CUDA's fast path: 2 to the power of a rounded x log2(e), by an ex2 that is off by two units at most.
+- exp is that of CUDA's fast path: 2 to the power of a rounded x log2(e), by an ex2 that is off by two units at most;
+  exp2 is that ex2.
 """
 
 import os
@@ -28,7 +29,7 @@ _storages: list[tuple[int, int]] = []
 _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx
 _masked_load, _masked_store = _Builder.create_masked_load, _Builder.create_masked_store
-_dot, _exp = _Builder.create_dot, _Builder.create_exp
+_dot, _exp, _exp2 = _Builder.create_dot, _Builder.create_exp, _Builder.create_exp2
 _arguments = interpreter.GridExecutor._init_args_hst
 
 
@@ -86,16 +87,30 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
 
 
 def create_exp(self: Any, x: Any) -> Any:
-    if x.data.dtype != np.float32:
-        return _exp(self, x)
+    return _Handle(_ex2(x.data * _LOG2_E), x.dtype.scalar) if x.data.dtype == np.float32 else _exp(self, x)
+
+
+def create_exp2(self: Any, x: Any) -> Any:
+    return _Handle(_ex2(x.data), x.dtype.scalar) if x.data.dtype == np.float32 else _exp2(self, x)
+
+
+def _ex2(x: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        exact = np.exp2((x.data * _LOG2_E).astype(np.float64))
         # Up or down by the number's last bit: the same number gives the same bits.
-        error = np.where(np.ascontiguousarray(x.data).view(np.int32) & 1, _EX2_ERROR, -_EX2_ERROR)
-        result = (exact * (1 + error)).astype(np.float32)
-    return _Handle(np.where(np.abs(result) < _TINY, np.float32(0), result), x.dtype.scalar)
+        error = np.where(np.ascontiguousarray(x).view(np.int32) & 1, _EX2_ERROR, -_EX2_ERROR)
+        result = (np.exp2(x.astype(np.float64)) * (1 + error)).astype(np.float32)
+    return np.where(np.abs(result) < _TINY, np.float32(0), result)
 
 
-for _name in ("set_grid_dim", "set_grid_idx", "create_masked_load", "create_masked_store", "create_dot", "create_exp"):
+_STRICT = (
+    "set_grid_dim",
+    "set_grid_idx",
+    "create_masked_load",
+    "create_masked_store",
+    "create_dot",
+    "create_exp",
+    "create_exp2",
+)
+for _name in _STRICT:
     setattr(_Builder, _name, globals()[_name])
 interpreter.GridExecutor._init_args_hst = arguments

@@ -1,0 +1,37 @@
+"""Matrices and vectors as operands of products, rounded to the type that these are in.
+
+Kernels that hold whole rows take their columns in two parts, each a power of two wide: 96 and 192 channels are none,
+and one part of 128 or 256 would multiply a third more.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(x_ptr, row, counts, column, width, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Read rows and columns of a matrix of `width` columns, 0 where they do not count."""
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    x = tl.load(x_ptr + at, mask=counts[:, None] & (column < width)[None, :], other=0.0)
+    return narrowed(x, DTYPE, UPCAST)
+
+
+@triton.jit
+def vector(x_ptr, column, width):
+    """Read entries in float32, 0 past the `width`."""
+    return tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Round to the type of the operands; UPCAST where the interpreter would multiply bfloat16 as integers."""
+    x = x.to(DTYPE)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+def in_two(channels: int) -> dict[str, int]:
+    """Return the widths of the two parts that cover so many columns."""
+    first = max(16, triton.next_power_of_2(channels) // 2)
+    return {"BLOCK_C": first, "BLOCK_MORE": max(16, triton.next_power_of_2(channels - first))}

@@ -1,0 +1,345 @@
+"""The residual window attention in Triton: y = x + s · LN(P attention(Q x + q) + p), in two kernels forward.
+
+The first goes from x to what the projection reads, a window of one head at a time: q, k and v are made, used and
+forgotten, and weights and position bias are read once for a chunk of windows. The second projects whole rows, norms
+them and adds x. Of thirteen passes over rows of C channels that a layer after the other takes, five are left. That
+pays where memory bounds the products, up to 256 channels in 16 bits. Backward goes through the norm (the kernel of
+`residual_norm`), makes q, k and v again by torch's product, some frames at a time, and goes through the attention (the
+kernels of `window_attention`).
+"""
+
+import torch
+from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.residual_norm import (
+    add_part,
+    counted,
+    gradient_through_norm,
+    keep,
+    row_scale_of,
+    statistics,
+)
+from deepmsi._triton.window_attention import (
+    EMPTY_KEY,
+    EMPTY_QUERY,
+    LOG2_E,
+    NORM_FLOOR,
+    Windows,
+    factor_of,
+    slots,
+    window_attention_bwd,
+)
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+_ROWS = 64
+# Programs of the first kernel: enough to fill any device several times, few enough that each reads its weights once
+# for many windows. No sum goes over windows, so bits do not depend on it.
+_PROGRAMS = 2048
+# Elements of q, k and v that backward makes again at once.
+_QKV_ELEMENTS = 2**27
+
+
+@triton.jit
+def _inverse_norm(x):
+    """Return 1 / norm of each row as far as 16 bits need it, the norm floored as `normalize` does."""
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), NORM_FLOOR * NORM_FLOOR))
+
+
+@triton.jit
+def _attend_kernel(
+    x_ptr,
+    qkv_ptr,
+    qkv_bias_ptr,
+    table_ptr,
+    head_scale_ptr,
+    map_ptr,
+    attended_ptr,
+    scale,
+    windows,
+    chunks,
+    height,
+    width,
+    shift,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BIASED: tl.constexpr,
+    COSINE: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend for one head of a chunk of windows, from x to before the projection."""
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    HEADS: tl.constexpr = CHANNELS // DEPTH
+    head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
+    depth = tl.arange(0, BLOCK_D)
+    mine = depth < DEPTH
+    unit = head * DEPTH + depth
+    to_q = tile(qkv_ptr, unit, mine, column, CHANNELS, DTYPE, UPCAST)
+    to_k = tile(qkv_ptr, unit + CHANNELS, mine, column, CHANNELS, DTYPE, UPCAST)
+    to_v = tile(qkv_ptr, unit + 2 * CHANNELS, mine, column, CHANNELS, DTYPE, UPCAST)
+    to_q_more = tile(qkv_ptr, unit, mine, beyond, CHANNELS, DTYPE, UPCAST)
+    to_k_more = tile(qkv_ptr, unit + CHANNELS, mine, beyond, CHANNELS, DTYPE, UPCAST)
+    to_v_more = tile(qkv_ptr, unit + 2 * CHANNELS, mine, beyond, CHANNELS, DTYPE, UPCAST)
+    q_bias = tl.zeros([BLOCK_D], tl.float32)
+    k_bias, v_bias = q_bias, q_bias
+    if BIASED:
+        q_bias = tl.load(qkv_bias_ptr + unit, mask=mine, other=0.0).to(tl.float32)
+        k_bias = tl.load(qkv_bias_ptr + CHANNELS + unit, mask=mine, other=0.0).to(tl.float32)
+        v_bias = tl.load(qkv_bias_ptr + 2 * CHANNELS + unit, mask=mine, other=0.0).to(tl.float32)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE) * LOG2_E
+    slot = tl.arange(0, BLOCK)
+    within = slot < WINDOW * WINDOW
+    code = slot // WINDOW * (2 * WINDOW - 1) + slot % WINDOW
+    entry = head * (2 * WINDOW - 1) * (2 * WINDOW - 1) + 2 * WINDOW * (WINDOW - 1)
+    entry += code[:, None] - code[None, :]
+    bias = tl.load(table_ptr + entry, mask=within[:, None] & within[None, :], other=0.0)
+    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
+    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    for window in range(begin, end):
+        row, kind, _ = slots(map_ptr, window, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        held = kind >= 0 if MASKED else slot >= 0
+        x = tile(x_ptr, row, held, column, CHANNELS, DTYPE, UPCAST)
+        more = tile(x_ptr, row, held, beyond, CHANNELS, DTYPE, UPCAST)
+        q = tl.dot(x, tl.trans(to_q), input_precision="ieee")
+        q = tl.dot(more, tl.trans(to_q_more), q, input_precision="ieee") + q_bias[None, :]
+        k = tl.dot(x, tl.trans(to_k), input_precision="ieee")
+        k = tl.dot(more, tl.trans(to_k_more), k, input_precision="ieee") + k_bias[None, :]
+        logits = tl.dot(narrowed(q, DTYPE, UPCAST), tl.trans(narrowed(k, DTYPE, UPCAST)), input_precision="ieee")
+        if COSINE:
+            logits = logits * (_inverse_norm(q) * factor)[:, None] * _inverse_norm(k)[None, :] + bias
+        else:
+            logits = logits * factor + bias
+        if MASKED:
+            seen = kind[:, None] == tl.where(held, kind, EMPTY_KEY)[None, :]
+            logits = tl.where(seen, logits, float("-inf"))
+        top = tl.where(held, tl.max(logits, 1), 0.0)
+        p = tl.exp2(logits - top[:, None])
+        inverse = 1.0 / tl.where(held, tl.sum(p, 1), 1.0)
+        v = tl.dot(x, tl.trans(to_v), input_precision="ieee")
+        v = tl.dot(more, tl.trans(to_v_more), v, input_precision="ieee") + v_bias[None, :]
+        out = tl.dot(narrowed(p, DTYPE, UPCAST), narrowed(v, DTYPE, UPCAST), input_precision="ieee")
+        at = row[:, None] * CHANNELS + unit[None, :]
+        tl.store(attended_ptr + at, (out * inverse[:, None]).to(DTYPE), mask=held[:, None] & mine[None, :])
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr,
+    attended_ptr,
+    proj_ptr,
+    proj_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    offset_ptr,
+    y_ptr,
+    branch_ptr,
+    rows,
+    frames,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEPT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y = x + s · LN(P attended + p) for a block of rows; what the norm reads is written where it is KEPT."""
+    DTYPE: tl.constexpr = proj_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
+    counts = row < counted(offset_ptr, frames, rows, PACKED)
+    branch = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    branch_more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
+    for first in range(0, CHANNELS, BLOCK_K):
+        unit = first + tl.arange(0, BLOCK_K)
+        attended = tile(attended_ptr, row, counts, unit, CHANNELS, DTYPE, UPCAST)
+        proj = tile(proj_ptr, column, column < CHANNELS, unit, CHANNELS, DTYPE, UPCAST)
+        proj_more = tile(proj_ptr, beyond, beyond < CHANNELS, unit, CHANNELS, DTYPE, UPCAST)
+        branch = tl.dot(attended, tl.trans(proj), branch, input_precision="ieee")
+        branch_more = tl.dot(attended, tl.trans(proj_more), branch_more, input_precision="ieee")
+    branch += vector(proj_bias_ptr, column, CHANNELS)[None, :]
+    branch_more += vector(proj_bias_ptr, beyond, CHANNELS)[None, :]
+    if KEPT:
+        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        keep(branch_ptr, branch_more, row, rows, counts, beyond, CHANNELS)
+    mean, inverse = statistics(branch, branch_more, column, beyond, CHANNELS, eps)
+    norm = (weight_ptr, bias_ptr, mean, inverse, row_scale_of(scale_ptr, row, counts, SCALED))
+    add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
+    add_part(x_ptr, y_ptr, branch_more, norm, row, rows, counts, beyond, CHANNELS)
+
+
+def residual_window_attention_fwd(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_scale: Tensor | None,
+    eps: float,
+    bias_table: Tensor,
+    head_scale: Tensor | None,
+    scale: float,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: int,
+    height: int,
+    width: int,
+    window: int,
+    shift: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y [R, C] in the type of x, and in that of the weights what the norm and the projection read, or [0, C]."""
+    with torch.cuda.device_of(x):
+        x = x.contiguous()
+        rows, channels = x.shape
+        dtype = qkv_weight.dtype
+        layout = (positions, cu_seqlens, heads, height, width, window, shift)
+        call = Windows(rows, channels, dtype, bias_table, head_scale, *layout)
+        attended = x.new_empty((rows, channels), dtype=dtype)
+        call.zero_tail(attended)
+        if call.windows:
+            chunks = min(call.windows, triton.cdiv(_PROGRAMS, heads))
+            _attend_kernel[(chunks * heads,)](
+                x,
+                qkv_weight.contiguous(),
+                None if qkv_bias is None else qkv_bias.contiguous(),
+                call.bias,
+                call.head_scale,
+                call.map,
+                attended,
+                scale,
+                call.windows,
+                chunks,
+                height,
+                width,
+                shift,
+                CHANNELS=channels,
+                BIASED=qkv_bias is not None,
+                **in_two(channels),
+                **call.constants,
+                num_warps=call.warps(4),
+                num_stages=2,
+            )
+        y = torch.empty_like(x)
+        branch = attended.new_empty((rows if with_grad else 0, channels))
+        if rows:
+            _project_kernel[(triton.cdiv(rows, _ROWS),)](
+                x,
+                attended,
+                proj_weight.contiguous(),
+                proj_bias.contiguous(),
+                norm_weight.contiguous(),
+                norm_bias.contiguous(),
+                None if row_scale is None else row_scale.contiguous(),
+                call.cu_seqlens,
+                y,
+                branch,
+                rows,
+                call.frames,
+                eps,
+                CHANNELS=channels,
+                BLOCK_ROWS=_ROWS,
+                **in_two(channels),
+                BLOCK_K=32,
+                SCALED=row_scale is not None,
+                PACKED=cu_seqlens is not None,
+                KEPT=with_grad,
+                UPCAST=call.constants["UPCAST"],
+                num_warps=4,
+                num_stages=3,
+            )
+        return y, branch, attended if with_grad else attended.new_empty((0, channels))
+
+
+def residual_window_attention_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    attended: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_scale: Tensor | None,
+    eps: float,
+    bias_table: Tensor,
+    head_scale: Tensor | None,
+    scale: float,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: int,
+    height: int,
+    width: int,
+    window: int,
+    shift: int,
+    wants_layers: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x [R, C], both layers' weights and biases, the norm's, bias_table and head_scale.
+
+    x is in the weights' type. Those of the layers are empty where they are not wanted; without a qkv_bias or head_scale
+    theirs mean nothing.
+    """
+    with torch.cuda.device_of(x):
+        grad_y = grad_y.contiguous()
+        scales = None if row_scale is None else row_scale.contiguous()
+        offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        grad_branch, grad_norm, grad_norm_bias = gradient_through_norm(
+            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps
+        )
+        rows, channels = x.shape
+        if offsets is not None:
+            # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
+            x = torch.where((torch.arange(rows, device=x.device) < offsets[-1])[:, None], x, 0)
+        grad_x = torch.empty_like(grad_y)
+        weights = (qkv_weight, qkv_weight[:, 0], proj_weight) if wants_layers else ()
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        grad_table = torch.zeros_like(bias_table, memory_format=torch.contiguous_format)
+        grad_scale = bias_table.new_zeros(heads)
+        for part in _parts(rows, 3 * channels, None if cu_seqlens is not None else height * width):
+            q_k_v = torch.nn.functional.linear(x[part], qkv_weight, qkv_bias)
+            through = (grad_branch[part] @ proj_weight, q_k_v, attended[part], attended[:0])
+            layout = (positions, cu_seqlens, heads, height, width, window, shift)
+            grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)
+            grad_table += of_table
+            grad_scale += of_scale
+            if wants_layers:
+                sums[0] += grad_qkv.t() @ x[part]
+                sums[1] += grad_qkv.sum(0, dtype=torch.float32)
+                sums[2] += grad_branch[part].t() @ attended[part]
+            torch.add(grad_y[part], grad_qkv @ qkv_weight, out=grad_x[part])
+        if wants_layers:
+            layers = [total.to(qkv_weight.dtype) for total in sums]
+            layers.append(grad_branch.sum(0, dtype=torch.float32).to(proj_bias.dtype))
+        else:
+            layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
+        return grad_x, *layers, grad_norm, grad_norm_bias.to(norm_bias.dtype), grad_table, grad_scale
+
+
+def _parts(rows: int, width: int, of_frame: int | None) -> list[slice]:
+    """Return the rows in as few parts of about as many whole frames as keep what is made again in bounds.
+
+    All of them where frames differ in length, which only the device knows.
+    """
+    if of_frame is None or not rows:
+        return [slice(0, rows)] if rows else []
+    frames = rows // of_frame
+    count = min(frames, triton.cdiv(rows * width, _QKV_ELEMENTS))
+    size = triton.cdiv(frames, count) * of_frame
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
