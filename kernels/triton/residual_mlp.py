@@ -49,8 +49,8 @@ def _gelu(x, DTYPE: tl.constexpr):
     """Return gelu(x) in float32, exact enough to be rounded to DTYPE."""
     if DTYPE == tl.float32:  # noqa: SIM300
         return 0.5 * x * (1.0 + tl.erf(x * HALF_ROOT))
-    tail, _ = _tail(x)
-    return tl.maximum(x, 0.0) - tl.abs(x) * tail
+    tail, size, _ = _tail(x)
+    return tl.maximum(x, 0.0) - size * tail
 
 
 @triton.jit
@@ -59,30 +59,30 @@ def _gelu_and_slope(x, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:  # noqa: SIM300
         below = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
         return x * below, below + x * DENSITY * tl.exp(-0.5 * x * x)
-    tail, bell = _tail(x)
+    tail, _, bell = _tail(x)
     below = tl.where(x > 0.0, 1.0 - tail, tail)
     return x * below, below + x * DENSITY * bell
 
 
 @triton.jit
 def _tail(x):
-    """Return the normal distribution's mass below -|x|, and exp(-x²/2), its density's shape.
+    """Return the normal distribution's mass below -|x|, |x| up to 6, and exp(-x²/2), its density's shape.
 
     Their ratio is smooth: a polynomial of it is off by 1e-4 of it at most up to |x| = 6, a fifth of a rounding to
     float16, in half the instructions of erf. From there on, where gelu is below 1e-8 or x itself, it is held.
     """
     bell = tl.exp2(x * x * -HALF_LOG2_E)
-    t = tl.minimum(tl.abs(x), 6.0)
-    ratio = 1.8358622e-05 - 5.601584e-07 * t
-    ratio = ratio * t - 0.0002632126
-    ratio = ratio * t + 0.002182631
-    ratio = ratio * t - 0.011712532
-    ratio = ratio * t + 0.04343954
-    ratio = ratio * t - 0.117399715
-    ratio = ratio * t + 0.24298333
-    ratio = ratio * t - 0.39762118
-    ratio = ratio * t + 0.49995506
-    return ratio * bell, bell
+    size = tl.minimum(tl.abs(x), 6.0)
+    ratio = 1.8358622e-05 - 5.601584e-07 * size
+    ratio = ratio * size - 0.0002632126
+    ratio = ratio * size + 0.002182631
+    ratio = ratio * size - 0.011712532
+    ratio = ratio * size + 0.04343954
+    ratio = ratio * size - 0.117399715
+    ratio = ratio * size + 0.24298333
+    ratio = ratio * size - 0.39762118
+    ratio = ratio * size + 0.49995506
+    return ratio * bell, size, bell
 
 
 @triton.jit
