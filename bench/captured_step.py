@@ -1,8 +1,8 @@
 """A whole training step as one CUDA graph, against the same step as it is and with the video branch alone captured.
 
 `python bench/captured_step.py --utterances 16` times forward, loss, backward and AdamW at the released schedule under
-bfloat16 autocast, checks first that all sides take the same step, and prints one JSON document. It needs a GPU, and has
-not run on one yet. A captured whole step is here and not in the trainer: it wants an optimizer that keeps its step
+bfloat16 autocast, checks first that all sides take the same step, and prints one JSON document. Inference stands beside
+it, of one utterance and of all, as it is and as one graph. It needs a GPU, and has not run on one yet. A captured whole step is here and not in the trainer: it wants an optimizer that keeps its step
 count on the device, every batch of one size, and nothing read on the host, so no clipping that looks at a norm, no
 accumulation and no second process.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepmsi import DeepMSI, DeepMSIConfig
-from deepmsi.models.graphs import WARMUP, VideoGraphs, why_not_training
+from deepmsi.models.graphs import WARMUP, CapturedInference, VideoGraphs, why_not_training
 
 Batch = dict[str, Tensor]
 
@@ -111,6 +111,24 @@ def batch_of(model: DeepMSI, utterances: int, seed: int, device: str) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def inference(model: DeepMSI, utterances: int, turns: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call on so many utterances, under autocast and with bfloat16 weights, eager and captured."""
+    found = {}
+    for narrow in (False, True):
+        own = copy.deepcopy(model).to(torch.bfloat16 if narrow else torch.float32).eval()
+        batch = batch_of(model, utterances, 4, "cuda")
+        del batch["labels"]
+        for name, tensor in batch.items():
+            batch[name] = tensor.bfloat16() if narrow and tensor.is_floating_point() else tensor
+        captured = CapturedInference(own)
+        with torch.autocast("cuda", torch.bfloat16, enabled=not narrow), torch.inference_mode():
+            torch.testing.assert_close(captured(**batch), own(**batch).logits, rtol=2e-2, atol=2e-2)
+            kind = "bfloat16 weights" if narrow else "autocast"
+            found[f"{kind}, eager"] = milliseconds(lambda held, own=own: own(**held).logits, batch, turns)
+            found[f"{kind}, graph"] = milliseconds(lambda held, captured=captured: captured(**held), batch, turns)
+    return found
+
+
 def milliseconds(step: Callable[[Batch], Tensor], batch: Batch, turns: int) -> dict[str, float]:
     """Median, 20th and 80th percentile of a step's time by events on the device."""
     times = []
@@ -159,6 +177,7 @@ def main() -> int:
         "preset": chosen.preset,
         "recompute": chosen.recompute,
         "milliseconds": found,
+        "inference": {str(n): inference(first.cuda(), n, chosen.turns) for n in sorted({1, chosen.utterances})},
     }
     print(json.dumps(document, indent=1))
     return 0

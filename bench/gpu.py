@@ -110,7 +110,7 @@ def testing(options: argparse.Namespace) -> list[Part]:
     modules = pytest_of(on, "tests/nn", processes=few)
     files = [f"tests/models/test_{name}.py" for name in ("synchronisation", "graphs")]
     model = pytest_of("waited_for_nowhere or on_a_gpu", *files, processes=few)
-    alone = {"OMP_NUM_THREADS": "1"}
+    alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return [
         Part("test", "CUDA graphs, waiting", graphs, 90, alone),
         Part("test", "operations", operations, 220, alone),
@@ -133,17 +133,23 @@ def sanitizing(options: argparse.Namespace) -> list[Part]:
 
 
 def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
-    """Every operation, and the model where nothing is compiled. A compiled baseline is the same beside each backend."""
+    """The model and its captured step first, where nothing is compiled, and every operation.
+
+    They are what most depends on, should the time run out. A compiled baseline is the same beside each backend.
+    """
     command = [*PYTEST, "--benchmark-only", "--device", options.device]
     command += ["--smallest"] if options.smallest else []
     command += ["--compile", *(["-k", "triton"] if options.device == "cuda" else [])] if compiled else []
-    names = BENCHES[:1] if options.smallest else BENCHES if compiled else (*BENCHES, "model")
+    names = BENCHES[:1] if options.smallest else BENCHES if compiled else ("model", *BENCHES)
     step, limit = ("compile", 150) if compiled else ("bench", 120)
     parts = [Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names]
     if options.device == "cuda" and not compiled:
-        # Its three sides hold their memory at the same time. What it measures stands in the log.
-        captured = [sys.executable, "bench/captured_step.py", "--utterances", "4"]
-        parts.append(Part(step, "captured step", captured, limit, refusal="No module named 'pydantic'"))
+        # What it measures stands in the log.
+        captured = [sys.executable, "bench/captured_step.py", "--utterances", "2" if options.smallest else "16"]
+        parts.insert(0, Part(step, "captured step", captured, limit, refusal="No module named 'pydantic'"))
+    if options.device == "cuda" and compiled and not options.smallest:
+        model = [*PYTEST, "--benchmark-only", "--device", "cuda", "--compile", "-k", "video and released-16"]
+        parts.insert(0, Part(step, "model", [*model, "bench/bench_model.py"], 200))
     return parts
 
 
