@@ -36,7 +36,7 @@ from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows
 
 RESULTS = Path(__file__).parent / "results"
 # Shared memory that one block may take, in bytes.
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 # Kernels whose warps may compute a product more than once: four of them read weights for a tile of 16 x 16.
 REPEATS = {("dilated_causal_conv1d", "_forward_kernel"): 2, ("dilated_causal_conv1d", "_grad_x_kernel"): 2}
 
@@ -167,6 +167,19 @@ def _attention(dtype: torch.dtype, packed: bool, channels: int, shift: int) -> T
     return ops.residual_window_attention(x, *weights, heads, (side, side), 8, shift, **where).float().sum()
 
 
+def _cells(dtype: torch.dtype, patches: bool, channels: int) -> Tensor:
+    """Patches of a frame, or the 2 x 2 cells of tokens of half as many channels, in float32 as autocast has them."""
+    if patches:
+        x = torch.zeros(1, 3, 8, 4, 8, 4, dtype=dtype).permute(0, 2, 4, 1, 3, 5)
+    else:
+        x = torch.zeros(1, 8, 2, 8, 2, channels // 2, requires_grad=True).permute(0, 1, 3, 4, 2, 5)
+    depth = x.shape[3] * x.shape[4] * x.shape[5]
+    weight = torch.zeros(channels, depth, dtype=dtype, requires_grad=True)
+    norm = [torch.zeros(channels, requires_grad=True) for _ in range(2)]
+    operator = torch.ops.deepmsi.project_cells_triton_fwd
+    return operator(x, weight, weight[:, 0] if patches else None, *norm, None, 1e-5, True)[0].sum()
+
+
 def _norm(dtype: torch.dtype, channels: int) -> Tensor:
     x, branch = (torch.zeros(256, channels, dtype=dtype, requires_grad=True) for _ in range(2))
     weight, bias = (torch.zeros(channels, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -192,10 +205,16 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("residual_norm", "4096 channels", lambda d: _norm(d, 4096), False),
     ("residual_mlp", "96 channels", lambda d: _mlp(d, False, 96), True),
     ("residual_mlp", "packed, 192 channels", lambda d: _mlp(d, True, 192), True),
+    ("residual_mlp", "128 channels", lambda d: _mlp(d, False, 128), False),
+    ("residual_mlp", "256 channels", lambda d: _mlp(d, False, 256), False),
     ("residual_mlp", "packed, 384 channels", lambda d: _mlp(d, True, 384), True),
     ("residual_window_attention", "96 channels", lambda d: _attention(d, False, 96, 0), True),
     ("residual_window_attention", "shifted, 192 channels", lambda d: _attention(d, False, 192, 4), True),
+    ("residual_window_attention", "128 channels", lambda d: _attention(d, False, 128, 0), False),
     ("residual_window_attention", "packed, 256 channels", lambda d: _attention(d, True, 256, 4), False),
+    ("project_cells", "patches of 4 x 4, 96 channels", lambda d: _cells(d, True, 96), True),
+    ("project_cells", "2 x 2 tokens, 192 channels", lambda d: _cells(d, False, 192), True),
+    ("project_cells", "2 x 2 tokens, 256 channels", lambda d: _cells(d, False, 256), False),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -336,7 +355,7 @@ def table(rows: list[Resources]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what they take.")
     parser.add_argument("--op", choices=backend.OPS, help="one operation only; writes nothing")
-    parser.add_argument("--targets", default="80,90,100", help="compute capabilities, by commas; 90 with --quick")
+    parser.add_argument("--targets", default="80,89,90,100", help="compute capabilities, by commas; 90 with --quick")
     parser.add_argument("--quick", action="store_true", help="main cases, float32 and bfloat16; writes nothing")
     options = parser.parse_args()
     targets = [90] if options.quick else [int(t) for t in options.targets.split(",")]

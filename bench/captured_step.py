@@ -1,10 +1,11 @@
 """A whole training step as one CUDA graph, against the same step as it is and with the video branch alone captured.
 
 `python bench/captured_step.py --utterances 16` times forward, loss, backward and AdamW at the released schedule under
-bfloat16 autocast, checks first that all sides take the same step, and prints one JSON document. Inference stands beside
-it, of one utterance and of all, as it is and as one graph. It needs a GPU, and has not run on one yet. A captured whole step is here and not in the trainer: it wants an optimizer that keeps its step
-count on the device, every batch of one size, and nothing read on the host, so no clipping that looks at a norm, no
-accumulation and no second process.
+bfloat16 autocast, checks first that all sides take the same step, and prints one JSON document. Inference stands
+beside it, of one utterance and of all, as it is and as one graph. It needs a GPU, and has not run on one yet. A
+captured whole step is here and not in the trainer: it wants an optimizer that keeps its step count on the device,
+every batch of one size, and nothing read on the host, so no clipping that looks at a norm, no accumulation and no
+second process.
 """
 
 import argparse

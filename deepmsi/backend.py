@@ -103,13 +103,23 @@ def _at_most(channels: int) -> Callable[[dict[str, int]], str | None]:
     return limit
 
 
+def _few_outputs(facts: dict[str, int]) -> str | None:
+    """Refuse what does not fit a program that holds whole rows of what comes out."""
+    return "rows of what comes out may have 256 channels at most" if facts.get("outputs", 0) > 256 else None
+
+
 def _narrow_windows(facts: dict[str, int]) -> str | None:
     """Refuse what the attention half's kernels do not hold: whole rows, and windows and heads of one tile."""
     if facts.get("channels", 0) > 256:
         return "rows may have 256 channels at most"
     if facts.get("window", 0) > 8:
         return "windows may have 8 x 8 slots at most"
-    return "heads may have 64 channels at most" if facts.get("head_dim", 0) > 64 else None
+    return "heads may have 32 channels at most" if facts.get("head_dim", 0) > 32 else None
+
+
+def _has_large_windows(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
+    """Whether a window fills the tile of a program, which reads a head's weights for it; from counts, not measured."""
+    return facts.get("window", 8) > 4
 
 
 # One line per operation and backend. A sibling kernel registers here.
@@ -125,6 +135,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
+    ("project_cells", "triton"): Kernel((torch.bfloat16, torch.float16), ("cuda", "cpu"), _few_outputs),
     ("residual_norm", "cpp"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(2048)
     ),
@@ -136,7 +147,9 @@ KERNELS: dict[tuple[str, str], Kernel] = {
         (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096), _has_tensor_cores
     ),
     ("residual_window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
-    ("residual_window_attention", "triton"): Kernel((torch.bfloat16, torch.float16), ("cuda", "cpu"), _narrow_windows),
+    ("residual_window_attention", "triton"): Kernel(
+        (torch.bfloat16, torch.float16), ("cuda", "cpu"), _narrow_windows, _has_large_windows
+    ),
 }
 
 

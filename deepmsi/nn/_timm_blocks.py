@@ -268,7 +268,8 @@ class FusedPatchMerging(HoldsConstants, PatchMerging):
         reduction: Any = self.reduction
         norm: Any = self.norm
         even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        if not (even and fuses("project_cells", x) and plain(x, norm, bare=(reduction,))):
+        usual = even and plain(x, norm, bare=(reduction,))
+        if not (usual and fuses("project_cells", x, outputs=reduction.out_features)):
             return super().forward(x)
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         laid_out = None if self.constants is None else self.constants.of_layers(reduction)

@@ -112,12 +112,17 @@ class LaidOut(Fixed[tuple[Tensor, ...]]):
         self.forget()
         weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
         read = [w for w in weights if w.device.type == "cpu" and w.dtype in (torch.float32, autocast_type(w))]
-        if len(read) == len(layers) and all(fuses(op, w, casts=True) for w in read):
+        if len(read) == len(layers) and all(_by_cpp(op, w) for w in read):
             self.fix(lambda: tuple(pack_weight(w, autocast_type(w)) for w in weights), *weights)
 
     def of_layers(self, *layers: Any) -> tuple[Tensor, ...] | None:
         """Return what stands for the weights of these layers, as :meth:`of` does."""
         return None if self._value is None else self.of(*(layer.weight for layer in layers))
+
+
+def _by_cpp(op: str, weight: Tensor) -> bool:
+    """Whether the C++ kernel is to compute ``op`` from a weight on the CPU."""
+    return fuses(op, weight, casts=True) and backend.resolve(op, None, "cpu", autocast_type(weight)) == "cpp"
 
 
 class HoldsConstants(nn.Module):

@@ -480,7 +480,7 @@ class PatchEmbed(HoldsConstants):
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""
         proj, norm = self.proj, self.norm
-        if fuses("project_cells", frames, casts=True) and plain(frames, proj, norm):
+        if plain(frames, proj, norm) and fuses("project_cells", frames, casts=True, outputs=proj.out_channels):
             (height, width), (_, _, rows, columns) = proj.kernel_size, frames.shape
             cells = frames.unflatten(2, (rows // height, height)).unflatten(4, (columns // width, width))
             cells = cells.permute(0, 2, 4, 1, 3, 5)
@@ -537,9 +537,10 @@ class PatchMerging(HoldsConstants):
 
     def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
-        if fuses("project_cells", cells, casts=True) and plain(cells, self.norm, bare=(self.reduction,)):
-            norm = self.norm
-            weights = (self.reduction.weight, None, norm.weight, norm.bias)
+        norm, reduction = self.norm, self.reduction
+        usual = plain(cells, norm, bare=(reduction,))
+        if usual and fuses("project_cells", cells, casts=True, outputs=reduction.out_features):
+            weights = (reduction.weight, None, norm.weight, norm.bias)
             return project_cells(cells, *weights, cu_seqlens=cu_seqlens, eps=norm.eps, packed=self.laid_out())
         return normed(self.norm, self.reduction(cells.flatten(3)))
 

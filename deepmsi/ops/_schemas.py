@@ -351,7 +351,8 @@ _register(
 
 # --- project_cells
 # Forward: x [F, H, W, A, B, c], read where it lies, a weight of its type or in float32, which is rounded, and vectors
-# of either; y [R, C] for R = F·H·W. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows
+# of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and gives y in
+# that of the norm. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows
 # past the last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x
 # does, and is empty where it is not wanted; those of the biases and of the norm are in float32.
 
@@ -366,9 +367,14 @@ _CELLS_BACKWARD = (
 )
 
 
-def _cells_fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
+def _cells_fake_forward_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
     rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
     return x.new_empty((rows, channels)), x.new_empty((rows if rest[-1] else 0, channels))
+
+
+def _cells_fake_forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
+    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
+    return norm_weight.new_empty((rows, channels)), weight.new_empty((rows if rest[-1] else 0, channels))
 
 
 def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
@@ -382,7 +388,9 @@ def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.dtypes = [None if vector is None else vector.dtype for vector in (bias, norm_weight, norm_bias)]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, norm_weight, cu_seqlens)
+    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(narrow, output[1], weight, norm_weight, cu_seqlens)
 
 
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -391,18 +399,28 @@ def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...
     wants_x = ctx.needs_input_grad[0]
     grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
     vectors = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
-    return (grad_x if wants_x else None, grad_weight, *vectors, None, None, None)
+    return (grad_x.to(ctx.x_dtype) if wants_x else None, grad_weight, *vectors, None, None, None)
 
 
 _register(
     "project_cells",
     _CELLS_FORWARD,
     _CELLS_BACKWARD,
-    _cells_fake_forward,
+    _cells_fake_forward_cpp,
     _cells_fake_backward,
     _cells_setup_context,
     _cells_gradient,
     backends=("cpp",),
+)
+_register(
+    "project_cells",
+    _CELLS_FORWARD,
+    _CELLS_BACKWARD,
+    _cells_fake_forward_triton,
+    _cells_fake_backward,
+    _cells_setup_context,
+    _cells_gradient,
+    backends=("triton",),
 )
 
 

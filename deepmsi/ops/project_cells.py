@@ -53,7 +53,7 @@ def project_cells(
         eps: Added to the variance.
         packed: The weight as ``pack_weight`` gives it for the type that the product is in; read in its place
             where ``cpp`` runs and no gradient is wanted.
-        backend: ``reference``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
+        backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
         [F, H, W, C].
@@ -79,14 +79,23 @@ def project_cells(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
-    x = autocast(x)
+    own, x = x, autocast(x)
     cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), weight=weight, bias=bias)
     if x.dtype != dtype:
         raise ValueError(f"{_OP}: x and weight must be of one type, not {x.dtype} and {dtype}")
-    if resolve(_OP, backend, x.device.type, dtype, mixed=mixed) == "reference":
+    chosen = resolve(_OP, backend, x.device.type, dtype, mixed=mixed, outputs=channels)
+    if chosen == "reference":
         weight, bias = cast
         with without_autocast(x.device.type):
             y = reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
+        return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
+    if chosen == "triton":
+        # The kernel rounds x while it reads it.
+        with_grad = needs_grad(own, weight, bias, norm_weight, norm_bias)
+        y, _ = torch.ops.deepmsi.project_cells_triton_fwd(
+            own, *cast, norm_weight, norm_bias, cu_seqlens, eps, with_grad
+        )
+        y = y.view(*x.shape[:3], channels)
         return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
     weight, bias = unrounded((weight, bias), cast)
     with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)

@@ -35,3 +35,8 @@ def in_two(channels: int) -> dict[str, int]:
     """Return the widths of the two parts that cover so many columns."""
     first = max(16, triton.next_power_of_2(channels) // 2)
     return {"BLOCK_C": first, "BLOCK_MORE": max(16, triton.next_power_of_2(channels - first))}
+
+
+def stages(channels: int) -> int:
+    """Return how many turns' operands of so many columns lie in shared memory at once, by what smaller cards have."""
+    return 2 if channels <= 192 else 1

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.operands import in_two, narrowed, stages, tile, vector
 from deepmsi._triton.residual_norm import (
     add_normed,
     add_part,
@@ -30,9 +30,9 @@ import triton.language as tl
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _MOST_FUSED = 256
-# Rows and hidden channels at a time; those whose sums over rows a program holds are the rows of its products.
+# Rows and hidden channels at a time, and rows where a program holds sums over them.
 _ROWS, _UNITS = 64, 32
-_SUMMED_ROWS, _SUMMED_UNITS = 32, 64
+_SUMMED_ROWS = 32
 # Programs that sum over rows; it depends on nothing of the device, so that bits do not either.
 _SUMMING_PROGRAMS = 1024
 # Elements of the hidden rows that live at once in a wide layer.
@@ -68,8 +68,8 @@ def _gelu_and_slope(x, DTYPE: tl.constexpr):
 def _tail(x):
     """Return the normal distribution's mass below -|x|, |x| up to 6, and exp(-x²/2), its density's shape.
 
-    Their ratio is smooth: a polynomial of it is off by 1e-4 of it at most up to |x| = 6, a fifth of a rounding to
-    float16, in half the instructions of erf. From there on, where gelu is below 1e-8 or x itself, it is held.
+    Their ratio is smooth: a polynomial of it is off by 1e-4 of it up to |x| = 5, a fifth of a rounding to float16, and
+    by 2.5e-4 at 6, in half the instructions of erf. From there on, where gelu is below 1e-8 or x itself, it is held.
     """
     bell = tl.exp2(x * x * -HALF_LOG2_E)
     size = tl.minimum(tl.abs(x), 6.0)
@@ -346,6 +346,15 @@ class _Layer:
     def fused(self) -> bool:
         return self.channels <= _MOST_FUSED and self.dtype != torch.float32
 
+    @property
+    def summed_units(self) -> int:
+        """Return the hidden channels whose sums over rows a program holds; they are the rows of its products.
+
+        64 are those of a tensor core of Hopper; of the sums of 128 or 256 channels they would fill all registers.
+        """
+        widths = in_two(self.channels)
+        return 64 if widths["BLOCK_MORE"] < widths["BLOCK_C"] else 32
+
     def constants(self, rows: int, units: int) -> dict[str, Any]:
         """Return the constants of a fused kernel that takes so many rows and hidden channels at a time."""
         return {
@@ -358,7 +367,7 @@ class _Layer:
             "UPCAST": self.upcast,
             # One for each 16 rows: more would repeat the products, whose second reads whole rows of the first.
             "num_warps": 4,
-            "num_stages": 2,
+            "num_stages": stages(self.channels),
         }
 
     def parts(self, rows: int) -> list[slice]:
@@ -492,7 +501,7 @@ def _fused_gradients(
     _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
     if not wants_layers:
         return (grad_x,)
-    blocks, parts = triton.cdiv(rows, _SUMMED_ROWS), triton.cdiv(layer.hidden, _SUMMED_UNITS)
+    blocks, parts = triton.cdiv(rows, _SUMMED_ROWS), triton.cdiv(layer.hidden, layer.summed_units)
     chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, parts))
     sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
     bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
@@ -506,7 +515,7 @@ def _fused_gradients(
         layer.frames,
         blocks,
         chunks,
-        **layer.constants(_SUMMED_ROWS, _SUMMED_UNITS),
+        **layer.constants(_SUMMED_ROWS, layer.summed_units),
     )
     grad_fc1, grad_fc2 = (part.sum(0).to(layer.dtype) for part in sums)
     return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()

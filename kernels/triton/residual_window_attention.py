@@ -9,7 +9,7 @@ kernels of `window_attention`).
 """
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.operands import in_two, narrowed, stages, tile, vector
 from deepmsi._triton.residual_norm import (
     add_part,
     counted,
@@ -22,9 +22,9 @@ from deepmsi._triton.window_attention import (
     EMPTY_KEY,
     EMPTY_QUERY,
     LOG2_E,
-    NORM_FLOOR,
     Windows,
     factor_of,
+    inverse_norm,
     slots,
     window_attention_bwd,
 )
@@ -39,12 +39,6 @@ _ROWS = 64
 _PROGRAMS = 2048
 # Elements of q, k and v that backward makes again at once.
 _QKV_ELEMENTS = 2**27
-
-
-@triton.jit
-def _inverse_norm(x):
-    """Return 1 / norm of each row as far as 16 bits need it, the norm floored as `normalize` does."""
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), NORM_FLOOR * NORM_FLOOR))
 
 
 @triton.jit
@@ -113,9 +107,10 @@ def _attend_kernel(
         q = tl.dot(more, tl.trans(to_q_more), q, input_precision="ieee") + q_bias[None, :]
         k = tl.dot(x, tl.trans(to_k), input_precision="ieee")
         k = tl.dot(more, tl.trans(to_k_more), k, input_precision="ieee") + k_bias[None, :]
-        logits = tl.dot(narrowed(q, DTYPE, UPCAST), tl.trans(narrowed(k, DTYPE, UPCAST)), input_precision="ieee")
+        q, k = narrowed(q, DTYPE, UPCAST), narrowed(k, DTYPE, UPCAST)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if COSINE:
-            logits = logits * (_inverse_norm(q) * factor)[:, None] * _inverse_norm(k)[None, :] + bias
+            logits = logits * (inverse_norm(q, COSINE) * factor)[:, None] * inverse_norm(k, COSINE)[None, :] + bias
         else:
             logits = logits * factor + bias
         if MASKED:
@@ -233,7 +228,7 @@ def residual_window_attention_fwd(
                 **in_two(channels),
                 **call.constants,
                 num_warps=call.warps(4),
-                num_stages=2,
+                num_stages=stages(channels),
             )
         y = torch.empty_like(x)
         branch = attended.new_empty((rows if with_grad else 0, channels))

@@ -584,7 +584,7 @@ class Windows:
         window: int,
         shift: int,
     ) -> None:
-        self.rows, self.channels, self.dtype = rows, channels, dtype
+        self.rows, self.dtype = rows, dtype
         depth, tile = channels // heads, window * window
         wide = max(16, triton.next_power_of_2(depth))
         # A window of several blocks and wide heads: what a program holds of 64 slots does not fit its registers.

@@ -13,8 +13,7 @@ from deepmsi import backend as backends
 from deepmsi import ops, testing
 from deepmsi.testing import DEVICES, PLACES
 
-# Of this part of a Swin V2 one compiled kernel exists, on one device, and it has tests of its own shape.
-KERNELS = [(op, backend) for op, backend in backends.KERNELS if op != "project_cells"]
+KERNELS = list(backends.KERNELS)
 # The tests that each kernel must have in tests/ops/test_<op>.py, by a part of their name, with its place as parameters.
 PROOF = ("error_budget", "opcheck", "compile", "autocast", "same_bits")
 FAR = 2**29  # elements between rows, of which the fifth lies past 2^31
@@ -83,6 +82,16 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
         def run(*inputs: Tensor) -> Tensor:
             options = {"bias_table": inputs[-1], "backend": backend}
             return ops.residual_window_attention(*inputs[:-1], 2, (16, 8), 8, 4, **options)
+
+        return inputs, run
+    if op == "project_cells":
+        sizes = ((4, 16, 8, 12), (40, 48), (40,), (40,), (40,))
+        dtype = torch.float16 if backend == "triton" else torch.float32
+        inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
+
+        def run(x: Tensor, *weights: Tensor) -> Tensor:
+            cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+            return ops.project_cells(cells, *weights, backend=backend)
 
         return inputs, run
     raise AssertionError(f"{op} has no call here")
@@ -156,6 +165,7 @@ FAR_ROWS = (
     "residual_norm",
     "residual_mlp",
     "residual_window_attention",
+    "project_cells",
 )
 
 
@@ -181,6 +191,8 @@ def test_rows_past_2_to_the_31_are_read(op: str, backend: str, device: str) -> N
             return ops.cross_modal_contrastive(rows, rows.flip(0), labels, backend=backend)
         if op == "residual_norm":
             return ops.residual_norm(rows, rows, draw(48), draw(48), backend=backend)
+        if op == "project_cells":
+            return ops.project_cells(x.view(1, 1, 6, 4, 4, 3), draw(32, 48), *(draw(32),) * 3, backend=backend)
         if op == "residual_window_attention":
             layers = (draw(144, 48), draw(144), draw(48, 48), draw(48), draw(48), draw(48))
             layout = {"positions": places, "cu_seqlens": testing.offsets([3, 3], device)}

@@ -1,4 +1,4 @@
-"""project_cells: the compiled kernel against the reference, in numbers and gradients, on views of every kind."""
+"""project_cells: every backend against the reference, in numbers and gradients, on views of every kind."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deepmsi import backend as backends
 from deepmsi import testing
 from deepmsi.ops import project_cells
-from deepmsi.testing import assert_within_budget, offsets, poisoned_memory, randn, roundings_of
+from deepmsi.testing import REFERENCES, assert_within_budget, offsets, poisoned_memory, randn, roundings_of
 
 EPS = 1e-5
-TYPED = testing.typed_places("project_cells", (torch.float32, torch.bfloat16))
+OP = "project_cells"
+PLACES = testing.places(OP)
+TYPED = testing.typed_places(OP, (torch.float32, torch.bfloat16, torch.float16))
 TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 
 
-@pytest.fixture(autouse=True)
-def _needs_the_kernel() -> None:
-    reason = backends.why_not("project_cells", "cpp", "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+def own_type(backend: str) -> torch.dtype:
+    """Return the widest type that a backend takes."""
+    return torch.float16 if backend == "triton" else torch.float32
 
 
 def patches(frames: Tensor, side: int) -> Tensor:
@@ -54,6 +54,7 @@ def results(
     name: str,
     bias: bool,
     backend: str,
+    device: str,
     dtype: torch.dtype,
     cu_seqlens: Tensor | None = None,
     exact: bool = False,
@@ -63,7 +64,7 @@ def results(
     size, view, channels = CASES[name]
 
     def draw(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        rounded = randn(*shape, seed=seed, scale=scale, dtype=dtype)
+        rounded = randn(*shape, seed=seed, scale=scale, dtype=dtype, device=device)
         return (rounded.double() if exact else rounded).requires_grad_()
 
     x = draw(*size, seed=1)
@@ -77,16 +78,19 @@ def results(
     arguments = [inputs.get(key) for key in ("weight", "bias", "norm_weight", "norm_bias")]
     y = project_cells(cells, *arguments, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
     assert y.shape == (*cells.shape[:3], channels)
-    grad = randn(*y.shape, seed=20, dtype=dtype).to(y.dtype)
+    grad = randn(*y.shape, seed=20, dtype=dtype, device=device).to(y.dtype)
     grads = torch.autograd.grad(y, tuple(inputs.values()), grad)
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
-def assert_budget(name: str, bias: bool, backend: str, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+def assert_budget(
+    name: str, bias: bool, backend: str, device: str, dtype: torch.dtype, **options: Any
+) -> dict[str, Tensor]:
+    testing.need(OP, backend, device, dtype)
     with poisoned_memory():
-        got = results(name, bias, backend, dtype, **options)
-    low = results(name, bias, "reference", dtype, **options)
-    exact = results(name, bias, "reference", dtype, exact=True, **options)
+        got = results(name, bias, backend, device, dtype, **options)
+    low = results(name, bias, "reference", device, dtype, **options)
+    exact = results(name, bias, "reference", device, dtype, exact=True, **options)
     for key, wanted in exact.items():
         assert got[key].dtype == low[key].dtype
         roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[key])
@@ -98,24 +102,27 @@ def assert_budget(name: str, bias: bool, backend: str, dtype: torch.dtype, **opt
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str, bias: bool) -> None:
-    assert_budget(name, bias, backend, dtype)
+    assert_budget(name, bias, backend, device, dtype)
 
 
 @pytest.mark.parametrize("name", ["patches", "odd_tokens"])
-def test_a_norm_in_float32_keeps_the_error_budget(name: str) -> None:
-    assert_budget(name, True, "cpp", torch.bfloat16, norms=torch.float32)
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_norm_in_float32_keeps_the_error_budget(backend: str, device: str, name: str) -> None:
+    assert_budget(name, True, backend, device, torch.bfloat16, norms=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_autocast_takes_all_but_the_norm_in_its_type(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_autocast_takes_all_but_the_norm_in_its_type(backend: str, device: str) -> None:
+    testing.need(OP, backend, device, torch.bfloat16)
     narrow, wide = [], []
     for found, chosen in ((narrow, backend), (wide, "reference")):
         leaves = [randn(2, 4, 4, 8, seed=1), randn(6, 32, seed=2, scale=0.2), *(randn(6, seed=i) for i in (3, 4, 5))]
-        x, *weights = (leaf.requires_grad_() for leaf in leaves)
-        with torch.autocast("cpu", torch.bfloat16, enabled=found is narrow):
+        x, *weights = (leaf.to(device).requires_grad_() for leaf in leaves)
+        with torch.autocast(device, torch.bfloat16, enabled=found is narrow):
             y = project_cells(merged(x), *weights, backend=chosen)
         found += [y, *torch.autograd.grad(y.float().square().sum(), (x, *weights))]
-    assert [t.dtype for t in narrow] == [torch.bfloat16, *[torch.float32] * 5]
+    normed = torch.float32 if device == "cuda" else torch.bfloat16
+    assert [t.dtype for t in narrow] == [normed, *[torch.float32] * 5]
     for value, wanted in zip(narrow, wide, strict=True):
         torch.testing.assert_close(value.float(), wanted, rtol=0.05, atol=0.03 * wanted.abs().max().item())
 
@@ -126,18 +133,20 @@ def test_rows_behind_the_frames_give_zeros(
     backend: str, device: str, dtype: torch.dtype, lengths: tuple[int, ...]
 ) -> None:
     valid = sum(lengths)
-    got = assert_budget("rows", True, backend, dtype, cu_seqlens=offsets(lengths))
+    got = assert_budget("rows", True, backend, device, dtype, cu_seqlens=offsets(lengths, device))
     assert (got["y"][0, 0, valid:] == 0).all()
     assert (got["x"][valid:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str) -> None:
-    weight, norm = randn(5, 12, seed=1).requires_grad_(), randn(5, seed=2).requires_grad_()
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device: str) -> None:
+    own: dict[str, Any] = {"dtype": own_type(backend), "device": device}
+    testing.need(OP, backend, device, own["dtype"])
+    weight, norm = randn(5, 12, seed=1, **own).requires_grad_(), randn(5, seed=2, **own).requires_grad_()
     grads = []
     for behind in (0.0, torch.nan):
-        x = torch.cat((randn(4, 12, seed=3), torch.full((3, 12), behind))).view(1, 1, 7, 2, 2, 3)
-        y = project_cells(x, weight, None, norm, norm, cu_seqlens=offsets((1, 3)), backend=backend)
+        x = torch.cat((randn(4, 12, seed=3, **own), torch.full((3, 12), behind, **own))).view(1, 1, 7, 2, 2, 3)
+        y = project_cells(x, weight, None, norm, norm, cu_seqlens=offsets((1, 3), device), backend=backend)
         assert (y[0, 0, 4:] == 0).all()
         grads.append(torch.autograd.grad(y.square().sum(), (weight, norm)))
     for found, wanted in zip(*grads, strict=True):
@@ -146,12 +155,13 @@ def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
+    testing.need(OP, "cpp", "cpu", dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results("several_chunks", True, "cpp", dtype))
+            found.append(results("several_chunks", True, "cpp", "cpu", dtype))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -159,46 +169,68 @@ def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
             assert torch.equal(value, found[0][name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["patches", "tokens", "rows", "a_part", "repeated", "no_frames"])
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
+    testing.need(OP, backend, device, dtype)
     size, view, channels = CASES[name]
-    forward = torch.ops.deepmsi.project_cells_cpp_fwd.default
-    backward = torch.ops.deepmsi.project_cells_cpp_bwd.default
-    x = view(randn(*size, seed=1, dtype=dtype))
+    forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd").default
+    backward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_bwd").default
+    own: dict[str, Any] = {"dtype": dtype, "device": device}
+    x = view(randn(*size, seed=1, **own))
     depth = x.shape[3] * x.shape[4] * x.shape[5]
-    weight, bias = randn(channels, depth, seed=2, dtype=dtype), randn(channels, seed=3, dtype=dtype)
-    vectors = [bias, *(randn(channels, seed=i) for i in (4, 5))]
+    weight, bias = randn(channels, depth, seed=2, **own), randn(channels, seed=3, **own)
+    vectors = [bias, *(randn(channels, seed=i, device=device) for i in (4, 5))]
     leaves = [t.clone().requires_grad_() for t in (weight, *vectors)]
     torch.library.opcheck(forward, (x, *leaves, None, EPS, True))
     torch.library.opcheck(forward, (x, weight, None, *vectors[1:], None, EPS, False))
+    # The CPU's kernel rounds the weights while it reads them, Triton's x.
     wide = (weight.float(), bias.float(), *vectors[1:])
-    torch.library.opcheck(forward, (x, *wide, None, EPS, True))
+    mixed = (x.float(), weight, *vectors) if backend == "triton" else (x, *wide)
+    torch.library.opcheck(forward, (*mixed, None, EPS, True))
     y, branch = forward(x, weight, *vectors, None, EPS, True)
-    torch.library.opcheck(backward, (y, x, branch, wide[0], vectors[1], None, EPS, True))
-    grad = randn(channels, y.shape[0], seed=6, dtype=dtype).t()
+    held = weight if backend == "triton" else wide[0]
+    torch.library.opcheck(backward, (y, x, branch, held, vectors[1], None, EPS, True))
+    grad = randn(channels, y.shape[0], seed=6, **own).t()
     for wants_x in (True, False):
         torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, wants_x))
     if name == "rows":
-        cu = offsets((20, 17))
+        cu = offsets((20, 17), device)
         torch.library.opcheck(forward, (x, *leaves, cu, EPS, True))
         torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], cu, EPS, True))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_compiles_whole_at_any_size() -> None:
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
+    own: dict[str, Any] = {"dtype": own_type(backend), "device": device}
+    testing.need(OP, backend, device, own["dtype"])
     torch._dynamo.reset()
-    weight, vectors = randn(12, 16, seed=2), [randn(12, seed=i) for i in (3, 4, 5)]
+    weight, vectors = randn(12, 16, seed=2, **own), [randn(12, seed=i, **own) for i in (3, 4, 5)]
 
     def block(x: Tensor) -> Tensor:
-        return project_cells(merged(x), weight, *vectors, backend="cpp") * 2
+        return project_cells(merged(x), weight, *vectors, backend=backend) * 2
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for frames in (3, 5):
-        x = randn(frames, 6, 4, 4, seed=frames).requires_grad_()
+        x = randn(frames, 6, 4, 4, seed=frames, **own).requires_grad_()
         y, expected = compiled(x), block(x)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)))
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
+def test_repeats_give_the_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
+    testing.need(OP, backend, device, dtype)
+    first, second = (results("tokens", True, backend, device, dtype) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_rows_that_no_program_holds_are_refused(backend: str, device: str) -> None:
+    testing.need(OP, backend, device, torch.float16)
+    assert "256 channels at most" in str(backends.why_not(OP, backend, device, torch.float16, outputs=257))
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def test_what_the_kernels_do_not_hold_is_refused(backend: str, device: str) -> N
     for facts, reason in (
         ({"channels": 288}, "rows may have 256 channels at most"),
         ({"window": 9}, "windows may have 8 x 8 slots at most"),
-        ({"head_dim": 96}, "heads may have 64 channels at most"),
+        ({"head_dim": 40}, "heads may have 32 channels at most"),
     ):
         assert backends.why_not(OP, backend, device, torch.float16, **facts) == reason
 

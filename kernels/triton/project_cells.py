@@ -1,0 +1,176 @@
+"""The projection of cells in Triton: y = LN(W cell + b), whose cells are read where they lie.
+
+One kernel forward: a program takes a block of cells through the product, a part of their numbers at a time, and norms
+whole rows. Backward goes through the norm (the kernel of `residual_norm`) and leaves the products to torch.
+"""
+
+import os
+
+import torch
+from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.residual_norm import counted, gradient_through_norm, keep, statistics
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_ROWS = 64
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    stride_frame,
+    stride_row,
+    stride_column,
+    stride_down,
+    stride_across,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    offset_ptr,
+    y_ptr,
+    branch_ptr,
+    rows,
+    frames,
+    height,
+    width,
+    eps,
+    CHANNELS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BIASED: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEPT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The whole of it for a block of cells; what the norm reads is written where it is KEPT."""
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    DEPTH: tl.constexpr = DOWN * ACROSS * INNER
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    counts = row < counted(offset_ptr, frames, rows, PACKED)
+    cell = (row // (height * width)).to(tl.int64) * stride_frame
+    cell += (row // width % height).to(tl.int64) * stride_row + (row % width).to(tl.int64) * stride_column
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
+    branch = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
+    for first in range(0, DEPTH, BLOCK_K):
+        number = first + tl.arange(0, BLOCK_K)
+        down, across = number // (ACROSS * INNER), number // INNER % ACROSS
+        at = down.to(tl.int64) * stride_down + across.to(tl.int64) * stride_across + number % INNER
+        mask = counts[:, None] & (number < DEPTH)[None, :]
+        x = narrowed(tl.load(x_ptr + cell[:, None] + at[None, :], mask=mask, other=0.0), DTYPE, UPCAST)
+        weight = tile(weight_ptr, column, column < CHANNELS, number, DEPTH, DTYPE, UPCAST)
+        weight_more = tile(weight_ptr, beyond, beyond < CHANNELS, number, DEPTH, DTYPE, UPCAST)
+        branch = tl.dot(x, tl.trans(weight), branch, input_precision="ieee")
+        more = tl.dot(x, tl.trans(weight_more), more, input_precision="ieee")
+    if BIASED:
+        branch += vector(bias_ptr, column, CHANNELS)[None, :]
+        more += vector(bias_ptr, beyond, CHANNELS)[None, :]
+    if KEPT:
+        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        keep(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+    mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
+    norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
+    _write_part(y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
+    _write_part(y_ptr, more, norm, row, rows, counts, beyond, CHANNELS)
+
+
+@triton.jit
+def _write_part(y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write a part of w · unit(branch) + b; rows that do not count get 0."""
+    weight_ptr, bias_ptr, mean, inverse = norm
+    normed = (branch - mean[:, None]) * inverse[:, None] * vector(weight_ptr, column, CHANNELS)[None, :]
+    normed += vector(bias_ptr, column, CHANNELS)[None, :]
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    y = tl.where(counts[:, None], normed, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
+
+
+def project_cells_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y [R, C] in the type of the norm, and in the weight's what the norm reads [R, C], or [0, C]."""
+    with torch.cuda.device_of(x):
+        x = x if x.stride(5) == 1 else x.contiguous()
+        frames, height, width, down, across, inner = x.shape
+        rows, channels = frames * height * width, weight.shape[0]
+        y = x.new_empty((rows, channels), dtype=norm_weight.dtype)
+        branch = x.new_empty((rows if with_grad else 0, channels), dtype=weight.dtype)
+        if rows:
+            _forward_kernel[(triton.cdiv(rows, _ROWS),)](
+                x,
+                *x.stride()[:5],
+                weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                norm_weight.contiguous(),
+                norm_bias.contiguous(),
+                None if cu_seqlens is None else cu_seqlens.contiguous(),
+                y,
+                branch,
+                rows,
+                0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+                height,
+                width,
+                eps,
+                CHANNELS=channels,
+                DOWN=down,
+                ACROSS=across,
+                INNER=inner,
+                BLOCK_ROWS=_ROWS,
+                **in_two(channels),
+                BLOCK_K=32 if down * across * inner > 16 else 16,
+                BIASED=bias is not None,
+                PACKED=cu_seqlens is not None,
+                KEPT=with_grad,
+                UPCAST=_INTERPRET and weight.dtype == torch.bfloat16,
+                num_warps=4,
+                num_stages=3,
+            )
+        return y, branch
+
+
+def project_cells_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    wants_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, as it lies or empty, of the weight, and in float32 of the bias and the norm's vectors.
+
+    x is in the weight's type.
+    """
+    with torch.cuda.device_of(x):
+        offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        grad_branch, *norm = gradient_through_norm(
+            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps
+        )
+        cells = x.reshape(grad_branch.shape[0], weight.shape[1])
+        if offsets is not None:
+            # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weight.
+            cells = torch.where((torch.arange(len(cells), device=x.device) < offsets[-1])[:, None], cells, 0)
+        grad_weight = grad_branch.t() @ cells
+        grad_bias = grad_branch.sum(0, dtype=torch.float32)
+        grad_x = x.new_empty((0,) * 6)
+        if wants_x:
+            grad_x = torch.empty_like(x)
+            grad_x.copy_((grad_branch @ weight).view(x.shape))
+        return grad_x, grad_weight, grad_bias, *(grad.float() for grad in norm)
