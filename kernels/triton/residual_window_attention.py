@@ -93,9 +93,8 @@ def _attend_kernel(
     slot = tl.arange(0, BLOCK)
     within = slot < WINDOW * WINDOW
     code = slot // WINDOW * (2 * WINDOW - 1) + slot % WINDOW
-    entry = head * (2 * WINDOW - 1) * (2 * WINDOW - 1) + 2 * WINDOW * (WINDOW - 1)
-    entry += code[:, None] - code[None, :]
-    bias = tl.load(table_ptr + entry, mask=within[:, None] & within[None, :], other=0.0)
+    entry = code[:, None] - code[None, :] + 2 * WINDOW * (WINDOW - 1)
+    bias = tl.load(table_ptr + entry * HEADS + head, mask=within[:, None] & within[None, :], other=0.0) * LOG2_E
     begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
     end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
     for window in range(begin, end):
@@ -213,7 +212,7 @@ def residual_window_attention_fwd(
                 x,
                 qkv_weight.contiguous(),
                 None if qkv_bias is None else qkv_bias.contiguous(),
-                call.bias,
+                bias_table.contiguous(),
                 call.head_scale,
                 call.map,
                 attended,

@@ -592,8 +592,7 @@ class Windows:
         self.block = min(most, max(16, triton.next_power_of_2(tile)))
         self.blocks = triton.cdiv(tile, self.block)
         self.padded = self.blocks * self.block
-        # Exponentials are powers of two.
-        self.bias = (bias_table.t() * LOG2_E.value).contiguous()
+        self.heads, self.table = heads, bias_table
         self.head_scale = head_scale.contiguous() if head_scale is not None else None
         self.cu_seqlens = cu_seqlens.contiguous() if cu_seqlens is not None else None
         self.frames = self.rows // (height * width) if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -625,6 +624,12 @@ class Windows:
                 BLOCK_PLACES=_BLOCK_PLACES,
                 num_warps=4,
             )
+
+    @property
+    def bias(self) -> Tensor:
+        """The table by heads [heads, (2w - 1)²], in powers of two."""
+        scaled = self.table.new_empty((self.heads, self.table.shape[0]))
+        return torch.mul(self.table.t(), LOG2_E.value, out=scaled)
 
     def warps(self, most: int) -> int:
         """Return the warps of a program: one for each 16 rows, since more would repeat the products on tensor cores.
