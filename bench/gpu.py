@@ -145,8 +145,15 @@ def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
     parts = [Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names]
     if options.device == "cuda" and not compiled:
         # What it measures stands in the log.
-        captured = [sys.executable, "bench/captured_step.py", "--utterances", "2" if options.smallest else "16"]
-        parts.insert(0, Part(step, "captured step", captured, limit, refusal="No module named 'pydantic'"))
+        captured = [
+            sys.executable,
+            "bench/captured_step.py",
+            "--utterances",
+            "2" if options.smallest else "16",
+            "--turns",
+            "20",
+        ]
+        parts.insert(0, Part(step, "captured step", captured, 200, refusal="No module named 'pydantic'"))
     if options.device == "cuda" and compiled and not options.smallest:
         model = [*PYTEST, "--benchmark-only", "--device", "cuda", "--compile", "-k", "video and released-16"]
         parts.insert(0, Part(step, "model", [*model, "bench/bench_model.py"], 200))

@@ -118,7 +118,7 @@ def _narrow_windows(facts: dict[str, int]) -> str | None:
 
 
 def _has_large_windows(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
-    """Whether a window fills the tile of a program, which reads a head's weights for it; from counts, not measured."""
+    """Whether windows hold more than 16 slots, which are few for the weights read; from counts, not measured."""
     return facts.get("window", 8) > 4
 
 

@@ -28,11 +28,12 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def autocast_layers(
-    op: str, x: Tensor, norms: tuple[Tensor, ...], **layers: Tensor | None
+    op: str, kind: torch.dtype, norms: tuple[Tensor, ...], **layers: Tensor | None
 ) -> tuple[list[Any], torch.dtype, int]:
     """Return the weights and biases of layers in their :func:`autocast_type`, that type, and the fact ``mixed``.
 
-    It is 1 where x is of another type, or a norm of another one than that or float32. What is None stays None.
+    It is 1 where x, which is of ``kind``, is of another type, or a norm is of another one than that or float32. What is
+    None stays None.
 
     Raises:
         ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.
@@ -42,10 +43,10 @@ def autocast_layers(
     if len(dtypes) != 1:
         raise ValueError(f"{op}: {', '.join(layers)} must be of one type")
     (dtype,) = dtypes
-    if (dtype == torch.float64) != (x.dtype == torch.float64):
-        raise ValueError(f"{op}: float64 goes with float64 alone, not x in {x.dtype} with weights in {dtype}")
+    if (dtype == torch.float64) != (kind == torch.float64):
+        raise ValueError(f"{op}: float64 goes with float64 alone, not x in {kind} with weights in {dtype}")
     allowed = (dtype, torch.float32)
-    return cast, dtype, int(x.dtype != dtype or any(norm.dtype not in allowed for norm in norms))
+    return cast, dtype, int(kind != dtype or any(norm.dtype not in allowed for norm in norms))
 
 
 def unrounded(layers: Iterable[Tensor | None], cast: list[Any]) -> list[Any]:

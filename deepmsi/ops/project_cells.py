@@ -8,6 +8,7 @@ from deepmsi.ops import _schemas as _schemas  # registers the operators
 from deepmsi.ops._arguments import (
     autocast,
     autocast_layers,
+    autocast_type,
     autocasts,
     check_devices,
     check_floating,
@@ -79,31 +80,29 @@ def project_cells(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
-    own, x = x, autocast(x)
-    cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), weight=weight, bias=bias)
-    if x.dtype != dtype:
-        raise ValueError(f"{_OP}: x and weight must be of one type, not {x.dtype} and {dtype}")
+    kind = autocast_type(x)
+    cast, dtype, mixed = autocast_layers(_OP, kind, (norm_weight, norm_bias), weight=weight, bias=bias)
+    if kind != dtype:
+        raise ValueError(f"{_OP}: x and weight must be of one type, not {kind} and {dtype}")
     chosen = resolve(_OP, backend, x.device.type, dtype, mixed=mixed, outputs=channels)
-    if chosen == "reference":
-        weight, bias = cast
+    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
+    if chosen != "triton" or with_grad:
+        # Triton's kernel rounds x while it reads it, but backward would keep it as it was.
+        x = autocast(x)
+    if chosen == "cpp":
+        weight, bias = unrounded((weight, bias), cast)
+        if packed is not None and not with_grad:
+            check_packed(_OP, packed)
+            weight = packed
+        if x.stride(5) != 1:
+            x = x.contiguous()
+        arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
+        return torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
+    weight, bias = cast
+    if chosen == "triton":
+        arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
+        y = torch.ops.deepmsi.project_cells_triton_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
+    else:
         with without_autocast(x.device.type):
             y = reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
-        return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
-    if chosen == "triton":
-        # The kernel rounds x while it reads it.
-        with_grad = needs_grad(own, weight, bias, norm_weight, norm_bias)
-        y, _ = torch.ops.deepmsi.project_cells_triton_fwd(
-            own, *cast, norm_weight, norm_bias, cu_seqlens, eps, with_grad
-        )
-        y = y.view(*x.shape[:3], channels)
-        return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
-    weight, bias = unrounded((weight, bias), cast)
-    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
-    if packed is not None and not with_grad:
-        check_packed(_OP, packed)
-        weight = packed
-    arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
-    if x.stride(5) != 1:
-        x = x.contiguous()
-    y, _ = torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments, with_grad)
-    return y.view(*x.shape[:3], channels)
+    return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)

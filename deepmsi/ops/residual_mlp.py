@@ -88,7 +88,7 @@ def residual_mlp(
     layers = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale, "cu_seqlens": cu_seqlens}
     check_devices(x, _OP, "x", **layers, **others)
-    cast, dtype, mixed = autocast_layers(_OP, x, (norm_weight, norm_bias), **layers)
+    cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.reshape(-1)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)

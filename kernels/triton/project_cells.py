@@ -104,12 +104,13 @@ def project_cells_fwd(
     eps: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [R, C] in the type of the norm, and in the weight's what the norm reads [R, C], or [0, C]."""
+    """Return y [R, C] in the widest type of weight and norm, and in the weight's what the norm reads, or [0, C]."""
     with torch.cuda.device_of(x):
-        x = x if x.stride(5) == 1 else x.contiguous()
+        x = x if x.stride(5) == 1 or x.shape[5] == 1 else x.contiguous()
         frames, height, width, down, across, inner = x.shape
         rows, channels = frames * height * width, weight.shape[0]
-        y = x.new_empty((rows, channels), dtype=norm_weight.dtype)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, norm_weight.dtype), norm_bias.dtype)
+        y = x.new_empty((rows, channels), dtype=wide)
         branch = x.new_empty((rows if with_grad else 0, channels), dtype=weight.dtype)
         if rows:
             _forward_kernel[(triton.cdiv(rows, _ROWS),)](
@@ -173,4 +174,4 @@ def project_cells_bwd(
         if wants_x:
             grad_x = torch.empty_like(x)
             grad_x.copy_((grad_branch @ weight).view(x.shape))
-        return grad_x, grad_weight, grad_bias, *(grad.float() for grad in norm)
+        return grad_x, grad_weight, grad_bias, *norm

@@ -350,10 +350,11 @@ class _Layer:
     def summed_units(self) -> int:
         """Return the hidden channels whose sums over rows a program holds; they are the rows of its products.
 
-        64 are those of a tensor core of Hopper; of the sums of 128 or 256 channels they would fill all registers.
+        64 are those of a tensor core of Hopper; of the sums of two parts of 64 or 128 channels they would fill all
+        registers.
         """
         widths = in_two(self.channels)
-        return 64 if widths["BLOCK_MORE"] < widths["BLOCK_C"] else 32
+        return 32 if widths["BLOCK_C"] == widths["BLOCK_MORE"] >= 64 else 64
 
     def constants(self, rows: int, units: int) -> dict[str, Any]:
         """Return the constants of a fused kernel that takes so many rows and hidden channels at a time."""
@@ -484,7 +485,7 @@ def residual_mlp_bwd(
             layers.append(grad_branch.sum(0, dtype=torch.float32).to(fc2_bias.dtype))
         else:
             layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-        return grad_x, *layers, norm[0], norm[1].to(norm_bias.dtype)
+        return grad_x, *layers, norm[0].to(norm_weight.dtype), norm[1].to(norm_bias.dtype)
 
 
 def _fused_gradients(

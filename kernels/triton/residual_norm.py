@@ -209,11 +209,15 @@ def gradient_through_norm(
     cu_seqlens: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of branch [R, C], norm_weight and norm_bias [C]; grad_y and branch are contiguous."""
+    """Return the gradients of branch [R, C], and in float32 of norm_weight and norm_bias [C].
+
+    grad_y and branch are contiguous.
+    """
     rows, channels = branch.shape
     grad_branch = torch.empty_like(branch)
     if not branch.numel():
-        return grad_branch, torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
+        of_weight, of_bias = (torch.zeros_like(norm_weight, dtype=torch.float32) for _ in range(2))
+        return grad_branch, of_weight, of_bias
     options = _blocks(channels, 8)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     chunks = min(blocks, _SUMMING_PROGRAMS)
@@ -238,7 +242,7 @@ def gradient_through_norm(
         **options,
     )
     # One by one, since an operator's outputs share no memory.
-    grad_weight, grad_bias = (part.sum(0).to(norm_weight.dtype) for part in sums)
+    grad_weight, grad_bias = (part.sum(0) for part in sums)
     return grad_branch, grad_weight, grad_bias
 
 
@@ -255,9 +259,10 @@ def residual_norm_fwd(
 def residual_norm_bwd(
     grad_y: Tensor, branch: Tensor, norm_weight: Tensor, row_scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of branch [R, C], norm_weight and norm_bias [C]."""
+    """Return the gradients of branch [R, C], norm_weight and norm_bias [C], both in the type of norm_weight."""
     with torch.cuda.device_of(branch):
         scale = None if row_scale is None else row_scale.contiguous()
-        return gradient_through_norm(
+        grad_branch, *norm = gradient_through_norm(
             grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), scale, None, eps
         )
+        return grad_branch, norm[0].to(norm_weight.dtype), norm[1].to(norm_weight.dtype)

@@ -323,7 +323,8 @@ def residual_window_attention_bwd(
             layers.append(grad_branch.sum(0, dtype=torch.float32).to(proj_bias.dtype))
         else:
             layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
-        return grad_x, *layers, grad_norm, grad_norm_bias.to(norm_bias.dtype), grad_table, grad_scale
+        norm = (grad_norm.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype))
+        return grad_x, *layers, *norm, grad_table, grad_scale
 
 
 def _parts(rows: int, width: int, of_frame: int | None) -> list[slice]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmsi import backend as backends
 from deepmsi import testing
@@ -125,6 +126,27 @@ def test_autocast_takes_all_but_the_norm_in_its_type(backend: str, device: str) 
     assert [t.dtype for t in narrow] == [normed, *[torch.float32] * 5]
     for value, wanted in zip(narrow, wide, strict=True):
         torch.testing.assert_close(value.float(), wanted, rtol=0.05, atol=0.03 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_x_is_rounded_once_under_autocast(backend: str, device: str) -> None:
+    """Where a gradient is wanted; without one Triton's kernel rounds it while it reads it."""
+    testing.need(OP, backend, device, torch.bfloat16)
+    x = merged(randn(2, 4, 4, 8, seed=1, device=device))
+    weights = [randn(6, 32, seed=2, device=device), *(randn(6, seed=i, device=device) for i in (3, 4, 5))]
+    copies: list[torch.Size] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    for wanted in (True, False):
+        copies.clear()
+        with Copies(), torch.autocast(device, torch.bfloat16):
+            project_cells(x.detach().requires_grad_(wanted), *weights, backend=backend)
+        assert copies.count(x.shape) == (0 if backend == "triton" and not wanted else 1)
 
 
 @pytest.mark.parametrize("lengths", [(20, 0, 17), (50,), (0, 0)], ids=["some", "all", "none"])
