@@ -16,12 +16,10 @@ import torch
 from deepmsi._triton.operands import in_two, narrowed, stages, tile, vector
 from deepmsi._triton.residual_norm import (
     add_normed,
-    add_part,
+    add_projected,
     counted,
     gradient_through_norm,
-    keep,
     row_scale_of,
-    statistics,
 )
 from torch import Tensor
 
@@ -139,16 +137,10 @@ def _fused_forward_kernel(
         fc2_more = tile(fc2_ptr, beyond, beyond < CHANNELS, unit, HIDDEN, DTYPE, UPCAST)
         branch = tl.dot(active, tl.trans(fc2), branch, input_precision="ieee")
         branch_more = tl.dot(active, tl.trans(fc2_more), branch_more, input_precision="ieee")
-    branch += vector(fc2_bias_ptr, column, CHANNELS)[None, :]
-    branch_more += vector(fc2_bias_ptr, beyond, CHANNELS)[None, :]
-    if KEPT:
-        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        keep(branch_ptr, branch_more, row, rows, counts, beyond, CHANNELS)
-    mean, inverse = statistics(branch, branch_more, column, beyond, CHANNELS, eps)
+    parts = (branch, branch_more, column, beyond)
+    vectors = (fc2_bias_ptr, weight_ptr, bias_ptr)
     scale = row_scale_of(scale_ptr, row, counts, SCALED)
-    norm = (weight_ptr, bias_ptr, mean, inverse, scale)
-    add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
-    add_part(x_ptr, y_ptr, branch_more, norm, row, rows, counts, beyond, CHANNELS)
+    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
 
 
 @triton.jit

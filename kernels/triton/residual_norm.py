@@ -5,6 +5,7 @@ made again in the backward pass, which reads the rows anyway.
 """
 
 import torch
+from deepmsi._triton.operands import vector
 from torch import Tensor
 
 import triton
@@ -61,7 +62,36 @@ def keep(branch_ptr, branch, row, rows, counts, column, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
+def add_projected(
+    x_ptr,
+    y_ptr,
+    branch_ptr,
+    parts,
+    vectors,
+    scale,
+    row,
+    rows,
+    counts,
+    eps,
+    CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Write y = x + s · LN(branch + b) for what a last product gave, and what the norm reads where it is KEPT."""
+    branch, more, column, beyond = parts
+    layer_bias_ptr, weight_ptr, bias_ptr = vectors
+    branch += vector(layer_bias_ptr, column, CHANNELS)[None, :]
+    more += vector(layer_bias_ptr, beyond, CHANNELS)[None, :]
+    if KEPT:
+        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        keep(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+    mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
+    norm = (weight_ptr, bias_ptr, mean, inverse, scale)
+    _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
+    _add_part(x_ptr, y_ptr, more, norm, row, rows, counts, beyond, CHANNELS)
+
+
+@triton.jit
+def _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
     """Write a part of y = x + s · (w · unit(branch) + b); rows that do not count stay x."""
     weight_ptr, bias_ptr, mean, inverse, scale = norm
     inside = column < CHANNELS

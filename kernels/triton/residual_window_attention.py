@@ -9,15 +9,8 @@ kernels of `window_attention`).
 """
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, stages, tile, vector
-from deepmsi._triton.residual_norm import (
-    add_part,
-    counted,
-    gradient_through_norm,
-    keep,
-    row_scale_of,
-    statistics,
-)
+from deepmsi._triton.operands import in_two, narrowed, stages, tile
+from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
     EMPTY_KEY,
     EMPTY_QUERY,
@@ -164,15 +157,10 @@ def _project_kernel(
         proj_more = tile(proj_ptr, beyond, beyond < CHANNELS, unit, CHANNELS, DTYPE, UPCAST)
         branch = tl.dot(attended, tl.trans(proj), branch, input_precision="ieee")
         branch_more = tl.dot(attended, tl.trans(proj_more), branch_more, input_precision="ieee")
-    branch += vector(proj_bias_ptr, column, CHANNELS)[None, :]
-    branch_more += vector(proj_bias_ptr, beyond, CHANNELS)[None, :]
-    if KEPT:
-        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        keep(branch_ptr, branch_more, row, rows, counts, beyond, CHANNELS)
-    mean, inverse = statistics(branch, branch_more, column, beyond, CHANNELS, eps)
-    norm = (weight_ptr, bias_ptr, mean, inverse, row_scale_of(scale_ptr, row, counts, SCALED))
-    add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
-    add_part(x_ptr, y_ptr, branch_more, norm, row, rows, counts, beyond, CHANNELS)
+    parts = (branch, branch_more, column, beyond)
+    vectors = (proj_bias_ptr, weight_ptr, bias_ptr)
+    scale = row_scale_of(scale_ptr, row, counts, SCALED)
+    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
 
 
 def residual_window_attention_fwd(
