@@ -167,13 +167,13 @@ def _attention(dtype: torch.dtype, packed: bool, channels: int, shift: int) -> T
     return ops.residual_window_attention(x, *weights, heads, (side, side), 8, shift, **where).float().sum()
 
 
-def _cells(dtype: torch.dtype, patches: bool | None, channels: int) -> Tensor:
-    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, in float32, or packed rows (None)."""
+def _cells(dtype: torch.dtype, kind: str, channels: int) -> Tensor:
+    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, in float32, or packed rows of them."""
     cu = None
-    if patches is None:
+    if kind == "packed":
         x = torch.zeros(1, 1, 100, 1, 1, 2 * channels, dtype=dtype, requires_grad=True)
         cu = torch.tensor([0, 90], dtype=torch.int32)
-    elif patches:
+    elif kind == "patches":
         x = torch.zeros(1, 3, 8, 4, 8, 4, dtype=dtype).permute(0, 2, 4, 1, 3, 5)
     else:
         x = torch.zeros(1, 8, 2, 8, 2, channels // 2, requires_grad=True).permute(0, 1, 3, 4, 2, 5)
@@ -181,7 +181,7 @@ def _cells(dtype: torch.dtype, patches: bool | None, channels: int) -> Tensor:
     weight = torch.zeros(channels, depth, dtype=dtype, requires_grad=True)
     norm = [torch.zeros(channels, requires_grad=True) for _ in range(2)]
     operator = torch.ops.deepmsi.project_cells_triton_fwd
-    return operator(x, weight, weight[:, 0] if patches else None, *norm, cu, 1e-5, True)[0].sum()
+    return operator(x, weight, weight[:, 0] if kind == "patches" else None, *norm, cu, 1e-5, True)[0].sum()
 
 
 def _norm(dtype: torch.dtype, channels: int) -> Tensor:
@@ -217,10 +217,10 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("residual_window_attention", "shifted, 192 channels", lambda d: _attention(d, False, 192, 4), True),
     ("residual_window_attention", "128 channels", lambda d: _attention(d, False, 128, 0), False),
     ("residual_window_attention", "packed, 256 channels", lambda d: _attention(d, True, 256, 4), False),
-    ("project_cells", "patches of 4 x 4, 96 channels", lambda d: _cells(d, True, 96), True),
-    ("project_cells", "2 x 2 tokens, 192 channels", lambda d: _cells(d, False, 192), True),
-    ("project_cells", "2 x 2 tokens, 256 channels", lambda d: _cells(d, False, 256), False),
-    ("project_cells", "packed, 192 channels", lambda d: _cells(d, None, 192), False),
+    ("project_cells", "patches of 4 x 4, 96 channels", lambda d: _cells(d, "patches", 96), True),
+    ("project_cells", "2 x 2 tokens, 192 channels", lambda d: _cells(d, "tokens", 192), True),
+    ("project_cells", "2 x 2 tokens, 256 channels", lambda d: _cells(d, "tokens", 256), False),
+    ("project_cells", "packed, 192 channels", lambda d: _cells(d, "packed", 192), False),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

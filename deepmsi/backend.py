@@ -94,27 +94,20 @@ def _one_type(facts: dict[str, int]) -> str | None:
     return "x and the weights must be of one type" if facts.get("mixed") else None
 
 
-def _at_most(channels: int) -> Callable[[dict[str, int]], str | None]:
+def _at_most(channels: int, fact: str = "channels", rows: str = "rows") -> Callable[[dict[str, int]], str | None]:
     """Refuse rows that are too wide for a kernel that holds whole ones."""
 
     def limit(facts: dict[str, int]) -> str | None:
-        return f"rows may have {channels} channels at most" if facts.get("channels", 0) > channels else None
+        return f"{rows} may have {channels} channels at most" if facts.get(fact, 0) > channels else None
 
     return limit
 
 
-def _few_outputs(facts: dict[str, int]) -> str | None:
-    """Refuse what does not fit a program that holds whole rows of what comes out."""
-    return "rows of what comes out may have 256 channels at most" if facts.get("outputs", 0) > 256 else None
-
-
 def _narrow_windows(facts: dict[str, int]) -> str | None:
     """Refuse what the attention half's kernels do not hold: whole rows, and windows and heads of one tile."""
-    if facts.get("channels", 0) > 256:
-        return "rows may have 256 channels at most"
     if facts.get("window", 0) > 8:
         return "windows may have 8 x 8 slots at most"
-    return "heads may have 32 channels at most" if facts.get("head_dim", 0) > 32 else None
+    return _at_most(256)(facts) or _at_most(32, "head_dim", "heads")(facts)
 
 
 def _has_large_windows(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
@@ -135,7 +128,9 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
-    ("project_cells", "triton"): Kernel((torch.bfloat16, torch.float16), ("cuda", "cpu"), _few_outputs),
+    ("project_cells", "triton"): Kernel(
+        (torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(256, "outputs", "rows of what comes out")
+    ),
     ("residual_norm", "cpp"): Kernel(
         (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(2048)
     ),

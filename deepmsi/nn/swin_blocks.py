@@ -345,7 +345,7 @@ class Block(nn.Module):
         x, scale = tokens.x, self._drawn(tokens)
         attn, norm = self.attn, self.norm1
         source: Source | None = None
-        # On a GPU the fused half keeps y, which is made again where the layers run apart: less counts for more there.
+        # Where fewer bytes are asked for, a GPU runs the layers apart: they make y again, which the fused half keeps.
         lean = attn.recompute and x.device.type != "cpu"
         fused = not lean and fuses_attention(x, attn.heads, attn.window) and unhooked(attn)
         if fused and plain(x, attn.proj, norm, bare=(attn.qkv,)):

@@ -296,6 +296,7 @@ def residual_window_attention_bwd(
         grad_scale = bias_table.new_zeros(heads)
         for part in _parts(rows, 3 * channels, None if cu_seqlens is not None else height * width):
             q_k_v = torch.nn.functional.linear(x[part], qkv_weight, qkv_bias)
+            # Windows of one tile are gone through without their log-sum-exp.
             through = (grad_branch[part] @ proj_weight, q_k_v, attended[part], attended[:0])
             layout = (positions, cu_seqlens, heads, height, width, window, shift)
             grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)

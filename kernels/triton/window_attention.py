@@ -625,9 +625,8 @@ class Windows:
                 num_warps=4,
             )
 
-    @property
-    def bias(self) -> Tensor:
-        """The table by heads [heads, (2w - 1)²], in powers of two."""
+    def bias_by_heads(self) -> Tensor:
+        """Return the table by heads [heads, (2w - 1)²], in powers of two."""
         scaled = self.table.new_empty((self.heads, self.table.shape[0]))
         return torch.mul(self.table.t(), LOG2_E.value, out=scaled)
 
@@ -678,7 +677,7 @@ def window_attention_fwd(
             _forward_kernel[(call.windows * call.blocks * heads,)](
                 qkv,
                 qkv.stride(0),
-                call.bias,
+                call.bias_by_heads(),
                 call.head_scale,
                 call.map,
                 out,
@@ -724,7 +723,7 @@ def window_attention_bwd(
         programs = heads * call.blocks * call.blocks
         chunks = min(call.windows, triton.cdiv(_SUMMING_PROGRAMS, programs))
         grad_logits = bias_table.new_empty((chunks, heads * call.padded * call.padded))
-        shared = (grad_out.contiguous(), qkv, qkv.stride(0), call.bias, call.head_scale, call.map)
+        shared = (grad_out.contiguous(), qkv, qkv.stride(0), call.bias_by_heads(), call.head_scale, call.map)
         sizes = (heads, height, width, shift)
         options = {**call.constants, "num_warps": call.warps(8), "num_stages": 1}
         if call.blocks == 1:
