@@ -28,8 +28,8 @@ import triton.language as tl
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _MOST_FUSED = 256
-# Rows and hidden channels at a time, and rows where a program holds sums over them.
-_ROWS, _UNITS = 64, 32
+# Hidden channels at a time, and rows where a program holds sums over them.
+_UNITS = 32
 _SUMMED_ROWS = 32
 # Programs that sum over rows; it depends on nothing of the device, so that bits do not either.
 _SUMMING_PROGRAMS = 1024
@@ -339,6 +339,14 @@ class _Layer:
         return self.channels <= _MOST_FUSED and self.dtype != torch.float32
 
     @property
+    def rows(self) -> int:
+        """Return the rows that a program takes through the layers, each of which it reads for them.
+
+        128 read them half as often as 64; what they hold of more than 128 channels would fill all registers.
+        """
+        return 128 if self.channels <= 128 else 64
+
+    @property
     def summed_units(self) -> int:
         """Return the hidden channels whose sums over rows a program holds; they are the rows of its products.
 
@@ -359,7 +367,9 @@ class _Layer:
             "PACKED": self.cu_seqlens is not None,
             "UPCAST": self.upcast,
             # One for each 16 rows: more would repeat the products, whose second reads whole rows of the first.
-            "num_warps": 4,
+            "num_warps": max(4, rows // 16),
+            # Two programs of eight warps share the registers of a multiprocessor.
+            "maxnreg": 128 if rows == 128 else None,
             "num_stages": stages(self.channels),
         }
 
@@ -423,7 +433,7 @@ def residual_mlp_fwd(
             return add_normed(x, whole, norm_weight, norm_bias, row_scale, layer.cu_seqlens, eps), branch
         y = torch.empty_like(x)
         if rows:
-            _fused_forward_kernel[(triton.cdiv(rows, _ROWS),)](
+            _fused_forward_kernel[(triton.cdiv(rows, layer.rows),)](
                 x,
                 layer.fc1,
                 layer.fc1_bias,
@@ -440,7 +450,7 @@ def residual_mlp_fwd(
                 eps,
                 SCALED=row_scale is not None,
                 KEPT=with_grad,
-                **layer.constants(_ROWS, _UNITS),
+                **layer.constants(layer.rows, _UNITS),
             )
         return y, branch
 
@@ -489,8 +499,8 @@ def _fused_gradients(
     if not rows:
         return grad_x, torch.zeros_like(layer.fc1), torch.zeros_like(layer.fc1_bias), torch.zeros_like(layer.fc2)
     operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
-    constants = layer.constants(_ROWS, _UNITS)
-    programs = (triton.cdiv(rows, _ROWS),)
+    constants = layer.constants(layer.rows, _UNITS)
+    programs = (triton.cdiv(rows, layer.rows),)
     _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
     if not wants_layers:
         return (grad_x,)
