@@ -1,4 +1,4 @@
-"""The code that README and docs/ show is run as it stands there."""
+"""The code that README and docs/ show is run as it stands there, and their links lead somewhere."""
 
 import re
 import subprocess
@@ -12,6 +12,7 @@ import deepmsi
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "in-your-own-training-script.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def blocks(page: Path) -> list[str]:
@@ -54,3 +55,19 @@ def test_the_code_of_the_readme_runs() -> None:
     }
     for block in blocks(ROOT / "README.md"):
         exec(compile(block, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    def anchors(file: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        file = page.parent / path if path else page
+        assert file.is_file(), link
+        assert not anchor or anchor in anchors(file), link
