@@ -1,8 +1,10 @@
 """Fixtures that every part of the suite shares."""
 
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -17,6 +19,11 @@ if torch.cuda.is_available():
 else:
     # Read when triton and deepmsi are imported: without a GPU the Triton kernels run under the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# torch knows a compiled graph again by its operators' names, and would call them with the arguments they had then.
+_SCHEMAS = Path(__file__).resolve().parents[1] / "deepmsi" / "ops" / "_schemas.py"
+_KEY = hashlib.sha256(_SCHEMAS.read_bytes()).hexdigest()[:12]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"deepmsi-compiled-{_KEY}"))
 
 
 @pytest.hookimpl(wrapper=True)

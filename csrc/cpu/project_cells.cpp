@@ -136,11 +136,9 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
   return {y_all, branch};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor grad_y_any, Tensor x,
-                                                                         Tensor branch, Tensor weight,
-                                                                         Tensor norm_weight,
-                                                                         std::optional<Tensor> cu_seqlens,
-                                                                         double eps, bool wants_x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(
+    Tensor grad_y_any, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight,
+    std::optional<Tensor> cu_seqlens, double eps, bool wants_x, bool wants_layer) {
   const Cells cells(x, weight, norm_weight, cu_seqlens, eps);
   const BlockKernels& k = cells.k;
   const int64_t channels = cells.channels, depth = cells.depth;
@@ -150,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
   Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0, 0, 0, 0, 0, 0});
   if (wants_x && cells.valid < cells.rows)
     std::memset(grad_x.data_ptr(), 0, grad_x.numel() * static_cast<int64_t>(grad_x.element_size()));
-  const WeightGradient grad_weight(k, true, cells.weight, channels, depth);
+  const WeightGradient grad_weight(k, wants_layer, cells.weight, channels, depth);
   const Packed back(k, cells.weight, false, channels, depth);
   const int64_t step =
       std::min(chunk_rows(k, std::max(depth, channels), channels * depth), std::max<int64_t>(cells.valid, 1));
@@ -166,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
       const FloatRows products(k.stores_floats(), most, depth);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row);
-        gathered.gather(start + row, count, row);
+        if (wants_layer) gathered.gather(start + row, count, row);
         for (int64_t r = row; r < row + count; r += k.tile) {
           k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(start + r), z.at(start + r),
                           nullptr, cells.norm_weight.data(), cells.eps, grad_z.at(r), sums.tile(r));
@@ -179,10 +177,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(Tensor 
       }
     });
     sums.end_chunk();
-    grad_weight.add(rows, grad_z.at(0), gathered.operands().rows_of_chunk(0, rows).start);
+    if (wants_layer) grad_weight.add(rows, grad_z.at(0), gathered.operands().rows_of_chunk(0, rows).start);
   }
-  const auto written = [&](int64_t from) { return sums.write(from, channels, x, ScalarType::Float); };
-  return {grad_x, grad_weight.written(), written(2 * channels), written(0), written(channels)};
+  const auto written = [&](int64_t from, int64_t count) {
+    return sums.write(from, count, x, ScalarType::Float);
+  };
+  return {grad_x, grad_weight.written(), written(2 * channels, wants_layer ? channels : 0),
+          written(0, channels), written(channels, channels)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

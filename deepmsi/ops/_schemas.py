@@ -354,7 +354,8 @@ _register(
 # of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and rounds it, and
 # gives y in the widest type of weight and norm. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0,
 # C]. Rows past the last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x
-# lies as x does, and is empty where it is not wanted; those of the biases and of the norm are in float32.
+# lies as x does, and is empty where it is not wanted, as are those of weight and bias where both are frozen; those of
+# the bias and of the norm are in float32.
 
 _CELLS_FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
@@ -363,7 +364,7 @@ _CELLS_FORWARD = (
 )
 _CELLS_BACKWARD = (
     "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, Tensor? cu_seqlens, float eps, "
-    "bool wants_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool wants_x, bool wants_layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -379,9 +380,10 @@ def _cells_fake_forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, n
 
 
 def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
-    grad_x = torch.empty_like(x) if rest[-1] else x.new_empty((0,) * 6)
-    vectors = (weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3))
-    return (grad_x, weight.new_empty(weight.shape), *vectors)
+    wants_x, wants_layer = rest[-2:]
+    grad_x = torch.empty_like(x) if wants_x else x.new_empty((0,) * 6)
+    vectors = [weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3)]
+    return (grad_x, *_empty_unless(wants_layer, weight, vectors[0]), *vectors[1:])
 
 
 def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -397,10 +399,11 @@ def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None or not ctx.with_grad:
         return (None,) * 8
-    wants_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x)
-    vectors = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
-    return (grad_x.to(ctx.x_dtype) if wants_x else None, grad_weight, *vectors, None, None, None)
+    wants_x, wants_layer = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x, wants_layer)
+    vectors = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+    layer = (grad_weight, vectors[0]) if wants_layer else (None, None)
+    return (grad_x.to(ctx.x_dtype) if wants_x else None, *layer, *vectors[1:], None, None, None)
 
 
 _register(

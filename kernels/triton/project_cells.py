@@ -154,22 +154,25 @@ def project_cells_bwd(
     cu_seqlens: Tensor | None,
     eps: float,
     wants_x: bool,
+    wants_layer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, as it lies or empty, of the weight, and in float32 of the bias and the norm's vectors.
+    """Return the gradients of x, as it lies, of the weight, and in float32 of the bias and the norm's vectors.
 
-    x is in the weight's type.
+    x is in the weight's type. What is not wanted is empty: that of x, those of weight and bias.
     """
     with torch.cuda.device_of(x):
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         grad_branch, *norm = gradient_through_norm(
             grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps
         )
-        cells = x.reshape(grad_branch.shape[0], weight.shape[1])
-        if offsets is not None:
-            # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weight.
-            cells = torch.where((torch.arange(len(cells), device=x.device) < offsets[-1])[:, None], cells, 0)
-        grad_weight = grad_branch.t() @ cells
-        grad_bias = grad_branch.sum(0, dtype=torch.float32)
+        grad_weight, grad_bias = weight.new_empty((0,)), weight.new_empty((0,), dtype=torch.float32)
+        if wants_layer:
+            cells = x.reshape(grad_branch.shape[0], weight.shape[1])
+            if offsets is not None:
+                # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weight.
+                cells = torch.where((torch.arange(len(cells), device=x.device) < offsets[-1])[:, None], cells, 0)
+            grad_weight = grad_branch.t() @ cells
+            grad_bias = grad_branch.sum(0, dtype=torch.float32)
         grad_x = x.new_empty((0,) * 6)
         if wants_x:
             grad_x = torch.empty_like(x)

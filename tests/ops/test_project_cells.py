@@ -112,6 +112,27 @@ def test_a_norm_in_float32_keeps_the_error_budget(backend: str, device: str, nam
     assert_budget(name, True, backend, device, torch.bfloat16, norms=torch.float32)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
+def test_a_frozen_layer_gets_no_gradient(backend: str, device: str, dtype: torch.dtype, packed: bool) -> None:
+    """And all others are the same, bit for bit; a bias that is not frozen beside its weight gets its own."""
+    testing.need(OP, backend, device, dtype)
+    sizes = ((1, 1, 30, 2, 2, 8), (24, 32), (24,), (24,), (24,))
+    inputs = [randn(*size, seed=n, dtype=dtype, device=device) for n, size in enumerate(sizes)]
+
+    def gradients(frozen: tuple[int, ...]) -> dict[int, Tensor]:
+        leaves = [tensor.clone().requires_grad_(n not in frozen) for n, tensor in enumerate(inputs)]
+        y = project_cells(*leaves, cu_seqlens=offsets((7, 20), device) if packed else None, backend=backend)
+        y.backward(randn(*y.shape, seed=9, dtype=dtype, device=device).to(y.dtype))
+        assert all((leaf.grad is None) == (n in frozen) for n, leaf in enumerate(leaves))
+        return {n: leaf.grad for n, leaf in enumerate(leaves) if leaf.grad is not None}
+
+    every = gradients(())
+    for frozen in ((1, 2), (1,), (0, 1, 2)):
+        for n, grad in gradients(frozen).items():
+            assert torch.equal(grad, every[n]), n
+
+
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_autocast_takes_all_but_the_norm_in_its_type(backend: str, device: str) -> None:
     testing.need(OP, backend, device, torch.bfloat16)
@@ -212,14 +233,14 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, name: str) -> No
     torch.library.opcheck(forward, (*mixed, None, EPS, True))
     y, branch = forward(x, weight, *vectors, None, EPS, True)
     held = weight if backend == "triton" else wide[0]
-    torch.library.opcheck(backward, (y, x, branch, held, vectors[1], None, EPS, True))
+    torch.library.opcheck(backward, (y, x, branch, held, vectors[1], None, EPS, True, True))
     grad = randn(channels, y.shape[0], seed=6, **own).t()
-    for wants_x in (True, False):
-        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, wants_x))
+    for wants in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], None, EPS, *wants))
     if name == "rows":
         cu = offsets((20, 17), device)
         torch.library.opcheck(forward, (x, *leaves, cu, EPS, True))
-        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], cu, EPS, True))
+        torch.library.opcheck(backward, (grad, x, branch, weight, vectors[1], cu, EPS, True, True))
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
