@@ -96,3 +96,8 @@ def shape(x: Tensor) -> str:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of one of them."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def keeps_for_backward(*tensors: Tensor | None) -> bool:
+    """Whether a call keeps what backward reads: a graph that is traced or exported may be trained, frozen or not."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or needs_grad(*tensors)

@@ -121,6 +121,12 @@ def _empty_unless(wanted: bool, *likes: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(like.shape if wanted else (0,)) for like in likes)
 
 
+def _require_kept(op: str, kept: bool) -> None:
+    """Raise where backward comes to a call that kept nothing for it."""
+    if not kept:
+        raise RuntimeError(f"{op}: this call was recorded without gradients: record it with gradients enabled")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which kernels sum: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -333,8 +339,9 @@ def _contrastive_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
 
 
 def _contrastive_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None or not ctx.with_grad:
+    if grads[0] is None:
         return (None,) * 11
+    _require_kept("cross_modal_contrastive", ctx.with_grad)
     return (*bwd(grads[0], *ctx.saved_tensors), *(None,) * 9)
 
 
@@ -397,8 +404,9 @@ def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None or not ctx.with_grad:
+    if grads[0] is None:
         return (None,) * 8
+    _require_kept("project_cells", ctx.with_grad)
     wants_x, wants_layer = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x, wants_layer)
     vectors = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
@@ -530,8 +538,9 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None or not ctx.with_grad:
+    if grads[0] is None:
         return (None,) * 11
+    _require_kept("residual_mlp", ctx.with_grad)
     wants_layers = any(ctx.needs_input_grad[1:5])
     grad_x, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_layers)
     layers = found[:4] if wants_layers else (None,) * 4
@@ -606,8 +615,9 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None or not ctx.with_grad:
+    if grads[0] is None:
         return (None,) * 20
+    _require_kept("residual_window_attention", ctx.with_grad)
     *tensors, table, head_scale, positions, cu_seqlens = ctx.saved_tensors
     wants_layers = any(ctx.needs_input_grad[1:5])
     rest = (ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes, wants_layers)
@@ -701,18 +711,20 @@ def _conv_fake_backward(
 
 
 def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, residual, _, dilation, _, step, relu, dropout, _ = inputs
+    x, weight, _, residual, _, dilation, _, step, relu, dropout, with_grad = inputs
     y, active = output
     ctx.mark_non_differentiable(active)
     ctx.set_materialize_grads(False)
     # A plain convolution's gradient does not read its result.
     ctx.save_for_backward(x, weight, y if relu or residual is not None else active, active)
     ctx.facts = (dilation, step, relu, residual is not None, dropout)
+    ctx.kept = with_grad or not relu or residual is None
 
 
 def _conv_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None:
         return (None,) * 11
+    _require_kept("dilated_causal_conv1d", ctx.kept)
     want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
     grad_x, grad_weight, grad_bias, grad_residual = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_weight)
     return (
@@ -770,17 +782,19 @@ def _normed_fake_backward(
 
 
 def _normed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, v, g, _, residual, _, dilation, _, step, relu, dropout, _ = inputs
+    x, v, g, _, residual, _, dilation, _, step, relu, dropout, with_grad = inputs
     y, active, norms = output
     ctx.mark_non_differentiable(active, norms)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, v, g, norms, y if relu or residual is not None else active, active)
     ctx.facts = (dilation, step, relu, residual is not None, dropout)
+    ctx.kept = with_grad or not relu or residual is None
 
 
 def _normed_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if grads[0] is None:
         return (None,) * 12
+    _require_kept("dilated_causal_conv1d", ctx.kept)
     want_x, want_v, want_g, want_bias, want_residual = ctx.needs_input_grad[:5]
     found = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_v or want_g)
     wanted = (want_x, want_v, want_g, want_bias, want_residual)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import check_devices, check_floating, keeps_for_backward, shape, without_autocast
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
 _OP = "cross_modal_contrastive"
@@ -114,7 +114,7 @@ def cross_modal_contrastive(
         forward = torch.ops.deepmsi.cross_modal_contrastive_cpp_fwd
         if chosen == "triton":
             forward = torch.ops.deepmsi.cross_modal_contrastive_triton_fwd
-        with_grad = torch.is_grad_enabled() and (wide.requires_grad or stacked.requires_grad)
+        with_grad = keeps_for_backward(wide, stacked)
         loss, _, _ = forward(
             wide,
             stacked,

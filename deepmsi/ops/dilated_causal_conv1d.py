@@ -5,7 +5,14 @@ from torch import Tensor
 
 from deepmsi.backend import BESIDE, resolve
 from deepmsi.ops import _schemas as _schemas
-from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import (
+    autocast,
+    check_devices,
+    check_floating,
+    keeps_for_backward,
+    shape,
+    without_autocast,
+)
 from deepmsi.reference.dilated_causal_conv1d import causal_conv_rows as reference_rows
 from deepmsi.reference.dilated_causal_conv1d import dilated_causal_conv1d as reference
 
@@ -131,8 +138,7 @@ def causal_conv_rows(
     with without_autocast(x.device.type):
         if chosen == "reference":
             return reference_rows(x, weight, bias, residual, seed, dilation, count, step, relu, dropout)
-        read = (t for t in (x, weight, g, bias, residual) if t is not None)
-        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+        with_grad = keeps_for_backward(x, weight, g, bias, residual)
         others = (bias, residual, seed, dilation, count, step, relu, dropout, with_grad)
         if g is not None:
             return torch.ops.deepmsi.weight_normed_conv1d_cpp_fwd(x, weight, g, *others)[0]

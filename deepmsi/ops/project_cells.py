@@ -13,7 +13,7 @@ from deepmsi.ops._arguments import (
     check_devices,
     check_floating,
     check_packed,
-    needs_grad,
+    keeps_for_backward,
     shape,
     unrounded,
     without_autocast,
@@ -85,7 +85,7 @@ def project_cells(
     if kind != dtype:
         raise ValueError(f"{_OP}: x and weight must be of one type, not {kind} and {dtype}")
     chosen = resolve(_OP, backend, x.device.type, dtype, mixed=mixed, outputs=channels)
-    with_grad = needs_grad(x, weight, bias, norm_weight, norm_bias)
+    with_grad = keeps_for_backward(x, weight, bias, norm_weight, norm_bias)
     if chosen != "triton" or with_grad:
         # Triton's kernel rounds x while it reads it, but backward would keep it as it was.
         x = autocast(x)

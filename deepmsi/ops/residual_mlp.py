@@ -10,7 +10,7 @@ from deepmsi.ops._arguments import (
     check_devices,
     check_floating,
     check_packed,
-    needs_grad,
+    keeps_for_backward,
     shape,
     unrounded,
     without_autocast,
@@ -95,7 +95,7 @@ def residual_mlp(
     if chosen == "cpp":
         cast = unrounded(layers.values(), cast)
         scale = None if scale is None else scale.float()
-    with_grad = needs_grad(x, *cast, norm_weight, norm_bias)
+    with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:
         check_packed(_OP, *packed)

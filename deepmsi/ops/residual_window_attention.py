@@ -9,7 +9,7 @@ from deepmsi.ops._arguments import (
     autocast_layers,
     check_devices,
     check_packed,
-    needs_grad,
+    keeps_for_backward,
     shape,
     unrounded,
     without_autocast,
@@ -104,7 +104,7 @@ def residual_window_attention(
     if positions is not None:
         positions = positions.to(torch.int32)
     qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast) if chosen == "cpp" else cast
-    with_grad = needs_grad(
+    with_grad = keeps_for_backward(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
     )
     if chosen == "cpp" and packed is not None and not with_grad:

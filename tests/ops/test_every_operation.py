@@ -104,6 +104,28 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_a_graph_recorded_without_gradients_has_them(op: str, backend: str, device: str) -> None:
+    testing.need(op, backend, device)
+    inputs, run = call(op, backend, device)
+    with torch.no_grad():
+        recorded = torch.jit.trace(run, tuple(inputs), check_trace=False)
+    for found, wanted in zip(step(recorded, inputs), step(run, inputs), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("op", ["residual_mlp", "cross_modal_contrastive"])
+def test_backward_of_a_call_that_kept_nothing_is_refused(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing.need(op, "cpp", "cpu")
+    inputs, run = call(op, "cpp", "cpu")
+    leaves = [x.requires_grad_() for x in inputs]
+    monkeypatch.setattr(f"deepmsi.ops.{op}.keeps_for_backward", lambda *_: False)
+    with pytest.raises(RuntimeError, match=f"{op}: this call was recorded without gradients: record it with"):
+        torch.autograd.grad(run(*leaves).square().sum(), leaves)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
 def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> None:
