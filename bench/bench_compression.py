@@ -24,11 +24,7 @@ def late(model: VSCSwin, x: Tensor, guide: Tensor | None) -> Tensor:
     for stage in model.stages()[2:]:
         tokens = stage.enter(tokens)
         for block in stage.each():
-            if block.compress is None:
-                tokens = block(tokens)
-            else:
-                assert guide is not None
-                tokens = block.compressing("", None, True, tokens, guide)
+            tokens = block(tokens, guide)
     return mean_of_frames(tokens._replace(x=model.norm(tokens.x)))
 
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
-from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked
+from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 
 
@@ -32,14 +32,25 @@ def why_not(block: Any) -> str | None:
 
 def _attend(block: Any, qkv: Tensor, **options: Any) -> Tensor:
     """Attend over the (padded) grid of qkv, and project."""
-    attn, size, shift = block.attn, (qkv.shape[1], qkv.shape[2]), block.shift_size[0]
-    out = attn.proj(window_attention(qkv, attn.num_heads, size, block.window_size[0], shift, **options))
-    if not _drops(attn.proj_drop):
-        return attn.proj_drop(out)
-    # timm draws what is dropped window by window.
-    windows = window_partition(out.roll((-shift, -shift), (1, 2)) if shift else out, block.window_size)
-    dropped = attn.proj_drop(windows.flatten(1, 2)).view(windows.shape)
-    out = window_reverse(dropped, block.window_size, *size)
+    attn, size = block.attn, (qkv.shape[1], qkv.shape[2])
+    out = window_attention(qkv, attn.num_heads, size, block.window_size[0], block.shift_size[0], **options)
+    return _called(block, attn.proj_drop, _called(block, attn.proj, out))
+
+
+def _called(block: Any, layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer of the attention on a (padded) grid x.
+
+    One that is not timm's own, is watched or draws random numbers is called as timm calls it: window by window, behind
+    the cyclic shift.
+    """
+    if _passed_over(layer):
+        return x
+    if type(layer) is nn.Linear and unhooked(layer):
+        return layer(x)
+    shift = block.shift_size[0]
+    windows = window_partition(x.roll((-shift, -shift), (1, 2)) if shift else x, block.window_size)
+    out = layer(windows.flatten(1, 2)).unflatten(1, tuple(windows.shape[1:3]))
+    out = window_reverse(out, block.window_size, x.shape[1], x.shape[2])
     return out.roll((shift, shift), (1, 2)) if shift else out
 
 
@@ -84,13 +95,6 @@ def _runs_fused(block: Any, x: Tensor) -> bool:
     return type(attn.softmax) is torch.nn.Softmax and why_not(block) is None
 
 
-def _usual_bias(attn: Any) -> bool:
-    """Whether the bias of a Swin V2's positions follows from the parameters of its network alone, as timm built it."""
-    network = attn.cpb_mlp
-    usual = type(network) is nn.Sequential and [type(part) for part in network] == [nn.Linear, nn.ReLU, nn.Linear]
-    return usual and unhooked(network, *network)
-
-
 def _drops(dropout: torch.nn.Module) -> bool:
     """Whether a layer may change what it is given: anything but a dropout that is off."""
     if type(dropout) is torch.nn.Dropout:
@@ -132,7 +136,7 @@ class FusedSwinBlock(SwinTransformerBlock):
         attn: Any = self.attn
         out = _attend(
             self,
-            attn.qkv(_pad_as_timm(self, x)),
+            _called(self, attn.qkv, _pad_as_timm(self, x)),
             bias_table=attn.relative_position_bias_table,
             scale=attn.scale,
         )
@@ -161,7 +165,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             return
         coordinates = cast(Tensor, attn.relative_coords_table)
         constants = _BlockConstants(coordinates, Fixed(), LaidOut(), LaidOut())
-        if _usual_bias(attn):
+        if usual_bias(attn.cpb_mlp):
             constants.table.fix(self._bias_table, *attn.cpb_mlp.parameters())
         constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
         constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
@@ -231,7 +235,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
     def _bias_table(self) -> Tensor:
         attn: Any = self.attn
         held = self.constants
-        if held is not None and held.coordinates is attn.relative_coords_table and _usual_bias(attn):
+        if held is not None and held.coordinates is attn.relative_coords_table and usual_bias(attn.cpb_mlp):
             fixed = held.table.of(*attn.cpb_mlp.parameters())
             if fixed is not None:
                 return fixed
@@ -243,9 +247,11 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         attn: Any = self.attn
         padded, bias = _pad_as_timm(self, x), self._qkv_bias()
         if bias is not None and attn.qkv_bias_separate:
-            qkv = attn.qkv(padded) + bias
+            qkv = _called(self, attn.qkv, padded) + bias
+        elif bias is None:
+            qkv = _called(self, attn.qkv, padded)
         else:
-            qkv = attn.qkv(padded) if bias is None else torch.nn.functional.linear(padded, attn.qkv.weight, bias)
+            qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
         out = _attend(self, qkv, bias_table=self._bias_table(), logit_scale=attn.logit_scale)
         return _crop_as_timm(self, out, x)
 

@@ -22,8 +22,8 @@ class Content:
 
     A change in place shows in the version, another tensor in their place in the storage (while this refers to one, no
     other can lie where it lay) or in how it lies there. What torch does not count as a change stays unseen: what is
-    done to ``parameter.data``, by numpy, by a collective, by another process, and by the step of a fused optimizer,
-    whose gradients were asked for before. A copy is of no parameters, and equals nothing.
+    done to ``parameter.data``, by numpy, by a collective and by another process. A copy is of no parameters, and equals
+    nothing.
     """
 
     def __init__(self, *parameters: Tensor) -> None:
@@ -42,10 +42,16 @@ class Content:
 def content_of(*parameters: Tensor) -> Content | None:
     """Return the content of parameters, or None where nothing tells of it.
 
-    That is so of weights that are computed, of sparse ones, of those made in inference mode, and under transforms.
+    That is so of weights that are computed, of sparse ones, of those made in inference mode, under transforms, and of
+    those whose gradient waits for a step: that of a fused optimizer leaves no new version.
     """
-    own = all(type(p) is nn.Parameter and p.layout is torch.strided and not p.is_inference() for p in parameters)
-    return Content(*parameters) if own and not backend.transforms() else None
+    if backend.transforms():
+        return None
+    own = all(
+        type(p) is nn.Parameter and p.layout is torch.strided and not p.is_inference() and p.grad is None
+        for p in parameters
+    )
+    return Content(*parameters) if own else None
 
 
 def recorded() -> bool:
@@ -148,6 +154,7 @@ def fix_constants(model: Model) -> Model:
     the model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they
     have changed otherwise, in place or by another tensor in their place, both are computed in every call again. What
     torch does not count as a change stays unseen (``parameter.data``, numpy's views, collectives): call it again then.
+    Of weights that still have gradients nothing is kept, since a step may follow: ``zero_grad()`` first.
     In a graph of ``torch.compile`` everything is computed in every call.
 
     Args:

@@ -58,3 +58,10 @@ def unhooked(*modules: nn.Module) -> bool:
         or "forward" in module.__dict__
         for module in modules
     )
+
+
+def usual_bias(network: nn.Module) -> bool:
+    """Whether the bias of a Swin V2's positions follows from the parameters of its network alone, as it was built."""
+    if type(network) is not nn.Sequential or [type(part) for part in network] != [nn.Linear, nn.ReLU, nn.Linear]:
+        return False
+    return unhooked(network, *network)

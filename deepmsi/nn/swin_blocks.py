@@ -6,14 +6,14 @@ Parameters have timm's names. All frames run at once, in one of two layouts (:cl
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
 from deepmsi.nn.constants import Content, HoldsConstants, LaidOut, content_of, stands
-from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked
+from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
@@ -120,7 +120,7 @@ class WindowAttention(HoldsConstants):
 
     def __init__(self, dim: int, heads: int, window: int, shift: int, reference_window: int) -> None:
         super().__init__()
-        self.heads, self.window, self.shift = heads, window, shift
+        self.heads, self.window, self.shift, self.reference_window = heads, window, shift, reference_window
         self.recompute = False
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
@@ -128,18 +128,30 @@ class WindowAttention(HoldsConstants):
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
-        step = torch.arange(1 - window, window)
-        scaled = torch.cartesian_prod(step, step).float() / max(reference_window - 1, 1) * 8
-        coordinates = scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)
         # As integers, so that a change of the module's type cannot round them.
-        self.register_buffer("coordinate_bits", coordinates.view(torch.int32), persistent=False)
+        self.register_buffer("coordinate_bits", self._coordinates().view(torch.int32), persistent=False)
         # A buffer, which an exported program keeps as a constant.
         self.register_buffer("fixed_table", None, persistent=False)
         self._fixed_from: Content | None = None
         self._laid_out = LaidOut()
 
+    def _coordinates(self) -> Tensor:
+        """Return the log-spaced coordinates of every offset [(2w - 1)², 2] in float32."""
+        step = torch.arange(1 - self.window, self.window)
+        scaled = torch.cartesian_prod(step, step).float() / max(self.reference_window - 1, 1) * 8
+        return scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        # A module that was made on no device has only now a place for them.
+        self.coordinate_bits = self._coordinates().view(torch.int32).to(self.q_bias.device)
+
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
+        if not usual_bias(self.cpb_mlp):
+            coordinates = self.coordinate_bits.view(torch.float32).to(next(self.cpb_mlp.parameters()).dtype)
+            with without_autocast(coordinates.device.type):
+                return 16 * self.cpb_mlp(coordinates).sigmoid()
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         weights = (hidden.weight, hidden.bias, out.weight)
         if self.fixed_table is not None and stands(self._fixed_from, *weights):
@@ -153,11 +165,13 @@ class WindowAttention(HoldsConstants):
             return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
 
     def fix(self) -> None:
-        self.fixed_table = None
+        self.forget()
+        self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
+        if not usual_bias(self.cpb_mlp):
+            return
         self.fixed_table = self.bias_table()
         hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
         self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
-        self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
 
     def forget(self) -> None:
         self.fixed_table = self._fixed_from = None
@@ -336,10 +350,6 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.compress = compress
 
-    def attend(self, tokens: Tokens) -> Tokens:
-        """x + LN(attn(x))."""
-        return self._attended(tokens)[0]
-
     def _attended(self, tokens: Tokens) -> tuple[Tokens, Source | None]:
         """x + LN(attn(x)), and what it can be made from again where all of that is kept anyway."""
         x, scale = tokens.x, self._drawn(tokens)
@@ -392,17 +402,32 @@ class Block(nn.Module):
         branch = mlp(x, source)
         return tokens._replace(x=adding(norm, branch, scale)(x, branch))
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Attention and MLP, of a block that does not compress."""
-        return self.transform(*self._attended(tokens))
-
-    def compressing(
-        self, name: str, kept: list[KeptTokens] | None, attends: bool, tokens: Tokens, guide: Tensor
+    def forward(
+        self,
+        tokens: Tokens,
+        guide: Tensor | None = None,
+        *,
+        attends: bool = True,
+        transforms: bool = True,
+        name: str = "",
+        kept: list[KeptTokens] | None = None,
     ) -> Tokens:
-        """Attention (unless the tokens come from behind it), compression and MLP, of a block that compresses."""
-        assert self.compress is not None
-        tokens = self.attend(tokens) if attends else tokens
-        return self.transform(self.compress(tokens, guide, name, kept))
+        """Attention and MLP, the compression between them where the block has one; or one half of it alone.
+
+        Args:
+            tokens, guide: What is read; a compression needs the guide [F, G].
+            attends, transforms: Whether the first half runs, and whether the rest does.
+            name, kept: As in :class:`Compression`.
+        """
+        source: Source | None = None
+        if attends:
+            tokens, source = self._attended(tokens)
+        if not transforms:
+            return tokens
+        if self.compress is not None:
+            assert guide is not None
+            tokens, source = self.compress(tokens, guide, name, kept), None
+        return self.transform(tokens, source)
 
     def _drawn(self, tokens: Tokens) -> Tensor | None:
         """Draw the factor of every row's branch: in training whole frames are dropped at random (stochastic depth)."""
@@ -422,21 +447,24 @@ class PatchEmbed(HoldsConstants):
 
     Attributes:
         pixel_weight, pixel_bias: The embedding of uint8 pixels, their normalisation folded in; None outside inference.
+        pixel_mean, pixel_std: What was folded in.
     """
 
     pixel_weight: Tensor | None
     pixel_bias: Tensor | None
+    pixel_mean: Tensor | None
+    pixel_std: Tensor | None
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
-        self.register_buffer("pixel_weight", None, persistent=False)
-        self.register_buffer("pixel_bias", None, persistent=False)
+        for name in ("pixel_weight", "pixel_bias", "pixel_mean", "pixel_std"):
+            self.register_buffer(name, None, persistent=False)
         self._folded_from: Content | None = None
 
     def forget(self) -> None:
-        self.pixel_weight = self.pixel_bias = self._folded_from = None
+        self.pixel_weight = self.pixel_bias = self.pixel_mean = self.pixel_std = self._folded_from = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -445,6 +473,7 @@ class PatchEmbed(HoldsConstants):
 
         W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is.
         """
+        self.pixel_mean, self.pixel_std = mean, std
         own = cast(Tensor, self.proj.bias)
         self._folded_from = content_of(self.proj.weight, own)
         weight, bias = self.proj.weight.double(), own.double()
@@ -455,11 +484,14 @@ class PatchEmbed(HoldsConstants):
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
 
-        Where that is folded in, uint8 frames are embedded as they are; given ``prepare``, only while the weights stay
-        and no gradient of them is wanted.
+        Where that is folded in, uint8 frames are embedded as they are while the weights stay and no gradient of them is
+        wanted; else ``prepare`` normalises them, or what was folded in does.
         """
-        if self.pixel_weight is not None and frames.dtype == torch.uint8 and (prepare is None or self._holds()):
-            return self._embedded(frames.to(self.pixel_weight.dtype), self.pixel_weight, self.pixel_bias)
+        if self.pixel_weight is not None and frames.dtype == torch.uint8:
+            pixels = frames.to(self.pixel_weight.dtype)
+            if plain(pixels, self.proj) and self._holds():
+                return self._embedded(pixels, self.pixel_weight, self.pixel_bias)
+            prepare = prepare or self._normalised
         source = None
         if prepare is not None:
 
@@ -470,6 +502,11 @@ class PatchEmbed(HoldsConstants):
             frames = prepared(frames)
         with remade(frames, source):
             return self._embedded(frames)
+
+    def _normalised(self, frames: Tensor) -> Tensor:
+        assert self.pixel_mean is not None
+        assert self.pixel_std is not None
+        return ((frames.float() / 255 - self.pixel_mean) / self.pixel_std).to(self.proj.weight.dtype)
 
     def _holds(self) -> bool:
         weights = (self.proj.weight, cast(Tensor, self.proj.bias))

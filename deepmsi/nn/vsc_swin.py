@@ -316,7 +316,8 @@ class VSCSwin(nn.Module):
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
-        if prepare is None and not frames.is_floating_point() and self.patch_embed.pixel_weight is None:
+        folded = self.patch_embed.pixel_weight is not None and frames.dtype == torch.uint8
+        if prepare is None and not frames.is_floating_point() and not folded:
             raise ValueError(f"VSCSwin: frames must be normalised, or prepare must do it, not {frames.dtype}")
 
         def embed(frames: Tensor) -> Tensor:
@@ -331,7 +332,7 @@ class VSCSwin(nn.Module):
             for j, block in enumerate(stage.each()):
                 owner = stage if j == 0 else None
                 if block.compress is not None:
-                    return self._run(block, owner, block.attend, tokens).x
+                    return self._run(block, owner, partial(block, transforms=False), tokens).x
                 tokens = self._run(block, owner, block, tokens)
         return tokens.x
 
@@ -356,7 +357,7 @@ class VSCSwin(nn.Module):
                 owner = stage if begun and j == 0 else None
                 if block.compress is not None:
                     # The stem ends behind the attention of the first one.
-                    compressing = partial(block.compressing, f"layers.{i}.blocks.{j}", kept, begun)
+                    compressing = partial(block, attends=begun, name=f"layers.{i}.blocks.{j}", kept=kept)
                     tokens = self._run(block, owner, compressing, tokens, guide, kept is not None)
                     begun = True
                 elif begun:

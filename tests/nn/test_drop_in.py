@@ -324,6 +324,45 @@ def test_a_forward_of_its_own_is_called(part: str) -> None:
     assert seen == [1]
 
 
+class Adapter(nn.Module):
+    """What stands for a layer, mixes the tokens that it is given and draws."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.drop = layer, nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.drop(x)) + self.inner(x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 48}),
+        ("swinv2_tiny_window8_256", {"img_size": 56}),
+        ("swinv2_tiny_window8_256", {"img_size": 64, "qkv_bias": False}),
+    ],
+)
+def test_what_stands_for_a_layer_is_given_timms_windows(name: str, options: dict[str, Any], part: str) -> None:
+    stock = build(name, **options).float()
+    for block in stock.layers[0].blocks:
+        # With a bias of q and v timm's V2 reads the weight of qkv alone.
+        if part != "attn.qkv" or getattr(block.attn, "q_bias", None) is None:
+            block.set_submodule(part, Adapter(block.get_submodule(part)))
+    frames, found, shapes = randn(2, 3, options["img_size"], options["img_size"], seed=2), [], []
+    for model in (deepmsi.fuse(copy.deepcopy(stock)), stock):
+        seen: list[torch.Size] = []
+        model.layers[0].blocks[1].get_submodule(part).register_forward_hook(
+            lambda _, given, out, seen=seen: seen.extend((given[0].shape, out.shape))
+        )
+        torch.manual_seed(11)
+        found.append(model.train()(frames))
+        shapes.append(seen)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert shapes[0] == shapes[1]
+
+
 def test_hooks_on_all_modules_see_timms() -> None:
     stock = build("swinv2_tiny_window8_256", img_size=32).float()
     fused = deepmsi.fuse(copy.deepcopy(stock))

@@ -169,6 +169,23 @@ def test_the_step_of_a_fused_optimizer_is_seen(make: Callable[[], Made]) -> None
 
 
 @MODELS
+def test_a_step_that_waits_is_seen(make: Callable[[], Made]) -> None:
+    """Its gradients are there already when the constants are asked for."""
+    model, inputs = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(*inputs).square().sum().backward()
+    fix_constants(model)
+    optimizer.step()
+    with torch.no_grad():
+        assert model(*inputs).equal(unfixed(model)(*inputs))
+    optimizer.zero_grad()
+    with torch.no_grad():
+        expected = unfixed(model)(*inputs)
+        assert fix_constants(model)(*inputs).equal(expected)
+    assert held(model) or not backend.fuses("residual_mlp", "cpu", torch.float32, channels=32)
+
+
+@MODELS
 @torch.no_grad()
 def test_a_graph_reads_the_weights_themselves(make: Callable[[], Made]) -> None:
     model, inputs = make()
@@ -313,3 +330,70 @@ def test_what_has_no_constants_gets_a_sentence() -> None:
     for model in (nn.Linear(3, 3), fuse(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))):
         with pytest.raises(UserError, match="has nothing to fix: give it a VSCSwin, or a swinv2"):
             fix_constants(model)
+
+
+class Shifted(nn.Module):
+    """An adapter that shows the weights of the layer it stands for."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.inner, self.shift = layer, nn.Parameter(torch.ones(1))
+
+    weight = property(lambda self: self.inner.weight)
+    bias = property(lambda self: self.inner.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.shift
+
+
+def test_an_adapter_on_the_bias_network_is_called_and_learns() -> None:
+    model, inputs = compressing()
+    with torch.no_grad():
+        before = fix_constants(model)(*inputs)
+    network = model.layers[0].blocks[0].attn.cpb_mlp
+    network[0] = Shifted(network[0])
+    changed = model(*inputs)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    changed.square().sum().backward()
+    assert network[0].shift.grad.abs() > 0
+    with torch.no_grad():
+        model.zero_grad()
+        torch.testing.assert_close(fix_constants(model)(*inputs), changed)
+        calls: list[int] = []
+        network.register_forward_hook(lambda *_: calls.append(1))
+        model(*inputs)
+    assert calls == [1]
+
+
+def change_weight(embed: Any) -> None:
+    embed.proj.weight.detach().neg_()
+
+
+def load_another(embed: Any) -> None:
+    embed.load_state_dict({name: value * 1.5 for name, value in embed.state_dict().items()})
+
+
+def put_adapter(embed: Any) -> None:
+    embed.proj = Shifted(embed.proj)
+
+
+@pytest.mark.parametrize("change", [change_weight, load_another, put_adapter])
+@pytest.mark.parametrize("prepares", [False, True])
+def test_folded_pixels_follow_the_embedding(change: Callable[[Any], None], prepares: bool) -> None:
+    model = moved(VSCSwin.small(schedule=None))
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+
+    def prepare(frames: Tensor) -> Tensor:
+        return (frames.float() / 255 - mean) / std
+
+    model.fold_pixels(mean, std)
+    given = {"prepare": prepare} if prepares else {}
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels, **given), model(prepare(pixels)), rtol=1e-4, atol=1e-4)
+        change(model.patch_embed)
+        torch.testing.assert_close(model(pixels, **given), model(prepare(pixels)), rtol=1e-4, atol=1e-4)
+    model(pixels, **given).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.patch_embed.parameters())
+    with pytest.raises(ValueError, match=r"frames must be normalised, or prepare must do it, not torch\.int64"):
+        model(pixels.long())

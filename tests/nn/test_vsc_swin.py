@@ -496,3 +496,28 @@ def test_an_adapter_in_the_place_of_a_layer_is_called(part: str) -> None:
         other.load_state_dict({key: value.flip(0) for key, value in layer.state_dict().items()})
         block.set_submodule(part, other)
         torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
+
+
+def test_every_block_is_called_as_a_module() -> None:
+    """The first one that compresses once for each half, between which the guide comes in."""
+    model, seen = VSCSwin.small("released").eval(), []
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Block":
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        model(randn(1, 3, 64, 64, seed=1), randn(1, 64, seed=2))
+    blocks = [f"layers.{i}.blocks.{j}" for i, depth in enumerate((2, 4, 2)) for j in range(depth)]
+    assert seen == sorted([*blocks, "layers.1.blocks.0"])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_was_built_on_no_device_is_whole_once_it_is_loaded(assign: bool) -> None:
+    model = randomised(VSCSwin.small("released")).eval()
+    with torch.device("meta"):
+        other = VSCSwin.small("released")
+    if not assign:
+        other = other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    inputs = randn(1, 3, 64, 64, seed=1), randn(1, 64, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(*inputs), model(*inputs))
