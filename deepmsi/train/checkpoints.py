@@ -26,6 +26,7 @@ from deepmsi.models.checkpoint import writing
 FILES = "files.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
+BEST = "best.safetensors"  # beside the checkpoints: the weights of the epoch that scored best
 COMPRESSION = "compression.json"
 REQUIRED = (WEIGHTS, "optimizer.pt", "scheduler.pt", STATE)
 

@@ -51,11 +51,13 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read.
 
     Raises:
-        UserError: no such run, a label that the run does not know, data that its model cannot read, or no
-            modality left.
+        UserError: no such run, a label that the run does not know, data that its model cannot read, no modality
+            left, or `out` is a run itself.
     """
     drop = _check_drop(drop)
     run, data = Path(run), Path(data)
+    if out is not None and (Path(out) / RUN).exists():
+        raise UserError(f"{out} is a run, whose own scores would be lost: give another folder, such as {out}/scores.")
     facts = read_run(run)
     recipe = load_recipe(run / RECIPE)
     start_processes(training_device(recipe.train))

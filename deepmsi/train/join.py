@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wil
 from deepmsi.train.recipe import load_recipe
 
 SPLITS, FOLD = "splits.json", "fold.json"
+_LONGEST = 200  # bytes of a folder's name, of which file systems take 255
 _FACTS = ("name", "train", "test", "epochs", "kept_epoch", "epochs_from", "seconds", "metrics")
 
 
@@ -42,8 +45,16 @@ class _Scored:
 
 
 def fold_folder(run: Path, name: str, single: bool) -> Path:
-    """Where a fold's files lie; the one fit of the protocol `split-column` is the run itself."""
-    return run if single else run / "folds" / name
+    """Where a fold's files lie; the one fit of the protocol `split-column` is the run itself.
+
+    A name may be a cell of a manifest: what would lead elsewhere is encoded, and what no file system takes is cut.
+    """
+    if single:
+        return run
+    folder = re.sub(r"[/\\%\0]|^\.", lambda found: f"%{ord(found[0]):02X}", name)
+    if len(folder.encode()) > _LONGEST:
+        folder = f"{folder.encode()[:100].decode(errors='ignore')}-{sha256(name.encode()).hexdigest()[:16]}"
+    return run / "folds" / folder
 
 
 def join_folds(run: Path, write: bool = True) -> dict[str, Any]:

@@ -28,11 +28,12 @@ import torch
 from numpy.typing import NDArray
 
 from deepmsi._version import __version__
-from deepmsi.data.files import leaving_no_empty
+from deepmsi.data.files import claimed, leaving_no_empty
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig
 from deepmsi.models.vision import check_vision
+from deepmsi.train import checkpoints
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
@@ -167,12 +168,26 @@ class _Run:
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
-        self.facts = started or self._describe(data)
-        if self.main and started is None:
-            recipe.save(out / RECIPE)
-            write_json(out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
-            write_json(out / RUN, self.facts)
+        self.facts = started or on_main_first(lambda: self._begin(data, may_exist=resume or folds is not None))
         barrier()
+
+    def _begin(self, data: Path, may_exist: bool) -> dict[str, Any]:
+        """Write down what begins; where another call has begun the same run meanwhile, take part in that one."""
+        facts = self._describe(data)
+        while self.main and not (self.out / RUN).exists():
+            with claimed(self.out) as free:
+                if free and not (self.out / RUN).exists():
+                    self.recipe.save(self.out / RECIPE)
+                    write_json(self.out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
+                    write_json(self.out / RUN, facts)
+                    return facts
+            time.sleep(0.1)
+        if self.main:
+            if not may_exist:
+                raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
+            facts = read_run(self.out)
+            _check_same(facts, self.recipe, load_recipe(self.out / RECIPE), self.data, self.out)
+        return facts
 
     def go(self) -> dict[str, Any]:
         begun = time.time()
@@ -307,9 +322,11 @@ class _Run:
                 "seconds": round(time.time() - begun, 1),
                 "metrics": compute_metrics(self._classes(fold.test), logits.argmax(1), names),
             }
+            write_json(folder / FOLD, facts)
+            # Until here a call that is interrupted goes on from them.
+            (folder / checkpoints.BEST).unlink(missing_ok=True)
             if not self.single:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            write_json(folder / FOLD, facts)
         barrier()
 
     def _final_fit(self) -> None:
@@ -409,8 +426,6 @@ class _Run:
         )
         result = run_fit(model, fit)
         self.trained.append((result.utterances, result.seconds))
-        if self.main:
-            (folder / "best.safetensors").unlink(missing_ok=True)
         return model, result
 
     def _config(self, train: NDArray[np.int64]) -> DeepMSIConfig:

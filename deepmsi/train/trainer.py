@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,7 +47,6 @@ from deepmsi.train.seeding import derive_seed, seed_torch
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
-BEST = "best.safetensors"
 HISTORY = "history.jsonl"
 
 
@@ -113,6 +113,8 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         start, skipped = checkpoints.newest_valid(folder)
         for sentence in skipped:
             note(sentence)
+    if start is None:
+        _forget(fit.folder)
     state = _read_state(start) if start else {}
     _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
@@ -141,7 +143,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
         if kept != epochs:
             barrier()
-            load_weights(model, fit.folder / BEST)
+            load_weights(model, fit.folder / checkpoints.BEST, kept)
     model.eval()
     return FitResult(epochs, kept, utterances, seconds, curve)
 
@@ -298,7 +300,7 @@ class UtteranceTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         curve = _curve(self.state.log_history)
         if self.fit.keep_best and _best(curve, settings.metric) is curve[-1] and self.args.should_save:
-            save_weights(self.core, self.fit.folder / BEST)
+            save_weights(self.core, self.fit.folder / checkpoints.BEST, curve[-1]["epoch"])
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -543,33 +545,38 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
     ]
 
 
-def save_weights(model: DeepMSI, path: Path) -> None:
-    """Write a model's weights as safetensors, to a temporary name first."""
+def save_weights(model: DeepMSI, path: Path, epoch: float | None = None) -> None:
+    """Write a model's weights as safetensors, to a temporary name first, with the epoch that they are of."""
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     temporary = path.with_name(f".{path.name}.part")
     try:
         with writing(path):
-            save_file(weights, temporary)
+            save_file(weights, temporary, None if epoch is None else {"epoch": str(round(epoch))})
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_weights(model: DeepMSI, path: Path) -> None:
-    """Read weights that `save_weights` wrote.
+def load_weights(model: DeepMSI, path: Path, epoch: int | None = None) -> None:
+    """Read weights that `save_weights` wrote, of an epoch where it is given.
 
     Raises:
-        UserError: the file is damaged or of another architecture.
+        UserError: the file is damaged, or of another architecture or epoch.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    again = f"delete {path.parent / 'checkpoints'} to train this part again"
     try:
         weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("epoch")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete its folder to train this part again.") from None
+        raise UserError(f"{path} cannot be read ({error}): {again}.") from None
+    if epoch is not None and found != str(epoch):
+        raise UserError(f"{path} is of epoch {found}, and epoch {epoch} scored best: {again}.")
     expected = {name: tensor.shape for name, tensor in stored_state(model).items()}
     if expected != {name: tensor.shape for name, tensor in weights.items()}:
         raise UserError(f"{path} is of another architecture than the recipe: resume with the recipe it began with.")
@@ -688,6 +695,14 @@ def _is_over(fit: Fit, curve: list[dict[str, float]], epoch: float) -> bool:
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / checkpoints.STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _forget(folder: Path) -> None:
+    """Take away what an earlier try of a fit left: a later resume would mix it with what comes now."""
+    if process_rank()[0] == 0:
+        for name in ("checkpoints", "logs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / checkpoints.BEST).unlink(missing_ok=True)
 
 
 def _truncate_history(path: Path, step: int) -> None:

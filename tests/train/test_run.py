@@ -18,8 +18,10 @@ from transformers import TrainerCallback
 from deepmsi.data.files import claimed
 from deepmsi.errors import UserError
 from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
 from deepmsi.train.evaluate import evaluate
+from deepmsi.train.join import fold_folder
 from deepmsi.train.metrics import read_predictions
 from deepmsi.train.recipe import AugmentSettings, load_recipe
 from deepmsi.train.run import _save_model, best_epoch, train
@@ -244,6 +246,87 @@ def test_selection_keeps_the_best_epoch_and_patience_stops(split_corpus: Path, t
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first epoch score best, so that its weights are read back."""
+    scores = trainer_module.watched_scores
+
+    def falling(logits, labels):
+        falling.calls += 1
+        return scores(logits, labels) | {"loss": float(falling.calls)}
+
+    falling.calls = 0
+    monkeypatch.setattr(trainer_module, "watched_scores", falling)
+
+
+KEEPS_BEST: dict[str, Any] = {"selection": "inner-validation", "inner_folds": 3, "epochs": 3, "metric": "loss"}
+
+
+def test_a_fit_that_was_not_scored_yet_resumes(
+    split_corpus: Path, tmp_path: Path, best_first: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = make_recipe(train=KEEPS_BEST), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("deepmsi.train.run.predict_logits", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(recipe, split_corpus, run)
+    kept = load_file(run / "best.safetensors")
+    (fold,) = train(recipe, split_corpus, run, resume=True)["folds"]
+    assert (fold["epochs"], fold["kept_epoch"]) == (3, 1)
+    assert all(np.array_equal(kept[name], value) for name, value in weights(run).items())
+    assert not (run / "best.safetensors").exists()
+
+
+def test_a_fit_that_begins_anew_leaves_nothing_of_the_try_before(
+    corpus: Path, tmp_path: Path, best_first: None, kill_at
+) -> None:
+    recipe, run = make_recipe(protocol="group-kfold", train=KEEPS_BEST | {"checkpoint_every": 9}), tmp_path / "run"
+    train(recipe, corpus, run, folds=[2])
+    fold = run / "folds" / "01"
+    (fold / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (fold / "best.safetensors").write_bytes(b"of the try before")
+    kill_at(0)
+    with pytest.raises(Killed):
+        train(recipe, corpus, run, folds=[1])
+    assert not list((fold / "checkpoints").glob("*"))
+    assert not (fold / "best.safetensors").exists()
+
+
+def test_best_weights_of_another_epoch_are_refused(
+    split_corpus: Path, tmp_path: Path, best_first: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer_module.save_weights
+    monkeypatch.setattr(trainer_module, "save_weights", lambda model, path, epoch=None: save(model, path, 2))
+    with pytest.raises(UserError, match=r"is of epoch 2, and epoch 1 scored best: delete .*checkpoints"):
+        train(make_recipe(train=KEEPS_BEST), split_corpus, tmp_path / "run")
+
+
+def test_of_two_calls_that_begin_one_run_the_second_takes_part_or_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, other = (make_recipe(protocol="group-kfold", train={"epochs": 1, "lr": lr}) for lr in (0.02, 0.01))
+    describe = run_module._Run._describe
+    begun: list[Path] = []
+
+    def overtaken(self, data):
+        """Let another call begin between the look into the directory and what is written there."""
+        if not begun:
+            begun.append(self.out)
+            train(recipe, corpus, self.out, folds=[2])
+        return describe(self, data)
+
+    monkeypatch.setattr(run_module._Run, "_describe", overtaken)
+    with pytest.raises(UserError, match=r"Another call has begun a run in .*: give another directory"):
+        train(recipe, corpus, tmp_path / "a")
+    begun.clear()
+    with pytest.raises(UserError, match=r"was begun with train\.lr=0\.02 and is resumed with 0\.01"):
+        train(other, corpus, tmp_path / "b", resume=True)
+    begun.clear()
+    result = train(recipe, corpus, tmp_path / "c", folds=[1])
+    assert [fold["name"] for fold in result["folds"]] == ["01", "02"]
+    assert load_recipe(tmp_path / "c" / "recipe.yaml").train.lr == 0.02
+
+
 def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(protocol={"name": "stratified-kfold", "folds": 3}, train={"epochs": 1})
     apart, whole = tmp_path / "apart", tmp_path / "whole"
@@ -260,6 +343,17 @@ def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
     assert_same_bits(apart, whole)
     with pytest.raises(UserError, match="There is no fold '9': the folds are 01, 02, 03"):
         train(recipe, corpus, apart, folds=[9])
+
+
+@pytest.mark.parametrize("speaker", ["../../../elsewhere/x", "Anna/Bob", "Änne", "x" * 300])
+def test_a_folds_folder_lies_in_the_run_whatever_its_name(speaker: str, tmp_path: Path) -> None:
+    names = [f"speaker-{speaker}", f"speaker-{speaker}2", f"speaker-{speaker}/2"]
+    folders = [fold_folder(tmp_path, name, single=False) for name in names]
+    assert len(set(folders)) == 3
+    for folder in folders:
+        folder.mkdir(parents=True)
+        assert folder.resolve().parent == (tmp_path / "folds").resolve()
+    assert folders[0].name == names[0] or "/" in speaker or len(speaker) > 200
 
 
 def test_calls_at_the_same_time_share_the_folds(
@@ -453,6 +547,10 @@ def test_runs_that_cannot_be_evaluated(finished: Path, split_corpus: Path, tmp_p
         evaluate(copy, split_corpus)
     with pytest.raises(UserError, match="There is no data at"):
         evaluate(finished, tmp_path / "absent")
+    before = (finished / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match="is a run, whose own scores would be lost: give another folder, such as"):
+        evaluate(finished, split_corpus, finished)
+    assert (finished / "metrics.json").read_bytes() == before
 
 
 def _one_label(table: list[dict[str, str]]) -> None:
