@@ -302,7 +302,7 @@ def prepare(
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="demo, ravdess, meld, iemocap, or a YAML file of your own."),
+        typer.Argument(metavar="RECIPE", help="clips, demo, ravdess, meld, iemocap, or a YAML file of your own."),
     ],
     data: DataOpt,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="New folder for the run.")],

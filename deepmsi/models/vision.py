@@ -155,7 +155,7 @@ def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
         )
     if config.backbone == "small":
         if config.pretrained:
-            raise UserError("vision.backbone 'small' has no pretrained weights: leave vision.pretrained out.")
+            raise UserError("vision.backbone 'small' has no pretrained weights: set vision.pretrained=false.")
         return VSCSwin.small(
             config.schedule,
             img_size=config.image_size,

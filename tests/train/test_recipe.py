@@ -9,12 +9,12 @@ from deepmsi.errors import UserError
 from deepmsi.train.recipe import AugmentSettings, Recipe, load_recipe, shipped_recipes
 
 
-@pytest.mark.parametrize("name", ["demo", "iemocap", "meld", "ravdess"])
+@pytest.mark.parametrize("name", ["clips", "demo", "iemocap", "meld", "ravdess"])
 def test_shipped_recipes_load(name: str) -> None:
     assert name in shipped_recipes()
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.labels
+    assert (recipe.labels is None) == (name == "clips")
     assert recipe.description
 
 
