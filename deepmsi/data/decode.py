@@ -388,7 +388,8 @@ class _Run:
         self.until = begin
         self.rate = frame.sample_rate
         # The channels are averaged afterwards: FFmpeg's own mixing to mono lifts equal channels by √2.
-        self.resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=sample_rate)
+        # Packed, for PyAV crashes where it makes an array of the eight planes of 7.1.
+        self.resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=sample_rate)
         self.position = 0  # output samples so far
         self.low = max(0, round((low - begin) * sample_rate))
         self.high = None if high is None else max(0, round((high - begin) * sample_rate))
@@ -407,7 +408,7 @@ class _Run:
     def _keep(self, frames: Sequence[Any]) -> list[np.ndarray]:
         kept = []
         for frame in frames:
-            samples = frame.to_ndarray().mean(axis=0, dtype=np.float32)
+            samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
             begin = max(0, self.low - self.position)
             stop = len(samples) if self.high is None else max(0, self.high - self.position)
             self.position += len(samples)

@@ -165,6 +165,18 @@ def test_sound_is_mono_at_the_rate_asked_for(tmp_path, clip_writer, suffix, rate
         assert np.sqrt((part**2).mean()) == pytest.approx(0.1 * (second + 1) / np.sqrt(2), rel=0.05)
 
 
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mkv"])
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1", "7.1"])
+def test_every_channel_counts_the_same(tmp_path, layout, suffix):
+    waves = np.random.default_rng(0).integers(-9000, 9000, (4096, av.AudioLayout(layout).nb_channels), np.int16)
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
+        stream = container.add_stream("pcm_s16le" if suffix == ".wav" else "flac", rate=16000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(waves.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate, frame.pts = 16000, 0
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    np.testing.assert_allclose(decode_audio(tmp_path / f"a{suffix}"), waves.mean(1) / 32768, atol=1e-7)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".flac", ".wav"])
 def test_sound_is_cut_by_presentation_time(tmp_path, clip_writer, suffix):
     clip = clip_writer(tmp_path / f"a{suffix}", [], sound=9.0)
