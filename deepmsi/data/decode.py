@@ -17,7 +17,7 @@ from deepmsi.data.geometry import Resize, Side
 from deepmsi.data.media import MediaInfo, NoStreamError, as_seconds, open_media, origin_of, probe, streams_of
 from deepmsi.errors import UserError
 
-__all__ = ["MediaInfo", "NoStreamError", "decode_audio", "decode_frames", "probe", "try_decoding"]
+__all__ = ["MediaInfo", "NoStreamError", "decode_audio", "decode_frames", "decode_pcm", "probe", "try_decoding"]
 
 # Decoders need to run in: Opus 80 ms, MP3 its bit reservoir, AAC one block. Seeks land this much before.
 _RUN_IN = Fraction(1)
@@ -124,6 +124,24 @@ def decode_audio(
     if len(sound) == 0:
         raise UserError(f"{path}: there is no sound {_between(start, end)}")
     return sound
+
+
+def decode_pcm(
+    path: str | os.PathLike[str], *, start: float | None = None, end: float | None = None, sample_rate: int = 16000
+) -> np.ndarray:
+    """Decode sound by ``decode_audio`` as prepared folders store it: clipped to full scale and rounded.
+
+    Returns:
+        ``[n]`` int16; ``store.as_waveform`` makes a waveform of it.
+
+    Raises:
+        NoStreamError: the file has no audio.
+        UserError: the file cannot be read, nothing is left in the cut, or a sample is NaN or infinite.
+    """
+    sound = decode_audio(path, start=start, end=end, sample_rate=sample_rate)
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path}: the sound holds samples that are not numbers")
+    return np.rint(np.clip(sound, -1, 32767 / 32768) * 32768).astype(np.int16)
 
 
 def try_decoding(path: str | os.PathLike[str], kind: str) -> None:

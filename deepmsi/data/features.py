@@ -13,7 +13,7 @@ from deepmsi.data.files import digest
 from deepmsi.data.manifest import Row
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.shards import Outcome, ShardFiles, read_record, record_name, write_record
-from deepmsi.data.store import DTYPES, VERSION, Kind, shard_name
+from deepmsi.data.store import DTYPES, VERSION, Kind, as_waveform, shard_name
 from deepmsi.errors import UserError
 
 _ROWS_PER_SHARD = 128
@@ -94,7 +94,7 @@ def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: Prepar
     def waveform(i: int) -> np.ndarray:
         shard, position, length = slots[i]
         stored = np.load(folder / shard_name(shard, "audio"), mmap_mode="r", allow_pickle=False)
-        return stored[position : position + length].astype(np.float32) / np.float32(32768)
+        return as_waveform(stored[position : position + length])
 
     def build() -> tuple[Any, Any]:
         from deepmsi.models.encoders import build_feature_encoder

@@ -211,21 +211,18 @@ class _RowDecoder:
         return frames
 
     def _sound(self) -> np.ndarray | None:
-        from deepmsi.data.decode import NoStreamError, decode_audio
+        from deepmsi.data.decode import NoStreamError, decode_pcm
 
         source = self.source
         path = source.audio or source.video
         assert path is not None
         try:
             start, end = (source.start, source.end) if source.audio is None else source.audio_cut
-            sound = decode_audio(path, start=start, end=end, sample_rate=self.options.sample_rate)
+            return decode_pcm(path, start=start, end=end, sample_rate=self.options.sample_rate)
         except NoStreamError:
             if source.audio is not None:
                 raise
             return None
-        if not np.isfinite(sound).all():
-            raise UserError(f"{path}: the sound holds samples that are not numbers")
-        return np.clip(np.rint(sound * 32768), -32768, 32767)
 
     def _stored_frames(self) -> np.ndarray:
         path, options = Path(self.source.frames or ""), self.options

@@ -159,7 +159,7 @@ class PreparedData:
     def waveform(self, i: int) -> np.ndarray | None:
         """Return row ``i``'s waveform ``[n]`` float32 in [-1, 1) at ``options.sample_rate``, or None."""
         part = self._flat("audio", i)
-        return None if part is None else part.astype(np.float32) / np.float32(32768)
+        return None if part is None else as_waveform(part)
 
     def features(self, modality: str, i: int) -> np.ndarray | None:
         """Return row ``i``'s feature vector ``[D]`` float32 of ``modality`` ("text" or "audio"), or None."""
@@ -219,6 +219,11 @@ def _content(index: Mapping[str, Any]) -> str:
     ]
     shards = {name: entry for name, entry in index["shards"].items() if not name.endswith("_features.npy")}
     return digest([options, rows, shards])
+
+
+def as_waveform(samples: np.ndarray) -> np.ndarray:
+    """Return stored sound ``[n]`` int16 as the waveform ``[n]`` float32 in [-1, 1) that models read."""
+    return samples.astype(np.float32) / np.float32(32768)
 
 
 def shard_name(shard: int, kind: str) -> str:

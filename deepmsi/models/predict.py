@@ -167,7 +167,8 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
 
 def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
     """Decode one window. In a timeline a stream may end before the other: what is left decides."""
-    from deepmsi.data.decode import decode_audio, decode_frames
+    from deepmsi.data.decode import decode_frames, decode_pcm
+    from deepmsi.data.store import as_waveform
 
     vision, audio = model.config.vision, model.config.audio
     # The end of a whole clip is left to the decoder: a duration in a header is not always the last frame's.
@@ -195,7 +196,9 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
             )
         )
     if window.has_audio:
-        waveform = attempt(lambda: decode_audio(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
+        waveform = attempt(
+            lambda: as_waveform(decode_pcm(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
+        )
     if errors and not (tolerant and (frames is not None or waveform is not None)):
         raise errors[0]
     return _Item(window, frames, waveform)
@@ -265,6 +268,9 @@ def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Pr
         if not row.any():
             raise UserError(f"{item.window.clip}: nothing in it can be read by this model.")
     logits = model(modality_mask=mask, **inputs).logits
+    for item, row in zip(items, logits, strict=True):
+        if not row.isfinite().all():
+            raise UserError(f"{item.window.clip}: the model's logits are not finite, so there is no prediction.")
     predictions = []
     for item, row, p in zip(items, mask.tolist(), logits.double().softmax(1).tolist(), strict=True):
         probabilities = dict(zip(model.config.names, p, strict=True))

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from deepmsi.data.decode import decode_audio, decode_frames
+from deepmsi.data.decode import decode_frames, decode_pcm
+from deepmsi.data.prepare import prepare
+from deepmsi.data.store import as_waveform
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction, load_run
 
@@ -59,7 +61,7 @@ def test_a_clip_is_predicted_as_its_arrays_are(model, tmp_path):
     out = model(
         torch.from_numpy(decode_frames(clip, 2, size=32, resize="squash"))[None],
         **model.text_processor(["such joy"]),
-        **model.audio_processor([decode_audio(clip)]),
+        **model.audio_processor([as_waveform(decode_pcm(clip))]),
     )
     expected = out.logits.double().softmax(1)[0].tolist()
     assert found.probabilities == pytest.approx(dict(zip(["joy", "anger", "calm"], expected, strict=True)))
@@ -103,7 +105,7 @@ def test_a_window_is_its_cut(model, tmp_path):
     second = model.predict([clip], timeline=1.0)[1]
     out = model.eval()(
         torch.from_numpy(decode_frames(clip, 2, start=1.0, end=2.0, size=32, resize="squash"))[None],
-        **model.audio_processor([decode_audio(clip, start=1.0, end=2.0)]),
+        **model.audio_processor([as_waveform(decode_pcm(clip, start=1.0, end=2.0))]),
     )
     expected = out.logits.double().softmax(1)[0].tolist()
     assert list(second.probabilities.values()) == pytest.approx(expected, abs=1e-5)
@@ -114,6 +116,34 @@ def test_sound_may_end_before_the_picture(model, tmp_path):
     windows = model.predict([clip], timeline=1.0)
     assert windows[0].modalities == ("video", "audio")
     assert windows[-1].modalities == ("video",)
+
+
+def write_floats(path, samples):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_f32le", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples.astype(np.float32)[None], format="flt", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    return path
+
+
+@pytest.mark.parametrize("peak", [1e-3, 9000.0, 3e37])
+def test_sound_is_read_as_prepare_stores_it(model, tmp_path, peak):
+    clip = write_floats(tmp_path / "a.wav", peak * np.sin(np.arange(RATE) ** 1.2))
+    (tmp_path / "m.csv").write_text("id,audio\na,a.wav\n")
+    stored = prepare(tmp_path / "m.csv", tmp_path / "out", workers=0, progress=False).waveform(0)
+    (found,) = model.predict([clip])
+    expected = model.eval()(**model.audio_processor([stored])).logits.double().softmax(1)[0]
+    assert list(found.probabilities.values()) == expected.tolist()
+
+
+def test_what_is_not_finite_is_refused(model, tmp_path):
+    clip = write_floats(tmp_path / "a.wav", np.where(np.arange(RATE) == 99, np.nan, 0.1))
+    with pytest.raises(UserError, match=r"a\.wav: the sound holds samples that are not numbers"):
+        model.predict([clip])
+    torch.nn.init.constant_(model.classifier.output.bias, np.inf)
+    with pytest.raises(UserError, match=r"b\.wav: the model's logits are not finite"):
+        model.predict([write_clip(tmp_path / "b.wav", video=False)])
 
 
 def test_features_come_from_the_encoder_that_is_named(tiny, bert_folder, tmp_path):
