@@ -39,6 +39,9 @@ class VisionConfig(Section):
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
     resize: Literal["crop", "squash", "pad"] = "crop"
     face: bool = Field(False, description="frames are cropped to the largest face before resizing")
+    face_model: str | None = Field(
+        None, description="path of the YuNet .onnx file that finds the face; prediction on files reads it, too"
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pixel_statistics: bool = Field(

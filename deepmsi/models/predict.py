@@ -168,6 +168,7 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
 def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
     """Decode one window. In a timeline a stream may end before the other: what is left decides."""
     from deepmsi.data.decode import decode_frames, decode_pcm
+    from deepmsi.data.face import shared_detector
     from deepmsi.data.store import as_waveform
 
     vision, audio = model.config.vision, model.config.audio
@@ -184,6 +185,7 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
 
     frames = waveform = None
     if window.has_video:
+        face = vision.face and shared_detector(vision.face_model)  # missing for one, missing for all
         frames = attempt(
             lambda: decode_frames(
                 window.clip,
@@ -192,7 +194,7 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
                 end=cut[1],
                 size=vision.image_size,
                 resize=vision.resize,
-                face=vision.face,
+                face=face,
             )
         )
     if window.has_audio:

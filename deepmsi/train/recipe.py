@@ -137,8 +137,8 @@ class AugmentSettings(Section):
 class Recipe(ModelSections):
     """A training run: the model's sections, the data, the protocol, the optimisation.
 
-    `prepare` takes frames, size, resize, face and sample rate from the model's sections where it does not say
-    its own; stored frames that are larger than `vision.image_size` are scaled down when they are read.
+    `prepare` takes frames, size, resize, face, its detector and the sample rate from the model's sections where it does
+    not say its own; stored frames that are larger than `vision.image_size` are scaled down when they are read.
     """
 
     name: str = "unnamed"
@@ -191,13 +191,14 @@ class Recipe(ModelSections):
             "size": self.vision.image_size,
             "resize": self.vision.resize,
             "face": self.vision.face,
+            "face_model": self.vision.face_model,
             "sample_rate": self.audio.sample_rate,
         }
         for name in ("text", "audio"):
             section = getattr(self, name)
             if section.encoder == "features" and section.features_from:
                 own[f"{name}_encoder"] = section.features_from
-        for key in ("frames", "resize", "face", "sample_rate"):
+        for key in ("frames", "resize", "face", "face_model", "sample_rate"):
             if key in said and getattr(self.prepare, key) != own[key]:
                 section = "audio" if key == "sample_rate" else "vision"
                 raise ValueError(

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from deepmsi.train.trainer import FitResult
 
 DEV = "the dev part"
+# How frames were cut, which the data know and prediction has to do again.
+CUT = ("resize", "face", "face_model")
 # What may differ between a run and its continuation: it changes no number.
 FREE = (
     {"name", "description"},
@@ -544,15 +546,14 @@ def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
             if name == "text" and name in data.encoders:
                 plain[name]["context"] = data.encoders[name]["reads"].get("context", 0)
     if any("frames" in row.slots for row in data.rows) and recipe.vision.backbone != "none":
-        for key in ("resize", "face"):
+        for key in CUT:
             found = getattr(data.options, key)
             if found != getattr(recipe.vision, key):
                 note(f"The frames were prepared with {key}={found}: the model keeps that in place of the recipe's.")
             plain["vision"][key] = found
     plain["prepare"] = {
         **plain["prepare"],
-        "resize": plain["vision"]["resize"],
-        "face": plain["vision"]["face"],
+        **{key: plain["vision"][key] for key in CUT},
         **{
             f"{name}_encoder": plain[name]["features_from"]
             for name in ("text", "audio")

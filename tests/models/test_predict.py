@@ -164,6 +164,14 @@ def test_features_of_an_unknown_encoder(tiny, tmp_path):
     assert found.modalities == ("video",)
 
 
+def test_a_face_model_that_has_gone(tiny, tmp_path):
+    pytest.importorskip("cv2", reason="OpenCV, the extra deepmsi[face], is not installed")
+    model = tiny(vision={"face": True, "face_model": str(tmp_path / "yunet.onnx")}, audio={"encoder": "logmel"})
+    for timeline in (None, 1.0):
+        with pytest.raises(UserError, match=r"yunet\.onnx: there is no such face model"):
+            model.predict([write_clip(tmp_path / "a.mp4")], timeline=timeline)
+
+
 def test_load_run(model, tmp_path):
     model.save_pretrained(tmp_path / "run" / "model")
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):

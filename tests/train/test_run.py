@@ -16,6 +16,7 @@ from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
 from transformers import TrainerCallback
 
 from deepmsi.data.files import claimed
+from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.train import run as run_module
@@ -24,7 +25,7 @@ from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.metrics import read_predictions
 from deepmsi.train.recipe import AugmentSettings, load_recipe
-from deepmsi.train.run import _save_model, best_epoch, train
+from deepmsi.train.run import _fit_to_data, _save_model, best_epoch, train
 
 VIDEO: dict[str, Any] = {
     "preset": "small",
@@ -110,6 +111,15 @@ def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path
     assert scores["n"] == 8  # the rows that have frames
     assert scores["accuracy"] == 1.0
     assert scores["rows_seen_in_training"] == 8
+
+
+def test_the_model_keeps_how_its_frames_were_cut(video_corpus: Path) -> None:
+    cut = {"resize": "pad", "face": True, "face_model": "yunet.onnx"}
+    data = PreparedData.open(video_corpus)
+    data.options = data.options.model_copy(update=cut)
+    recipe = _fit_to_data(make_recipe(**VIDEO), data)
+    for section in (recipe.vision, recipe.prepare):
+        assert section.model_dump(include=set(cut)) == cut
 
 
 @pytest.mark.parametrize(
