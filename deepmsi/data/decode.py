@@ -14,10 +14,28 @@ import numpy as np
 from deepmsi.data import geometry
 from deepmsi.data.face import FaceDetector, shared_detector
 from deepmsi.data.geometry import Resize, Side
-from deepmsi.data.media import MediaInfo, NoStreamError, as_seconds, open_media, origin_of, probe, streams_of
+from deepmsi.data.media import (
+    EmptyCutError,
+    MediaInfo,
+    NoStreamError,
+    as_seconds,
+    open_media,
+    origin_of,
+    probe,
+    streams_of,
+)
 from deepmsi.errors import UserError
 
-__all__ = ["MediaInfo", "NoStreamError", "decode_audio", "decode_frames", "decode_pcm", "probe", "try_decoding"]
+__all__ = [
+    "EmptyCutError",
+    "MediaInfo",
+    "NoStreamError",
+    "decode_audio",
+    "decode_frames",
+    "decode_pcm",
+    "probe",
+    "try_decoding",
+]
 
 # Decoders need to run in: Opus 80 ms, MP3 its bit reservoir, AAC one block. Seeks land this much before.
 _RUN_IN = Fraction(1)
@@ -64,7 +82,8 @@ def decode_frames(
 
     Raises:
         NoStreamError: the file has no video.
-        UserError: the file cannot be read, or nothing is left in the cut.
+        EmptyCutError: nothing is left in the cut.
+        UserError: the file cannot be read.
     """
     if count < 1:
         raise ValueError(f"count is {count}; at least one frame must be asked for")
@@ -109,7 +128,8 @@ def decode_audio(
 
     Raises:
         NoStreamError: the file has no audio, or ``stream`` is none.
-        UserError: the file cannot be read, or nothing is left in the cut.
+        EmptyCutError: nothing is left in the cut.
+        UserError: the file cannot be read.
     """
     path = Path(path)
     with open_media(path) as container:
@@ -122,7 +142,7 @@ def decode_audio(
         raise NoStreamError(f"{path}: the file has no audio stream")
     sound = _first_success([partial(_decode_stream, path, i, start, end, sample_rate) for i in indices])
     if len(sound) == 0:
-        raise UserError(f"{path}: there is no sound {_between(start, end)}")
+        raise EmptyCutError(f"{path}: there is no sound {_between(start, end)}")
     return sound
 
 
@@ -135,8 +155,7 @@ def decode_pcm(
         ``[n]`` int16; ``store.as_waveform`` makes a waveform of it.
 
     Raises:
-        NoStreamError: the file has no audio.
-        UserError: the file cannot be read, nothing is left in the cut, or a sample is NaN or infinite.
+        UserError: as ``decode_audio``, and where a sample is NaN or infinite.
     """
     sound = decode_audio(path, start=start, end=end, sample_rate=sample_rate)
     if not np.isfinite(sound).all():
@@ -263,7 +282,7 @@ class _FramePicker:
                     self._show(shown, stamp, span, pictures)
                 shown_at, shown = stamp, frame
             if first is None:
-                raise UserError(f"{self.path}: there are no frames {_between(self.start, self.end)}")
+                raise EmptyCutError(f"{self.path}: there are no frames {_between(self.start, self.end)}")
             if span is not None:
                 self._show(shown, math.inf, span, pictures)
             return _Span(first, shown_at), pictures

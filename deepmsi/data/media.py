@@ -19,6 +19,10 @@ class NoStreamError(UserError):
     """The file can be read and has no stream of the kind asked for."""
 
 
+class EmptyCutError(UserError):
+    """The stream can be read, and nothing of it lies in the cut."""
+
+
 @dataclass(frozen=True)
 class MediaInfo:
     """What a media file says of itself; nothing is decoded.

@@ -29,14 +29,14 @@ class Prediction:
 
     Attributes:
         clip: path, as it was given.
-        label: the likeliest label.
-        probabilities: of every label, in the order of the logits; they sum to 1.
+        label: the likeliest label; None for a window of a timeline in which the model finds nothing to read.
+        probabilities: of every label, in the order of the logits; they sum to 1. Empty where there is no label.
         start, end: seconds from the beginning of the file; end is None where a file does not say how long it is.
         modalities: what the prediction rests on.
     """
 
     clip: str
-    label: str
+    label: str | None
     probabilities: dict[str, float]
     start: float
     end: float | None
@@ -110,10 +110,10 @@ def predict(
         batch_size: utterances per forward pass; no more than that are decoded at a time.
 
     Returns:
-        One `Prediction` per clip, or per window in order of time.
+        One `Prediction` per clip, or per window in order of time; a window that has nothing to read gets no label.
 
     Raises:
-        UserError: a file cannot be read, or has nothing that the model reads.
+        UserError: a file cannot be read, or has nothing that the model reads, in none of its windows.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1.")
@@ -138,9 +138,13 @@ def predict(
         predictions: list[Prediction] = []
         while batch := list(islice(items, batch_size)):
             predictions += _run(model, encoders, batch)
-        return predictions
     finally:
         model.train(training)
+    labelled = {prediction.clip for prediction in predictions if prediction.label is not None}
+    for prediction in predictions:
+        if prediction.clip not in labelled:
+            raise UserError(f"{prediction.clip}: nothing in it can be read by this model.")
+    return predictions
 
 
 def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) -> Iterator[_Window]:
@@ -166,8 +170,8 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
 
 
 def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
-    """Decode one window. In a timeline a stream may end before the other: what is left decides."""
-    from deepmsi.data.decode import decode_frames, decode_pcm
+    """Decode one window. In a timeline a stream may end before the recording: what is left decides."""
+    from deepmsi.data.decode import EmptyCutError, decode_frames, decode_pcm
     from deepmsi.data.face import shared_detector
     from deepmsi.data.store import as_waveform
 
@@ -201,8 +205,9 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
         waveform = attempt(
             lambda: as_waveform(decode_pcm(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
         )
-    if errors and not (tolerant and (frames is not None or waveform is not None)):
-        raise errors[0]
+    damaged = [error for error in errors if not isinstance(error, EmptyCutError)]
+    if (errors and not tolerant) or (damaged and frames is None and waveform is None):
+        raise (damaged or errors)[0]
     return _Item(window, frames, waveform)
 
 
@@ -266,17 +271,14 @@ def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Pr
             mask[:, column] = False
         else:
             inputs |= batch
-    for item, row in zip(items, mask, strict=True):
-        if not row.any():
-            raise UserError(f"{item.window.clip}: nothing in it can be read by this model.")
     logits = model(modality_mask=mask, **inputs).logits
     for item, row in zip(items, logits, strict=True):
         if not row.isfinite().all():
             raise UserError(f"{item.window.clip}: the model's logits are not finite, so there is no prediction.")
     predictions = []
     for item, row, p in zip(items, mask.tolist(), logits.double().softmax(1).tolist(), strict=True):
-        probabilities = dict(zip(model.config.names, p, strict=True))
-        label = max(probabilities, key=probabilities.__getitem__)
+        probabilities = dict(zip(model.config.names, p, strict=True)) if any(row) else {}
+        label = max(probabilities, key=probabilities.__getitem__, default=None)
         present = tuple(name for name, there in zip(MODALITIES, row, strict=True) if there)
         window = item.window
         predictions.append(Prediction(window.clip, label, probabilities, window.start or 0.0, window.end, present))

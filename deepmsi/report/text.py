@@ -12,7 +12,7 @@ class Prediction(Protocol):
     @property
     def clip(self) -> str: ...
     @property
-    def label(self) -> str: ...
+    def label(self) -> str | None: ...
     @property
     def probabilities(self) -> Mapping[str, float]: ...
     @property
@@ -109,10 +109,13 @@ def render_predictions(predictions: Sequence[Prediction]) -> str:
 
 
 def render_timeline(predictions: Sequence[Prediction]) -> str:
-    """CSV: the clip where there are several, start, end (seconds), label, and a probability column per label."""
+    """CSV: the clip where there are several, start, end (seconds), label, and a probability column per label.
+
+    The cells from the label on are empty in a window without one.
+    """
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    labels = list(predictions[0].probabilities) if predictions else []
+    labels = next((list(item.probabilities) for item in predictions if item.probabilities), [])
     several = len({item.clip for item in predictions}) > 1
     writer.writerow([*(["clip"] if several else []), "start", "end", "label", *labels])
     for item in predictions:
@@ -122,7 +125,7 @@ def render_timeline(predictions: Sequence[Prediction]) -> str:
                 f"{item.start or 0:.3f}",
                 f"{item.end or 0:.3f}",
                 item.label,
-                *(f"{item.probabilities[label]:.4f}" for label in labels),
+                *(f"{item.probabilities[label]:.4f}" if item.probabilities else "" for label in labels),
             ]
         )
     return table.getvalue()
@@ -136,10 +139,11 @@ def _timestamp(seconds: float) -> str:
 
 
 def render_subtitles(predictions: Sequence[Prediction]) -> str:
-    """SubRip subtitles: the label and its probability, one cue a window."""
+    """SubRip subtitles: the label and its probability, one cue a window that has a label."""
+    labelled = [(item, item.label) for item in predictions if item.label is not None]
     cues = [
         f"{number}\n{_timestamp(item.start or 0)} --> {_timestamp(item.end or 0)}\n"
-        f"{item.label} {item.probabilities[item.label]:.0%}\n"
-        for number, item in enumerate(predictions, 1)
+        f"{label} {item.probabilities[label]:.0%}\n"
+        for number, (item, label) in enumerate(labelled, 1)
     ]
     return "\n".join(cues)

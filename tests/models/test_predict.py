@@ -1,5 +1,7 @@
 """Prediction from files: the recorded preprocessing, missing streams, timelines, features, bad input."""
 
+import csv
+
 import av
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from deepmsi.data.prepare import prepare
 from deepmsi.data.store import as_waveform
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction, load_run
+from deepmsi.report.text import render_subtitles, render_timeline
 
 RATE = 16000
 
@@ -116,6 +119,29 @@ def test_sound_may_end_before_the_picture(model, tmp_path):
     windows = model.predict([clip], timeline=1.0)
     assert windows[0].modalities == ("video", "audio")
     assert windows[-1].modalities == ("video",)
+
+
+def test_a_window_without_content_has_no_label(tiny, tmp_path):
+    """Subtitles leave it out, and its cells in a table are empty."""
+    clip = write_clip(tmp_path / "short-sound.mkv", seconds=3.0, audio_seconds=0.8)
+    model = tiny(vision={"backbone": "none"}, text={"encoder": "none"}, audio={"encoder": "logmel", "dim": 8})
+    windows = model.predict([clip], timeline=1.0)
+    assert [bool(w.label) for w in windows] == [bool(w.probabilities) for w in windows] == [True, False, False]
+    assert windows[1].modalities == ()
+    head, *_, last = csv.reader(render_timeline(windows[::-1]).splitlines())
+    assert (head[3:], last[2]) == (list(windows[0].probabilities), windows[0].label)
+    assert render_timeline(windows).endswith(",,,,\n")
+    assert render_subtitles(windows).count("-->") == 1
+
+
+def test_a_recording_without_content(tiny, tmp_path):
+    clip = write_clip(tmp_path / "a.mkv")
+    model = tiny(vision={"backbone": "none"}, text={"encoder": "none"})
+    with (
+        pytest.warns(UserWarning, match=r"audio\.features_from"),
+        pytest.raises(UserError, match=r"a\.mkv: nothing"),
+    ):
+        model.predict([clip], timeline=1.0)
 
 
 def write_floats(path, samples):
