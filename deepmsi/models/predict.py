@@ -104,8 +104,8 @@ def predict(
     Args:
         model: the model; it is put in eval mode for the time.
         clips: video or sound files.
-        texts: what is said in each clip; None where that is not known. With `text.context = n` the string holds
-            the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
+        texts: what is said in each clip; None or blank where that is not known. With `text.context = n` the string
+            holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
         batch_size: utterances per forward pass; no more than that are decoded at a time.
 
@@ -123,13 +123,12 @@ def predict(
         raise UserError(f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none.")
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"timeline is {timeline}: give the length of a window in seconds, above 0.")
-    if timeline is not None and texts is not None and any(text is not None for text in texts):
+    texts = [(text or "").strip() or None for text in texts or [None] * len(clips)]  # as a manifest's cells
+    if timeline is not None and any(texts):
         raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")
-    encoders = _Encoders(model, any(texts or ()))
+    encoders = _Encoders(model, any(texts))
     windows = (
-        window
-        for clip, text in zip(clips, texts or [None] * len(clips), strict=True)
-        for window in _windows(model, str(clip), text, timeline)
+        window for clip, text in zip(clips, texts, strict=True) for window in _windows(model, str(clip), text, timeline)
     )
     items = (_decode(model, window, tolerant=timeline is not None) for window in windows)
     training = model.training

@@ -90,6 +90,15 @@ def test_batches_mix_what_clips_have(model, tmp_path):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+@pytest.mark.parametrize("blank", ["", "  \n"])
+def test_blank_text_is_absent(model, tmp_path, blank):
+    clip = write_clip(tmp_path / "a.mp4")
+    first, second = model.predict([clip, clip], [blank, "words"])
+    assert (first.modalities, second.modalities) == (("video", "audio"), ("video", "text", "audio"))
+    assert model.predict([clip], [blank]) == model.predict([clip])
+    assert model.predict([clip], [blank], timeline=1.0) == model.predict([clip], timeline=1.0)
+
+
 def test_a_timeline_covers_the_recording(model, tmp_path):
     clip = write_clip(tmp_path / "long.mp4", seconds=3.4)
     windows = model.predict([clip], timeline=1.0, batch_size=2)
