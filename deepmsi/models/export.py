@@ -6,7 +6,7 @@ There is no ONNX: torch's exporter has no conversion of the stable sort by which
 from __future__ import annotations
 
 import copy
-import os
+import io
 from pathlib import Path
 
 import torch
@@ -52,12 +52,15 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
             that calls deepmsi's kernels and needs the package to be imported first.
 
     Returns:
-        The largest difference between the model's logits and those of the file as it is read back, on another batch
-        size than it was traced at.
+        The largest difference between the model's logits and those of the program as it is read back, on another
+        batch size than it was traced at.
 
     Raises:
-        UserError: the path is none of a `.pt2` file in a folder that exists; of an `.onnx` file it says why not.
+        UserError: the path is none of a `.pt2` file in a folder that exists, and of an `.onnx` file it says why not; or
+            the file cannot be written, and nothing of it stays.
     """
+    from deepmsi.data.files import write_bytes
+
     path = Path(path)
     if path.suffix == ".onnx":
         raise UserError(
@@ -77,18 +80,15 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
     with backends.use_backend(backend), torch.no_grad():
         inputs = _example(program.model, 2)
         exported = torch.export.export(program, inputs, dynamic_shapes=(tuple(batch for _ in inputs),))
-    # By another ending torch would warn that it is no such program.
-    temporary = path.with_name(f".{path.stem}.part{SUFFIX}")
-    with temporary.open("wb") as stream:
-        torch.export.save(exported, stream)
-    try:
-        inputs = _example(program.model, 3)
-        with torch.no_grad():
-            found = torch.export.load(temporary).module()(*inputs)
-            difference = float((found - program(*inputs)).abs().max())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # In memory first: where the disk is full, torch's writer ends the process.
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    inputs = _example(program.model, 3)
+    with torch.no_grad():
+        found = torch.export.load(stream).module()(*inputs)
+        difference = float((found - program(*inputs)).abs().max())
+    write_bytes(path, stream.getvalue())
     return difference
 
 

@@ -73,6 +73,13 @@ def test_a_wrong_path_is_told(tiny: Callable[..., DeepMSI], tmp_path: Path) -> N
         export_model(tiny(), tmp_path / "model.onnx")
 
 
+def test_a_full_disk_is_told_in_one_sentence(tiny: Callable[..., DeepMSI], mount: Callable[[str], Path]) -> None:
+    disk = mount("16k")
+    with pytest.raises(UserError, match=r"the disk is full, model\.pt2 was not written$"):
+        export_model(tiny(vision={"backbone": "none"}), disk / "model.pt2")
+    assert not list(disk.iterdir())
+
+
 def test_a_loaded_run_has_its_tables(tiny: Callable[..., DeepMSI], tmp_path: Path) -> None:
     model = tiny(vision=REGRID).eval()
     model.save_pretrained(tmp_path / "model")
