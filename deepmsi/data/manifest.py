@@ -281,27 +281,39 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
     for line, raw in enumerate(_decode_text(path).split("\n"), start=1):
         if not raw.strip():
             continue
-        where = f"{path}:{line}"
         try:
-            value = json.loads(raw)
-        except ValueError as error:
-            problems.append(Problem("error", where, f"the line is not JSON ({error})"))
-            continue
-        if not isinstance(value, dict):
-            problems.append(Problem("error", where, "the line is not a JSON object of column and value"))
-            continue
-        columns.update(dict.fromkeys(value))
-        bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
-        if bad is not None:
-            what = "the label cannot be read" if bad == "label" else f"the value of {bad!r} cannot be read"
-            problems.append(Problem("error", where, f"{what}: give text or a number, not a list or object"))
-            continue
-        records.append((line, {k: _json_cell(v) for k, v in value.items()}))
+            record = _json_record(raw)
+        except UserError as error:
+            problems.append(Problem("error", f"{path}:{line}", str(error)))
+        else:
+            columns.update(dict.fromkeys(record))
+            records.append((line, record))
     return records, list(columns), problems
 
 
+def _json_record(raw: str) -> dict[str, str]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the line is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError("the line is not a JSON object of column and value")
+    bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
+    if bad is not None:
+        what = "the label cannot be read" if bad == "label" else f"the value of {bad!r} cannot be read"
+        raise UserError(f"{what}: give text or a number, not a list or object")
+    record = {k: _json_cell(v) for k, v in value.items()}
+    for k, v in record.items():
+        try:
+            f"{k}{v}".encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(f"the value of {k!a} holds {half!a}, one half of a character; give both or none") from None
+    return record
+
+
 def _json_cell(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):  # how tables write what is missing
         return ""
     return value.strip() if isinstance(value, str) else json.dumps(value)
 

@@ -35,11 +35,13 @@ def test_jsonl(tmp_path):
     lines = [
         {"id": 7, "text": "so", "label": 3, "start": 1.5, "audio": "a.wav", "take": 2},
         {"id": "b", "text_features": "b.npy", "label": None},
+        {"id": "c", "text": "so", "label": float("nan"), "end": float("inf")},
     ]
     path = write(tmp_path / "m.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\n")
     rows = read_manifest(path).rows
     assert (rows[0].id, rows[0].label, rows[0].start, rows[0].extra) == ("7", "3", 1.5, {"take": "2"})
     assert (rows[1].text_features, rows[1].label) == (tmp_path / "b.npy", None)
+    assert (rows[2].text, rows[2].label, rows[2].end) == ("so", None, None)
 
 
 def test_absolute_paths_and_upper_case_names(tmp_path):
@@ -85,6 +87,8 @@ def test_bad_table_gets_one_sentence(tmp_path, name):
     [
         ('{"id": "a"', r"m\.jsonl:2: the line is not JSON"),
         ("[1]", r"m\.jsonl:2: the line is not a JSON object"),
+        (9999 * '{"id":', r"m\.jsonl:2: the line is not JSON \("),
+        (r'{"id": "a", "text": "so \ud83d"}', r"m\.jsonl:2: the value of 'text' holds '\\ud83d', one half"),
         ('{"id": "a", "text": "x", "label": ["joy"]}', r"m\.jsonl:2: the label cannot be read"),
         ('{"id": "a", "text": {}}', r"m\.jsonl:2: the value of 'text' cannot be read"),
     ],
