@@ -118,7 +118,7 @@ def _stage(
     chunks = [numbers[k : k + _ROWS_PER_SHARD] for k in range(0, len(numbers), _ROWS_PER_SHARD)]
     identity = _identity(encoder)
     shards = [(digest([VERSION, identity, [inputs[i] for i in chunk]]), chunk) for chunk in chunks]
-    missing = [shard for shard, (key, _) in enumerate(shards) if read_record(folder, shard, modality, key) is None]
+    missing = [i for i, (key, _) in enumerate(shards) if read_record(folder, i, modality, key, check=True) is None]
     if missing:
         module, processor = build()
         module.eval()

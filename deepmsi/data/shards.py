@@ -4,6 +4,7 @@ A shard is the unit of work and of resuming. Its bytes depend on its rows and th
 the number of workers nor an interruption shows in the result.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -109,16 +110,31 @@ def write_record(
     write_json(folder / record_name(shard, stage), {"key": key, "rows": rows, "files": entries})
 
 
-def read_record(folder: Path, shard: int, stage: str, key: str) -> dict[str, Any] | None:
-    """Return a shard's record where it was made from what ``key`` says and its files are whole, else None."""
+def read_record(folder: Path, shard: int, stage: str, key: str, *, check: bool = False) -> dict[str, Any] | None:
+    """Return a shard's record where it was made from what ``key`` says and its files are whole, else None.
+
+    A file is whole when it has its size and, with ``check``, which reads all of it, its dtype, shape and digest.
+    """
     try:
         record = json.loads((folder / record_name(shard, stage)).read_text(encoding="utf-8"))
         if record["key"] != key:
             return None
-        whole = all((folder / name).stat().st_size == file["bytes"] for name, file in record["files"].items())
+        whole = all(_is_whole(folder / name, entry, check) for name, entry in record["files"].items())
         return record if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_whole(path: Path, entry: Mapping[str, Any], check: bool) -> bool:
+    if path.stat().st_size != entry["bytes"]:
+        return False
+    if not check:
+        return True
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, transposed, dtype = np.lib.format.read_array_header_1_0(file)
+        fits = (list(shape), transposed, dtype.str) == (entry["shape"], False, DTYPES[path.name.split(".")[1]])
+        return fits and hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
 
 
 class ShardFiles:

@@ -30,7 +30,7 @@ _OPEN_MAPS = 128
 
 Kind = Literal["frames", "audio", "text_features", "audio_features"]
 KINDS: tuple[Kind, ...] = ("frames", "audio", "text_features", "audio_features")
-DTYPES: Mapping[Kind, str] = {
+DTYPES: Mapping[str, str] = {
     "frames": "|u1",
     "audio": "<i2",
     "text_features": "<f4",
@@ -108,6 +108,9 @@ class PreparedData:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "PreparedData":
         """Open a prepared folder.
+
+        Names and sizes of the files are held against the index, and their contents are not, which would read all of
+        them at each start: ``prepare`` given again does that, and mends what is damaged.
 
         Raises:
             UserError: the folder is absent, unfinished, of another version, or not what its index says.

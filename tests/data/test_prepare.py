@@ -505,9 +505,22 @@ def test_damaged_folder_gets_one_sentence(copy, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no-index", "half-index", "shard-gone", "half-shard"])
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+MENDED = {name: DAMAGE[name][0] for name in ("no-index", "half-index", "shard-gone", "half-shard")} | {
+    "other-bytes": lambda d: flip(d / "shards/00001.frames.npy", -9),
+    "other-type": lambda d: flip(d / "shards/00000.audio.npy", 22),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
 def test_prepare_mends_the_folder(clips, prepared, copy, name):
-    DAMAGE[name][0](copy)
+    MENDED[name](copy)
+    assert contents(copy) != contents(prepared)
     run(clips / "m.csv", copy)
     assert contents(copy) == contents(prepared)
 
