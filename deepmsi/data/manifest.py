@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 from deepmsi.errors import UserError
 
@@ -31,11 +32,13 @@ MELD_VIDEO_FOLDERS = {
     "test": "output_repeated_splits_test",
 }
 PATH_COLUMNS = ("video", "audio", "text_features", "audio_features", "frames")
-TEXT_COLUMNS = ("text", "label", "speaker", "dialogue", "split")
-COLUMNS = ("id", *PATH_COLUMNS, *TEXT_COLUMNS, "start", "end", "side", "audio_start", "audio_end")
+NAME_COLUMNS = ("label", "speaker", "dialogue", "split")
+COLUMNS = ("id", *PATH_COLUMNS, "text", *NAME_COLUMNS, "start", "end", "side", "audio_start", "audio_end")
 """Every column that has a meaning; a row needs an id and at least one modality."""
 
 _SEPARATORS = ",;\t"
+# A line of Excel's above the header.
+_EXCEL_SEPARATOR = re.compile(r'\s*"?sep=([^"\r\n])"?[ \t]*\r?\n', re.IGNORECASE)
 # MELD went through cp1252 once: its UTF-8 copies hold C1 controls where cp1252 has quotes and dashes.
 _C1_TO_CP1252 = {c: bytes([c]).decode("cp1252") for c in range(0x80, 0xA0) if c not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
 
@@ -237,16 +240,17 @@ _Records = list[tuple[int, dict[str, str]]]
 
 def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
     text = _decode_text(path)
-    header_line = text.lstrip().splitlines()[0]
-    delimiter = max(_SEPARATORS, key=header_line.count)
+    told = _EXCEL_SEPARATOR.match(text)
+    text, above = (text[told.end() :], told[0].count("\n")) if told else (text, 0)
+    delimiter = told[1] if told else max(_SEPARATORS, key=text.lstrip().splitlines()[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records: _Records = []
     problems: list[Problem] = []
     header: list[str] = []
-    line = 1
+    line = above + 1
     try:
         for cells in reader:
-            at, line = line, reader.line_num + 1
+            at, line = line, above + reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if not header:
@@ -338,7 +342,9 @@ class _TableParser(_Parser):
             audio_end=_seconds(cells, "audio_end"),
             extra={name: value for name, value in record.items() if name not in COLUMNS},
             **{name: self.folder / cells[name] for name in PATH_COLUMNS if name in cells},  # type: ignore[arg-type]
-            **{name: cells[name] for name in TEXT_COLUMNS if name in cells},  # type: ignore[arg-type]
+            text=cells.get("text"),
+            # Names are compared, and look the same in both forms of an accent.
+            **{name: normalize("NFC", cells[name]) for name in NAME_COLUMNS if name in cells},  # type: ignore[arg-type]
         )
         if row.label is not None and not row.label.isprintable():
             raise UserError(f"the label {row.label!r} cannot be read: it holds control characters")

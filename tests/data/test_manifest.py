@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepmsi.data.check import check
-from deepmsi.data.manifest import MELD_LABELS, count_labels, read_manifest, require_labels
+from deepmsi.data.manifest import MELD_LABELS, count_labels, read_manifest, require_labels, scan_manifest
 from deepmsi.errors import UserError
 
 HEADER = "id,video,audio,text,label,speaker,dialogue,split,start,end,side,mood\n"
@@ -29,6 +29,24 @@ def test_every_column(tmp_path, encoding, delimiter):
     assert (rows[0].dialogue, rows[0].split, rows[0].extra) == ("d1", "train", {"mood": "x"})
     assert (rows[1].audio, rows[1].video, rows[1].text, rows[1].label) == (tmp_path / "b.wav", None, None, None)
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("first", ["sep=;\n", '"sep=;"\r\n', "SEP=|\n"])
+def test_a_separator_that_excel_was_told(tmp_path, first):
+    text = first + "id;text;label\na;so, or so;joy\nb;;joy\n"
+    path = write(tmp_path / "m.csv", text.replace(";", "|") if "|" in first else text)
+    with pytest.raises(UserError, match=r"m\.csv:4: the row 'b' has no video"):
+        read_manifest(path)
+    (row,) = scan_manifest(path)[0].rows
+    assert (row.id, row.text, row.label) == ("a", "so, or so", "joy")
+
+
+def test_one_form_of_a_letter(tmp_path):
+    rows = read_manifest(
+        write(tmp_path / "m.csv", "id,text,label,video\na,x,ge\u0302ne,e\u0302.mp4\nb,x,g\u00eane,\n")
+    ).rows
+    assert rows[0].label == rows[1].label == "g\u00eane"
+    assert rows[0].video == tmp_path / "e\u0302.mp4", "a file's name is what it is"
 
 
 def test_jsonl(tmp_path):
