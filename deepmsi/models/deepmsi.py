@@ -156,7 +156,7 @@ class DeepMSI(
             `DeepMSIOutput`.
 
         Raises:
-            UserError: an input has the wrong shape, or belongs to a modality or encoder that is not configured.
+            UserError: an input has a wrong shape or dtype, or belongs to a modality or encoder that is not configured.
         """
         given = {
             "video": pixel_values,

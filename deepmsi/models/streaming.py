@@ -33,8 +33,8 @@ class EmotionStream:
     frames in sight, so that other words need the second half of the backbone only.
 
     Args:
-        model: the model, which is put in eval mode. What follows from its weights is computed here, for steps under the
-            autocast, or without one, of now.
+        model: the model, which is put in eval mode and has to stay in it. What follows from its weights is computed
+            here, for steps under the autocast, or without one, of now.
         streams: B.
 
     Raises:
@@ -74,8 +74,9 @@ class EmotionStream:
             stream that was begun anew and has no frame yet is told by its words and sound alone.
 
         Raises:
-            UserError: an input does not fit the model, or is not for all streams.
+            UserError: an input does not fit the model, or is not for all streams; or the model trains.
         """
+        self._check_mode()
         rows, features, guide = self.model.semantics(
             self.streams,
             text_features=text_features,
@@ -104,8 +105,9 @@ class EmotionStream:
             frames: `[B, 3, S, S]`, uint8 or normalised float.
 
         Raises:
-            UserError: the frames have another shape than the model reads.
+            UserError: the frames have another shape or dtype than the model reads, or the model trains.
         """
+        self._check_mode()
         size = self.branch.image_size
         if frames.shape != (self.streams, 3, size, size):
             raise UserError(f"frames is {list(frames.shape)}: these streams take [{self.streams}, 3, {size}, {size}].")
@@ -138,6 +140,10 @@ class EmotionStream:
                 raise UserError(f"restart: there is no such stream: {streams} of {self.streams} streams.") from error
         self.seen = self.seen.masked_fill(fresh, 0)
         self._forget(fresh)
+
+    def _check_mode(self) -> None:
+        if self.model.training:
+            raise UserError("the model was put in training mode: make its streams anew when it is trained.")
 
     def _advance(self, stem: Tensor) -> None:
         features = self.branch.backbone.guided(stem, self._guide)

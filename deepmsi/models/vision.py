@@ -87,10 +87,16 @@ class VideoBranch(nn.Module):
             self.backbone.fold_pixels(self.mean, self.std)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
-        """Bring uint8 pixels to the backbone's mean and deviation; floating ones are taken as they are."""
+        """Bring uint8 pixels to the backbone's mean and deviation; floating ones are taken as they are.
+
+        Raises:
+            UserError: they are neither.
+        """
         dtype = next(self.backbone.parameters()).dtype
-        if pixel_values.dtype != torch.uint8:
+        if pixel_values.is_floating_point():
             return pixel_values.to(dtype)
+        if pixel_values.dtype != torch.uint8:
+            raise UserError(f"the frames are {pixel_values.dtype}: give uint8 pixels, or float already normalised.")
         return ((pixel_values.float() / 255 - self.mean) / self.std).to(dtype)
 
     def forward(
@@ -107,12 +113,13 @@ class VideoBranch(nn.Module):
             `[V, dim]`, and what each compressing block kept (nothing where it was not asked for).
 
         Raises:
-            UserError: the frames have another shape than the model reads.
+            UserError: the frames have another shape or dtype than the model reads.
         """
-        if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, self.image_size, self.image_size):
+        size = self.image_size
+        if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, size, size) or not pixel_values.shape[1]:
             raise UserError(
-                f"pixel_values is {list(pixel_values.shape)}: this model reads "
-                f"[videos, frames, 3, {self.image_size}, {self.image_size}]."
+                f"pixel_values is {list(pixel_values.shape)}: this model reads [videos, frames, 3, {size}, {size}], "
+                "of at least one frame."
             )
         if self.graphs is not None and self.training and torch.is_grad_enabled() and not return_kept:
             features = self.graphs(pixel_values, guide)

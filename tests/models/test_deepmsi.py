@@ -338,6 +338,11 @@ def test_compiles_whole(tiny, batch):
         ({}, {"text_features": torch.zeros(2, 12), "audio_features": torch.zeros(3, 10)}, "disagree"),
         ({}, {"text_features": torch.zeros(2, 12), "labels": torch.zeros(3, dtype=torch.long)}, "labels has 3"),
         ({}, {"pixel_values": torch.zeros(1, 2, 3, 16, 16)}, r"videos, frames, 3, 32, 32"),
+        ({}, {"pixel_values": torch.zeros(1, 0, 3, 32, 32)}, "of at least one frame"),
+        *(
+            ({}, {"pixel_values": torch.zeros(1, 2, 3, 32, 32, dtype=dtype)}, f"the frames are {dtype}: give uint8")
+            for dtype in (torch.int64, torch.int16, torch.bool)
+        ),
         (
             {},
             {"text_features": torch.zeros(2, 12), "modality_mask": torch.ones(2, 3, dtype=torch.bool)},

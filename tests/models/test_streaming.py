@@ -127,6 +127,12 @@ def test_mistakes_are_told(tiny: Callable[..., DeepMSI], frames: Tensor) -> None
         stream.hear(text_features=torch.zeros(2, 12))
     with pytest.raises(UserError, match="no such stream: \\[3\\] of 3 streams"):
         stream.restart([3])
+    with pytest.raises(UserError, match=r"the frames are torch\.int64: give uint8"):
+        stream.step(frames[:, 0].long())
+    stream.model.train()
+    for call in (lambda: stream.step(frames[:, 0]), stream.hear):
+        with pytest.raises(UserError, match="the model was put in training mode"):
+            call()
     with pytest.raises(UserError, match="at least 1"):
         EmotionStream(tiny(), 0)
 
