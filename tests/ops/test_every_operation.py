@@ -1,5 +1,6 @@
 """What holds of every operation wherever it runs: nothing left out, torch's threads, CUDA graphs, far offsets."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def test_backward_of_a_call_that_kept_nothing_is_refused(op: str, monkeypatch: p
     testing.need(op, "cpp", "cpu")
     inputs, run = call(op, "cpp", "cpu")
     leaves = [x.requires_grad_() for x in inputs]
-    monkeypatch.setattr(f"deepmsi.ops.{op}.keeps_for_backward", lambda *_: False)
+    module = importlib.import_module(f"deepmsi.ops.{op}")
+    monkeypatch.setattr(module, "keeps_for_backward", lambda *_: False)
     with pytest.raises(RuntimeError, match=f"{op}: this call was recorded without gradients: record it with"):
         torch.autograd.grad(run(*leaves).square().sum(), leaves)
 
