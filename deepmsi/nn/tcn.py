@@ -6,9 +6,11 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from deepmsi.errors import UserError
 from deepmsi.nn.constants import content_of, recorded
+from deepmsi.nn.fusing import unhooked
 from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 
@@ -19,11 +21,18 @@ Seeds = tuple[Tensor | None, Tensor | None]
 
 
 class TemporalBlock(nn.Module):
-    """(Weight-normed dilated causal convolution, ReLU, dropout) twice, plus the input, ReLU. Works on rows of time."""
+    """(Weight-normed dilated causal convolution, ReLU, dropout) twice, plus the input, ReLU. Works on rows of time.
+
+    A layer that is hooked, or of another class than torch's own, is called: a convolution then maps [B, Cin, n] to
+    [B, Cout, n - past], as one without padding does.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int, dropout: float) -> None:
         super().__init__()
+        self.widths = (inputs, outputs)
+        self.kernel_size = kernel_size
         self.dilation = dilation
+        self.past = (kernel_size - 1) * dilation
         self.conv1 = _weight_normed(inputs, outputs, kernel_size, dilation)
         self.conv2 = _weight_normed(outputs, outputs, kernel_size, dilation)
         self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
@@ -47,7 +56,7 @@ class TemporalBlock(nn.Module):
         Returns:
             [B, count, Cout].
         """
-        inner = min(x.shape[1], (count - 1) * step + self.conv1.kernel_size[0])
+        inner = min(x.shape[1], (count - 1) * step + self.kernel_size)
         y = self._convolve(self.conv1, x, seeds[0], dilation=1, count=inner)
         shortcut = self._shortcut(x, count, step)
         return self._convolve(self.conv2, y, seeds[1], dilation=1, count=count, step=step, residual=shortcut)
@@ -66,12 +75,30 @@ class TemporalBlock(nn.Module):
         self._folded.clear()
         return super().train(mode)
 
+    def calls(self) -> bool:
+        """Whether it is hooked, or calls one of its layers, which compute every position: not for :meth:`sparse`."""
+        convs = (self.conv1, self.conv2, self.downsample)
+        return not unhooked(self) or self._called(*(conv for conv in convs if conv is not None))
+
+    def dropped(self) -> float:
+        """Return the share of its elements that a dropout drops in the mode that it is in."""
+        dropout = self.dropout
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
     def folded(self) -> list[Tensor]:
         """Return the weights that are kept folded for evaluation."""
         return [weight for _, weight in self._folded.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}}
+
+    def _called(self, *convs: nn.Module) -> bool:
+        dropout = self.dropout
+        return (
+            not unhooked(dropout, *convs)
+            or type(dropout) not in (nn.Dropout, nn.Identity)
+            or not all(map(_convolves, convs))
+        )
 
     def _convolve(
         self,
@@ -84,6 +111,16 @@ class TemporalBlock(nn.Module):
         step: int = 1,
         residual: Tensor | None = None,
     ) -> Tensor:
+        if dilation is None and self._called(conv):
+            count = x.shape[1] if count is None else count
+            seen = nn.functional.pad(x, (0, 0, self.past + count - x.shape[1], 0))
+            y = self.dropout(torch.relu(conv(seen.transpose(1, 2)))).transpose(1, 2)
+            if y.shape[1] != count:
+                raise ValueError(
+                    f"TCN: {type(conv).__name__} maps {seen.shape[1]} time steps to {y.shape[1]}, not {count}: "
+                    "it must have no padding of its own"
+                )
+            return y if residual is None else torch.relu(y + residual.to(y.dtype))
         weight, g = self._weight(conv)
         return causal_conv_rows(
             x,
@@ -96,11 +133,13 @@ class TemporalBlock(nn.Module):
             relu=True,
             residual=residual,
             seed=seed,
-            dropout=self.dropout.p,
+            dropout=self.dropped() if seed is not None else 0.0,
         )
 
     def _shortcut(self, x: Tensor, count: int | None = None, step: int = 1) -> Tensor:
         if self.downsample is not None:
+            if count is None and self._called(self.downsample):
+                return cast(Tensor, self.downsample(x.transpose(1, 2))).transpose(1, 2)
             weight, _ = self._weight(self.downsample)
             return causal_conv_rows(x, weight, self.downsample.bias, count=count, step=step)
         return x if count is None else x[:, x.shape[1] - 1 - (count - 1) * step :: step]
@@ -112,14 +151,14 @@ class TemporalBlock(nn.Module):
 
         What :class:`Content` does not see stays unseen until the next call of ``train()`` or ``eval()``.
         """
-        norm = cast(Any, conv.parametrizations)["weight"] if hasattr(conv, "parametrizations") else None
+        norm = _weight_norm(conv)
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
         in_use = self.training or recorded()
         if not in_use and needs_grad(*sources):
             self._folded.pop(conv, None)  # what follows may change them unseen
             in_use = True
         if in_use or (content := content_of(*sources)) is None:
-            return (norm.original1, norm.original0) if norm is not None else (pack(conv.weight), None)
+            return (norm.original1, norm.original0) if norm is not None else (pack(*sources), None)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
         key = (narrowed, content)
@@ -127,7 +166,7 @@ class TemporalBlock(nn.Module):
         if held is None or held[0] != key:
             # A tensor that was made in inference mode could not be saved for the gradient of x.
             with torch.inference_mode(False), torch.no_grad():
-                weight = fold_weight_norm(*sources) if norm is not None else pack(conv.weight)
+                weight = fold_weight_norm(*sources) if norm is not None else pack(*sources)
                 held = self._folded[conv] = (key, autocast(weight))
         return held[1], None
 
@@ -135,6 +174,21 @@ class TemporalBlock(nn.Module):
 def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:
     conv = nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation)
     return cast(nn.Conv1d, parametrizations.weight_norm(conv))
+
+
+def _convolves(layer: nn.Module) -> bool:
+    """Whether a call does with weight and bias, however these are computed, what torch's convolution does."""
+    kind, own = type(layer), nn.Conv1d
+    return issubclass(kind, own) and kind.forward is own.forward and kind._conv_forward is own._conv_forward
+
+
+def _weight_norm(conv: nn.Module) -> Any:
+    """Return the weight norm of a convolution's weight as :func:`_weight_normed` gives it, or None for any other."""
+    parametrized = getattr(conv, "parametrizations", ())
+    if "weight" not in parametrized:
+        return None
+    steps = cast(Any, parametrized)["weight"]
+    return steps if len(steps) == 1 and isinstance(steps[0], _WeightNorm) and steps[0].dim == 0 else None
 
 
 class TCN(nn.Module):
@@ -184,7 +238,7 @@ class TCN(nn.Module):
 
         For T = 15 and the paper's network: 15, 8, 8, 8, 4, 3, 1 positions of conv1 and conv2 of the first block, its
         shortcut, and the two convolutions of the second and third. Equivalent to ``tcn(x)[:, :, -1]``, except that
-        dropout draws fewer numbers.
+        dropout draws fewer numbers. Where a layer is called, every position is computed.
 
         Raises:
             ValueError: The sequence is empty.
@@ -194,7 +248,9 @@ class TCN(nn.Module):
         if length < 1:
             raise ValueError("TCN.last: the sequence has no time step")
         blocks = self.blocks()
-        taps = blocks[0].conv1.kernel_size[0]
+        if any(block.calls() for block in blocks):
+            return self.forward(x)[:, :, -1]
+        taps = blocks[0].kernel_size
         # Going back from the end: block i is needed at `count` steps, `stride` apart; it reads every d-th time step.
         plan: list[tuple[int, int, int]] = []
         stride, count = 2 ** (len(blocks) - 1), 1
@@ -216,19 +272,9 @@ class TCN(nn.Module):
 
         Set the rows of a stream to zero in every tensor to start that stream anew.
         """
-        bias = cast(Tensor, self.blocks()[0].conv1.bias)
-        device, dtype = device or bias.device, dtype or bias.dtype
-        return tuple(
-            torch.zeros(
-                batch_size,
-                (conv.kernel_size[0] - 1) * block.dilation,
-                conv.in_channels,
-                device=device,
-                dtype=dtype,
-            )
-            for block in self.blocks()
-            for conv in (block.conv1, block.conv2)
-        )
+        weight = next(self.parameters())
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return tuple(torch.zeros(size, device=device, dtype=dtype) for size in self._state_sizes(batch_size))
 
     def step(self, x: Tensor, state: TCNState) -> tuple[Tensor, TCNState]:
         """Feed one frame of every stream: x [B, Cin] and the state so far to [B, Cout] and the new state.
@@ -236,13 +282,14 @@ class TCN(nn.Module):
         Equal at every step to the network on the stream's whole sequence since its first frame.
 
         Raises:
-            ValueError: x or the state has the wrong shape.
+            ValueError: x or the state has the wrong shape or type.
         """
         blocks = self.blocks()
         if x.dim() != 2 or x.shape[1] != self.inputs:
             raise ValueError(f"TCN.step: x must be [B, {self.inputs}], not {shape(x)}")
-        if len(state) != 2 * len(blocks) or any(part.shape[0] != x.shape[0] for part in state):
+        if [part.shape for part in state] != self._state_sizes(x.shape[0]):
             raise ValueError(f"TCN.step: the state is not one of init_state({x.shape[0]}), as x {shape(x)} needs")
+        self._check_types("TCN.step: x or the state", x, *state)
         following: list[Tensor] = []
         for block, first, second, seeds in zip(blocks, state[::2], state[1::2], self._seeds(x), strict=True):
             x, first, second = block.step(x, first, second, seeds)
@@ -252,14 +299,21 @@ class TCN(nn.Module):
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() != 3 or x.shape[1] != self.inputs:
             raise ValueError(f"{name}: x must be [B, {self.inputs}, T], not {shape(x)}")
-        dtype = cast(Tensor, self.blocks()[0].conv1.bias).dtype
-        if x.dtype != dtype and not autocasts(x.device.type):
-            raise ValueError(f"{name}: x is {x.dtype} and the weights are {dtype}: bring one to the other's type")
+        self._check_types(f"{name}: x", x)
+
+    def _check_types(self, name: str, *tensors: Tensor) -> None:
+        dtype = next(self.parameters()).dtype
+        for tensor in tensors:
+            if tensor.dtype != dtype and not autocasts(tensor.device.type):
+                raise ValueError(f"{name} is {tensor.dtype} and the weights are {dtype}: bring one to the other's type")
+
+    def _state_sizes(self, streams: int) -> list[tuple[int, int, int]]:
+        return [(streams, block.past, channels) for block in self.blocks() for channels in block.widths]
 
     def _seeds(self, x: Tensor) -> list[Seeds]:
         """Return what the dropouts of each block draw from: one draw of torch's generator for the whole network."""
         blocks = self.blocks()
-        if not (self.training and any(block.dropout.p > 0 for block in blocks)):
+        if not any(block.dropped() > 0 for block in blocks):
             return [(None, None)] * len(blocks)
         drawn = torch.randint(2**63 - 1, (2 * len(blocks),), device=x.device).unbind()
         return list(zip(drawn[::2], drawn[1::2], strict=True))

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from deepmsi import testing
 from deepmsi.backend import use_backend
@@ -209,6 +210,100 @@ def test_dropout_follows_the_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("training", "drops"), [(False, True), (True, False)])
+def test_each_dropout_follows_its_own_mode(training: bool, drops: bool) -> None:
+    tcn = TCN(5, (6, 6), dropout=0.5).train(training)
+    for block in tcn.blocks():
+        block.dropout.train(drops)
+    frames = randn(2, 5, 9, seed=1)
+    for run in (tcn, tcn.last, lambda x: tcn.step(x[:, :, 0], tcn.init_state(2))[0]):
+        assert torch.equal(run(frames), run(frames)) != drops
+    for block in tcn.blocks():
+        block.dropout = nn.Identity()
+    assert torch.equal(tcn.train()(frames), tcn.eval()(frames))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Adapter(nn.Module):
+    """A layer around another one that tells of its weight and bias alone, as adapters do."""
+
+    def __init__(self, layer: nn.Conv1d) -> None:
+        super().__init__()
+        self.layer, self.scale = layer, nn.Parameter(torch.full((), 3.0, dtype=torch.float64))
+
+    weight = property(lambda self: self.layer.weight)
+    bias = property(lambda self: self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+def pruned(block: Any) -> None:
+    parametrize.remove_parametrizations(block.conv1, "weight")
+    prune.l1_unstructured(block.conv1, "weight", 0.5)
+
+
+def spectral(block: Any) -> None:
+    parametrize.remove_parametrizations(block.conv1, "weight")
+    parametrizations.spectral_norm(block.conv1)
+
+
+SITTING: dict[str, Any] = {
+    "on_the_weight_norm": lambda block: parametrize.register_parametrization(block.conv1, "weight", Doubled()),
+    "beside_the_weight_norm": lambda block: parametrize.register_parametrization(block.conv1, "bias", Doubled()),
+    "on_the_bias_alone": lambda block: parametrize.register_parametrization(block.downsample, "bias", Doubled()),
+    "another_norm": spectral,
+    "pruned": pruned,
+    "hooked": lambda block: block.conv1.register_forward_hook(lambda *call: 2 * call[2]),
+    "hooked_shortcut": lambda block: block.downsample.register_forward_hook(lambda *call: 2 * call[2]),
+    "hooked_dropout": lambda block: block.dropout.register_forward_hook(lambda *call: 2 * call[2]),
+    "other_dropout": lambda block: setattr(block, "dropout", nn.Hardtanh(0.0, 0.1)),
+    "adapter": lambda block: setattr(block, "conv1", Adapter(block.conv1)),
+    "adapted_shortcut": lambda block: setattr(block, "downsample", Adapter(block.downsample)),
+}
+
+
+def layer_by_layer(tcn: TCN, x: Tensor) -> Tensor:
+    for block in tcn.blocks():
+        y = x
+        for conv in (block.conv1, block.conv2):
+            y = block.dropout(torch.relu(conv(nn.functional.pad(y, (2 * block.dilation, 0)))))
+        x = torch.relu(y + (x if block.downsample is None else block.downsample(x)))
+    return x
+
+
+@pytest.mark.parametrize("name", SITTING)
+def test_what_sits_on_a_layer_is_computed(name: str) -> None:
+    tcn = both()[1].eval()
+    x = randn(2, 5, 12, seed=1, dtype=torch.float64).requires_grad_()
+    with torch.no_grad():
+        before = tcn(x)  # keeps what it folds
+    for block in (tcn.blocks()[0], tcn.blocks()[2]):  # those with a shortcut
+        SITTING[name](block)
+    with torch.no_grad():
+        exact = layer_by_layer(tcn, x)
+        assert not torch.equal(exact, before)
+        state = tcn.init_state(2)
+        for t in range(12):
+            y, state = tcn.step(x[:, :, t], state)
+            torch.testing.assert_close(y, exact[:, :, t], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(tcn.last(x), y)
+        torch.testing.assert_close(tcn(x), exact, rtol=1e-11, atol=1e-12)
+    leaves = [x, *tcn.parameters()]
+    plain = torch.autograd.grad(layer_by_layer(tcn, x).square().sum(), leaves)
+    for run in (tcn, lambda x: torch.stack([tcn.last(x[:, :, : t + 1]) for t in range(12)], 2)):
+        for found, wanted in zip(torch.autograd.grad(run(x).square().sum(), leaves), plain, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        for parameter in tcn.parameters():
+            parameter.mul_(1.1)
+        torch.testing.assert_close(tcn(x), layer_by_layer(tcn, x), rtol=1e-11, atol=1e-12)
+
+
 # The interpreter's 21 runs would take a minute.
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *(p for p in PLACES if p != ("triton", "cpu"))])
 def test_dropout_is_the_same_on_every_backend_and_keeps_the_mean(backend: str, device: str) -> None:
@@ -360,15 +455,27 @@ def test_autocast_and_mistakes() -> None:
         (torch.randn(2, 4), tcn.init_state(2), r"x must be \[B, 5\]"),
         (torch.randn(2, 5), tcn.init_state(2)[:3], r"init_state\(2\)"),
         (torch.randn(3, 5), tcn.init_state(2), r"init_state\(3\)"),
+        (torch.randn(2, 5), tuple(part[:, :1] for part in tcn.init_state(2)), r"init_state\(2\)"),
+        (torch.randn(2, 5), tuple(part[..., :4] for part in tcn.init_state(2)), r"init_state\(2\)"),
+        (
+            torch.randn(2, 5),
+            tcn.init_state(2, dtype=torch.float64),
+            r"x or the state is torch\.float64 and the weights",
+        ),
+        (torch.randn(2, 5).double(), tcn.init_state(2), r"x or the state is torch\.float64 and the weights"),
     ):
         with pytest.raises(ValueError, match=words):
             tcn.step(x, state)
+    tcn.blocks()[1].conv2 = nn.Sequential(nn.Conv1d(6, 6, 3, padding=2, dilation=2))
+    with pytest.raises(ValueError, match="Sequential maps 11 time steps to 11, not 7: it must have no padding"):
+        tcn(torch.randn(2, 5, 7))
     with pytest.raises(UserError, match="dropout must lie"):
         TCN(5, (6,), dropout=1.0)
 
 
 def test_transforms_of_torch_func_are_the_references() -> None:
     """Many networks at once, in evaluation too, and tangents."""
+    torch.manual_seed(0)
     many = [TCN(6, (5, 7), 3, 0.0).eval() for _ in range(3)]
     x, tangent = randn(2, 6, 9, seed=1), randn(2, 6, 9, seed=2)
     weights, buffers = torch.func.stack_module_state(many)
