@@ -319,6 +319,7 @@ void merge_frames(const VscForward& f, int64_t begin, int64_t end, char* scratch
     const T* stored = static_cast<const T*>(f.x) + first * channels;
     const A* x = wide_rows(stored, rows * channels, copy);
     const A* norm = static_cast<const A*>(f.norm) + first;
+    const A* score = static_cast<const A*>(f.score) + first;
     A* closeness = static_cast<A*>(f.closeness) + first;
     int32_t* assignment = f.assignment + first;
     T* tokens = static_cast<T*>(f.tokens) + out * channels;
@@ -333,7 +334,7 @@ void merge_frames(const VscForward& f, int64_t begin, int64_t end, char* scratch
       }
       assignment[n] = static_cast<int32_t>(out + j);
       f.index[out + j] = first + n;
-      gate[j] = Storage<T>::narrow(A(1));
+      gate[j] = Storage<T>::narrow(1 + (score[n] - score[n]));  // NaN where the score is not finite
       kept[j++] = static_cast<int32_t>(n);
     }
     nearest_kept(x, norm, channels, lost, lost_count, kept, kept_count, best, nearest);

@@ -385,7 +385,10 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   const int64_t b = frame_of_output(f.cu_out, f.frames.frames, row);
   const int64_t first = f.frames.begin(b), last = f.frames.end(b);
   const int64_t self = first + f.order[first + row - f.cu_out[b]];
-  if (lane == 0) index[row] = self, gate[row] = static_cast<T>(A(1));
+  if (lane == 0) {
+    const A score = f.score[self];
+    index[row] = self, gate[row] = static_cast<T>(1 + (score - score));  // NaN where the score is not finite
+  }
   A total = 0;
   each_source(f.assignment, first, last, static_cast<int32_t>(row), self,
               [&](int64_t i) { total += exp(f.closeness[i]); });

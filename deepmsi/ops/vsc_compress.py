@@ -20,8 +20,9 @@ class CompressedTokens(NamedTuple):
         tokens: Kept and fused tokens [R', C], packed frame after frame, in x's type. Differentiable.
         cu_seqlens: Offsets of the frames' rows in ``tokens`` [B + 1] int32.
         index: Input row of each output row [R'] int64, ascending inside a frame, -1 past the last valid row.
-        gate: [R'], exactly 1 (0 past the last valid row); its gradient reaches the score s of the row, hence
-            x, guide and λ. Multiply it in after the norm that follows, for a norm cancels a scale.
+        gate: [R'], exactly 1 (0 past the last valid row, NaN where the score s of the row is not finite); its
+            gradient reaches s, hence x, guide and λ. Multiply it in after the norm that follows, for a norm cancels
+            a scale.
         relevance: r of every input row [R] float32 (float64 for float64 inputs); mean 1 over a frame.
         assignment: Output row that an input row went to [R] int32, -1 where it was dropped.
     """

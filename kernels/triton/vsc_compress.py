@@ -273,8 +273,13 @@ def _sources(assignment_ptr, closeness_ptr, index_ptr, row, last, target, held):
 
 
 @triton.jit
-def _index_kernel(cu_ptr, cu_out_ptr, order_ptr, index_ptr, gate_ptr, length, rows, packed, frames, ROWS: tl.constexpr):
-    """Write index and gate of one frame's output rows; the program past the last frame clears the rest."""
+def _index_kernel(
+    cu_ptr, cu_out_ptr, order_ptr, score_ptr, index_ptr, gate_ptr, length, rows, packed, frames, ROWS: tl.constexpr
+):
+    """Write index and gate of one frame's output rows; the program past the last frame clears the rest.
+
+    The gate is 1, and NaN where the score is not finite.
+    """
     b = tl.program_id(0)
     slot = tl.arange(0, ROWS)
     if b == frames:
@@ -289,7 +294,8 @@ def _index_kernel(cu_ptr, cu_out_ptr, order_ptr, index_ptr, gate_ptr, length, ro
             held = j0 + slot < kept
             row = first + tl.load(order_ptr + first + j0 + slot, mask=held, other=0)
             tl.store(index_ptr + out + j0 + slot, row.to(tl.int64), mask=held)
-            tl.store(gate_ptr + out + j0 + slot, tl.full([ROWS], 1.0, tl.float32), mask=held)
+            score = tl.load(score_ptr + row, mask=held, other=0.0)
+            tl.store(gate_ptr + out + j0 + slot, 1.0 + (score - score), mask=held)
 
 
 @triton.jit
@@ -627,7 +633,7 @@ def vsc_compress_fwd(
                 UPCAST=upcast, **call.search,
             )  # fmt: skip
         if packed:
-            _index_kernel[(frames + 1,)](cu, cu_out, order, index, gate, *size, packed, frames, ROWS=128)
+            _index_kernel[(frames + 1,)](cu, cu_out, order, score, index, gate, *size, packed, frames, ROWS=128)
             tiles = call.parts_of(packed)
             _merge_kernel[(frames * tiles,)](
                 x, cu, cu_out, index, assignment, closeness, tokens, *size, channels, tiles, fuse_alpha, **call.tile

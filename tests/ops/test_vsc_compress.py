@@ -325,6 +325,24 @@ def test_zero_tokens_stay_finite(backend: str, device: str) -> None:
     assert all(bool(torch.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_a_score_that_is_not_finite_shows_in_the_gate(backend: str, device: str, dtype: torch.dtype) -> None:
+    """That of a frame with a bad guide, or all of them with a bad λ; the others stay exactly 1."""
+    need(backend, device, dtype)
+    x = testing.randn(4, 12, 8, seed=1, dtype=dtype, device=device)
+    guide = testing.randn(4, 8, seed=2, device=device)
+    guide[1, 3], guide[2, 5] = torch.nan, torch.inf
+    for weight, gates in ((0.5, [1, torch.nan, torch.nan, 1]), (torch.tensor(torch.nan), [torch.nan] * 4)):
+        out = vsc_compress(x, None, guide, weight, keep=5, capacity=6, backend=backend)
+        expected = torch.tensor(gates, dtype=dtype, device=device).repeat_interleave(5)
+        torch.testing.assert_close(
+            out.gate, torch.cat([expected, expected.new_zeros(4)]), rtol=0, atol=0, equal_nan=True
+        )
+        exact = vsc_compress(x.double(), None, guide.double(), weight, keep=5, capacity=6, backend="reference")
+        assert torch.equal(out.index, exact.index)
+
+
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 def test_rows_past_the_last_offset_are_ignored(backend: str, device: str) -> None:
     need(backend, device)
