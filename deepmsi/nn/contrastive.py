@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepmsi.ops import cross_modal_contrastive
+from deepmsi.ops.cross_modal_contrastive import masks_of_pairs
 
 if dist.is_available():
     # Its functions take the group of the moment of their import for the default of an argument, for good. Some part
@@ -70,6 +71,9 @@ class CrossModalContrastiveLoss(nn.Module):
 
         Returns:
             A scalar. With several processes: this process's part, times their number.
+
+        Raises:
+            ValueError: An argument has the wrong shape, type or range.
         """
         options: dict[str, Any] = {
             "temperature": self.temperature,
@@ -79,7 +83,7 @@ class CrossModalContrastiveLoss(nn.Module):
         if not self._distributed():
             return cross_modal_contrastive(a, b, labels, valid_a=valid_a, valid_b=valid_b, **options)
         others = [b] if isinstance(b, Tensor) else list(b)
-        sides = [list(valid) if isinstance(valid, Sequence) else [valid] * len(others) for valid in (valid_a, valid_b)]
+        sides = masks_of_pairs(a, others, valid_a, valid_b)
         rows, size = a.shape[0], self._joined_rows(a)
         world, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 

@@ -131,16 +131,18 @@ def cross_modal_contrastive(
         return loss
 
 
-def _taking_part(
+def masks_of_pairs(
     a: Tensor,
     others: Sequence[Tensor],
-    row_offset: int,
     valid_a: Tensor | Sequence[Tensor | None] | None,
     valid_b: Tensor | Sequence[Tensor | None] | None,
-) -> tuple[Tensor, Tensor]:
-    """Return which rows of a [P, B] and which joined rows [P, J] take part in each pair, both bool."""
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Return the masks of both sides, one for each of the others.
+
+    Raises:
+        ValueError: There are too few or too many masks, or one has the wrong shape or type.
+    """
     rows, joined = a.shape[0], others[0].shape[0]
-    everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
     # One mask of a serves every pair; b's are told one by one, so that none is left out by mistake.
     masks_a = [valid_a] * len(others) if valid_a is None or isinstance(valid_a, Tensor) else list(valid_a)
     masks_b = [valid_b] if isinstance(valid_b, Tensor) else [None] * len(others) if valid_b is None else list(valid_b)
@@ -151,6 +153,20 @@ def _taking_part(
             if mask is not None and not (mask.dtype == torch.bool and mask.dim() == 1 and mask.shape[0] in sizes):
                 raise ValueError(f"{_OP}: {name} must be [{sizes[0]}] bool, not {shape(mask)} {mask.dtype}")
             check_devices(a, _OP, "a", **{name: mask})
+    return masks_a, masks_b
+
+
+def _taking_part(
+    a: Tensor,
+    others: Sequence[Tensor],
+    row_offset: int,
+    valid_a: Tensor | Sequence[Tensor | None] | None,
+    valid_b: Tensor | Sequence[Tensor | None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return which rows of a [P, B] and which joined rows [P, J] take part in each pair, both bool."""
+    rows, joined = a.shape[0], others[0].shape[0]
+    everyone = torch.ones(joined, dtype=torch.bool, device=a.device)
+    masks_a, masks_b = masks_of_pairs(a, others, valid_a, valid_b)
     inside, columns = [], []
     for mask_a, mask_b in zip(masks_a, masks_b, strict=True):
         column = everyone if mask_b is None else mask_b

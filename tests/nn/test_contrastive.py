@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepmsi.nn import CrossModalContrastiveLoss
 from deepmsi.ops import cross_modal_contrastive
@@ -112,3 +115,23 @@ def test_one_process_is_the_operation() -> None:
         CrossModalContrastiveLoss()(a, b, labels, valid, valid),
         cross_modal_contrastive(a, b, labels, valid_a=valid, valid_b=valid),
     )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bad_masks_are_refused_before_processes_meet(world: int) -> None:
+    a, b, c = (randn(4, 5, seed=seed) for seed in range(3))
+    labels, mask = torch.arange(4) % 2, torch.ones(4, dtype=torch.bool)
+    loss = CrossModalContrastiveLoss()
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        assert loss._distributed() == (world > 1)
+        for valid_b, words in (
+            ((mask,), "valid_b holds 1 masks for 2 of b"),
+            (mask, "valid_b holds 1 masks for 2 of b"),
+            ((mask, mask.float()), r"valid_b must be \[4\] bool, not \[4\] torch.float32"),
+            ((mask, mask[:3]), r"valid_b must be \[4\] bool, not \[3\] torch.bool"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                loss(a, (b, c), labels, mask, valid_b)
+    finally:
+        dist.destroy_process_group()
