@@ -95,7 +95,7 @@ def project_cells(
             check_packed(_OP, packed)
             weight = packed
         if x.stride(5) != 1:
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies
         arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
         return torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
     weight, bias = cast

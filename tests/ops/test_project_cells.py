@@ -48,6 +48,7 @@ CASES: dict[str, tuple[tuple[int, ...], Any, int]] = {
     "every_other": ((2, 4, 4, 12), lambda x: merged(x[..., ::2]), 16),
     "repeated": ((1, 4, 4, 6), lambda x: merged(x.expand(3, 4, 4, 6)), 8),
     "no_frames": ((0, 4, 4, 8), merged, 16),
+    "no_frames_apart": ((0, 2, 2, 2, 2, 16), lambda x: x[..., ::2], 16),
 }
 
 
