@@ -14,7 +14,7 @@ from deepmsi.ops._arguments import (
     unrounded,
     without_autocast,
 )
-from deepmsi.ops.window_attention import check_windows
+from deepmsi.ops.window_attention import check_windows, narrowed
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 
@@ -101,8 +101,6 @@ def residual_window_attention(
     head_scale = None
     if logit_scale is not None:
         head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
-    if positions is not None:
-        positions = positions.to(torch.int32)
     qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast) if chosen == "cpp" else cast
     with_grad = keeps_for_backward(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
@@ -119,7 +117,7 @@ def residual_window_attention(
         bias_table.float(),
         head_scale,
         scale,
-        positions,
+        narrowed(positions),
         cu_seqlens,
         heads,
         *grid,

@@ -88,6 +88,14 @@ def check_windows(
     return logit_scale, scale
 
 
+def narrowed(positions: Tensor | None) -> Tensor | None:
+    """Return positions in int32, which kernels read; those that it cannot hold stay off every grid."""
+    if positions is None or positions.dtype == torch.int32:
+        return positions
+    limits = torch.iinfo(torch.int32)
+    return positions.clamp(limits.min, limits.max).to(torch.int32)
+
+
 def window_attention(
     qkv: Tensor,
     heads: int,
@@ -153,8 +161,6 @@ def window_attention(
         head_scale = None
         if logit_scale is not None:
             head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
-        if positions is not None:
-            positions = positions.to(torch.int32)
         forward = torch.ops.deepmsi.window_attention_cpp_fwd
         if chosen == "triton":
             forward = torch.ops.deepmsi.window_attention_triton_fwd
@@ -164,7 +170,7 @@ def window_attention(
             bias_table.float(),
             head_scale,
             scale or 0.0,
-            positions,
+            narrowed(positions),
             cu_seqlens,
             heads,
             *grid,

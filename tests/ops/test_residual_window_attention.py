@@ -310,6 +310,10 @@ def test_bad_arguments_are_named() -> None:
     grid = x.view(1, 2, 4, 6)
     with pytest.raises(ValueError, match=r"proj_bias must be \[6\], not \[5\]"):
         residual_window_attention(grid, *weights[:3], torch.zeros(5), *weights[4:], 2, (2, 4), 2, 1, bias_table=table)
+    positions, offset = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**32 + 7]), offsets([8], "cpu")
+    layout: dict[str, Any] = {"bias_table": table, "positions": positions, "cu_seqlens": offset, "backend": "cpp"}
+    with pytest.raises(RuntimeError, match="lie on the grid"):
+        residual_window_attention(grid.view(8, 6), *weights, 2, (2, 4), 2, 1, **layout)
     doubles = [w.double() for w in weights]
     with pytest.raises(RuntimeError, match="takes float32, bfloat16, not float64"):
         residual_window_attention(grid.double(), *doubles, 2, (2, 4), 2, 1, bias_table=table.double(), backend="cpp")

@@ -499,6 +499,8 @@ def test_rows_past_the_last_offset_are_not_read(backend: str, device: str) -> No
         ([0, 5, 5, 7], [0, 4], "positions must ascend"),
         ([0, 5, 4, 7], [0, 4], "positions must ascend"),
         ([0, 1, 2, 16], [0, 4], "lie on the grid"),
+        ([0, 1, 2, 2**32 + 3], [0, 4], "lie on the grid"),
+        ([-(2**32), 1, 2, 3], [0, 4], "positions must ascend"),
         ([-1, 1, 2, 3], [0, 4], "positions must ascend"),
         ([0, 1, 2, 3], [0, 5], "end within the rows"),
         ([0, 1, 2, 3], [1, 4], "start at 0"),
@@ -516,7 +518,7 @@ def test_bad_positions_are_refused_on_the_cpu(positions: list[int], cu: list[int
             2,
             0,
             bias_table=table_of(2, torch.float32),
-            positions=torch.tensor(positions, dtype=torch.int32),
+            positions=torch.tensor(positions),
             cu_seqlens=torch.tensor(cu, dtype=torch.int32),
             backend="cpp",
         )
