@@ -254,6 +254,7 @@ def prepare(
     from deepmsi.data.prepare import PrepareOptions
     from deepmsi.data.prepare import prepare as prepare_manifest
     from deepmsi.data.release import RELEASES, prepare_release
+    from deepmsi.models.config import validated
 
     given = {
         "exclusions": exclude,
@@ -274,14 +275,15 @@ def prepare(
         raise UserError(f"--{option} goes with: deepmsi prepare {whose} RAW")
 
     with _reserved_stdout() as result:
-        options = PrepareOptions(
-            frames=frames,
-            size=size,
-            resize=resize.value,
-            face=face,
-            text_encoder=text_encoder,
-            audio_encoder=audio_encoder,
-        )
+        said = {
+            "frames": frames,
+            "size": size,
+            "resize": resize.value,
+            "face": face,
+            "text_encoder": text_encoder,
+            "audio_encoder": audio_encoder,
+        }
+        options = validated(PrepareOptions, said, "prepare")
         if raw is None:
             prepared = prepare_manifest(Path(source), out, options, workers=workers)
         else:
