@@ -83,7 +83,7 @@ def _reserved_stdout() -> Iterator[IO[str]]:
 
     Yields the real standard output, for the result alone; of several processes of a launcher that of the first.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         with contextlib.redirect_stdout(sys.stderr):
             yield io.StringIO()
         return

@@ -112,6 +112,14 @@ def test_explain(deepmsi) -> None:
         assert word in outcome.out
 
 
+@pytest.mark.parametrize(("processes", "says"), [(None, True), ("1", True), ("2", False)])
+def test_only_one_process_of_several_prints(deepmsi, monkeypatch, processes, says) -> None:
+    monkeypatch.setenv("RANK", "1")
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert bool(deepmsi("explain").out) == says
+
+
 def test_explain_json(deepmsi) -> None:
     outcome = deepmsi("explain", "--json")
     assert outcome.code == 0
