@@ -1,12 +1,15 @@
 """Where and how VSC-Swin compresses: one configuration, of which the paper's and the released schedule are presets."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isqrt
+from math import inf, isqrt
 from typing import Any
 
 from deepmsi.errors import UserError
+
+# Tokens that a frame may have: rows reserved beyond them would be memory for nothing.
+MOST = 65536
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Schedule:
             raise UserError(f"schedule: layout must be packed or regrid, not {self.layout!r}")
         if self.layout == "regrid" and self.keep is None:
             raise UserError("schedule: the regrid layout needs keep, a square number: set keep, or layout packed")
+        for name, (kind, allowed, words) in _ALLOWED.items():
+            if not (isinstance(value := getattr(self, name), kind) and allowed(value)):
+                raise UserError(f"schedule: {name} must be {words}, not {value!r}")
         blocks = self.blocks
         if blocks is None:
             stage = max(len(depths) - 2, 0)
@@ -87,7 +93,7 @@ class Schedule:
         else:
             try:
                 blocks = tuple((int(stage), int(block)) for stage, block in blocks)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(f"schedule: blocks must be pairs [stage, block], not {self.blocks!r}") from None
             for stage, block in blocks:
                 if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
@@ -104,12 +110,30 @@ class Schedule:
                 if isqrt(kept) ** 2 != kept:
                     raise UserError(f"schedule: the regrid layout needs square numbers to keep, not {kept}")
         capacity = _one_each("capacity", self.capacity, len(blocks), preset)
+        lower, least = "min_keep", (self.min_keep,) * len(blocks)
+        for name, numbers in (("keep", keep), ("capacity", capacity)):
+            if numbers is not None:
+                if any(number < floor for number, floor in zip(numbers, least, strict=True)):
+                    raise UserError(f"schedule: {name} must be no less than {lower}, {least}, not {numbers}")
+                lower, least = name, numbers
         return replace(self, blocks=blocks, keep=keep, capacity=capacity)
 
 
 PRESETS: dict[str, Schedule] = {
     "paper": Schedule(),
     "released": Schedule(layout="regrid", keep=(196, 144, 100)),
+}
+
+# What vsc_compress takes: to be told when the schedule is read, and not by the first batch.
+_ALLOWED: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
+    "norm": (bool, lambda _: True, "true or false"),
+    "standardize": (bool, lambda _: True, "true or false"),
+    "guide_weight": ((int, float), lambda x: 0 < x < 1, "a number between 0 and 1"),
+    "temperature": ((int, float), lambda x: 0 < x < inf, "a number above 0"),
+    "threshold": ((int, float), lambda x: 0 <= x < inf, "a number from 0"),
+    "min_keep": (int, lambda x: x >= 1, "a whole number from 1"),
+    "fuse_threshold": ((int, float), lambda x: -1 <= x <= 1, "a number from -1 to 1"),
+    "fuse_alpha": ((int, float), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
 }
 
 
@@ -132,9 +156,11 @@ def _one_each(name: str, value: int | tuple[int, ...] | None, count: int, preset
     """Return one number for each compressing block; the default blocks take the first of a longer list."""
     if value is None:
         return None
-    numbers = (value,) * count if isinstance(value, int) else tuple(value)
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
     if preset and len(numbers) > count:
         numbers = numbers[:count]
-    if len(numbers) != count or any(not isinstance(number, int) or number < 1 for number in numbers):
-        raise UserError(f"schedule: {name} must be positive, one number or one for each of {count} blocks: {value!r}")
+    if len(numbers) != count or any(not isinstance(number, int) or not 1 <= number <= MOST for number in numbers):
+        raise UserError(
+            f"schedule: {name} must be from 1 to {MOST}, one number or one for each of {count} blocks: {value!r}"
+        )
     return numbers
