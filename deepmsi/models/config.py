@@ -7,8 +7,9 @@ A configuration is plain data (numbers, strings, lists): it goes to JSON and bac
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +18,9 @@ from deepmsi.errors import UserError
 MODALITIES = ("video", "text", "audio")
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
+
+# A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
+Width = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class Section(BaseModel):
@@ -74,8 +78,8 @@ class VisionConfig(Section):
         "time rises from one to the next",
     )
 
-    tcn_channels: tuple[int, ...] = Field((1024, 1024, 1024), min_length=1)
-    tcn_kernel: int = Field(3, ge=1)
+    tcn_channels: tuple[Width, ...] = Field((1024, 1024, 1024), min_length=1)
+    tcn_kernel: int = Field(3, ge=1, le=64)
     tcn_dropout: float = Field(0.3, ge=0, lt=1)
 
     @property
@@ -92,8 +96,11 @@ class VisionConfig(Section):
         for name, value in self.options.items():
             sizes = value if isinstance(value, list) else [value]
             kind, words = ((int, float), "numbers") if name == "mlp_ratio" else (int, "whole numbers")
-            if not all(isinstance(size, kind) and size > 0 for size in sizes):
-                raise ValueError(f"options: {name} takes positive {words}, not {value}")
+            if not all(isinstance(size, kind) and 1 <= size <= 4096 for size in sizes):
+                raise ValueError(f"options: {name} takes {words} from 1 to 4096, not {value}")
+            if name != "window" and isinstance(value, list) != (name in ("depths", "heads")):
+                many = "one number for each stage" if name in ("depths", "heads") else "one number"
+                raise ValueError(f"options: {name} takes {many}, not {value}")
         return self
 
     @field_validator("std")
@@ -108,7 +115,7 @@ class _EncoderConfig(Section):
     """What the text and the audio branch have in common."""
 
     encoder: str = Field("features", min_length=1)
-    dim: int | None = Field(None, ge=1, description="length of the utterance vector; null takes the encoder's own")
+    dim: Width | None = Field(None, description="length of the utterance vector; null takes the encoder's own")
     finetune: bool = Field(True, description="train the encoder with the model; false keeps it frozen")
     features_from: str | None = Field(
         None,
@@ -146,7 +153,7 @@ class AudioConfig(_EncoderConfig):
     """Audio branch: 'features', 'logmel' (offline), a hub name or local folder of transformers, or 'none'."""
 
     sample_rate: int = Field(16000, ge=1000, description="Hz")
-    max_seconds: float = Field(20.0, gt=0, description="longer recordings are cut there")
+    max_seconds: float = Field(20.0, ge=0.025, le=86400, description="longer recordings are cut there")
 
     @model_validator(mode="after")
     def _check(self) -> AudioConfig:
@@ -174,9 +181,9 @@ def _check_encoder(config: _Encoder, offline: str, features_dim: int) -> _Encode
 class FusionConfig(Section):
     """Semantic guide, missing modalities, late fusion and classifier (SPEC 1 and 5)."""
 
-    guide_hidden: int = Field(768, ge=1, description="width of the semantic guide's hidden layer")
-    projection: int = Field(256, ge=1, description="channels of each modality's projection")
-    hidden: tuple[int, ...] = Field((512, 256, 128), description="widths of the classifier's hidden layers")
+    guide_hidden: Width = Field(768, description="width of the semantic guide's hidden layer")
+    projection: Width = Field(256, description="channels of each modality's projection")
+    hidden: tuple[Width, ...] = Field((512, 256, 128), description="widths of the classifier's hidden layers")
     dropout: float = Field(0.3, ge=0, lt=1)
     modality_dropout: float = Field(
         0.1,
@@ -199,6 +206,19 @@ class LossConfig(Section):
     class_weights: Literal["balanced"] | list[float] | None = Field(
         None, description="'balanced' is resolved from the training part's counts before a model is built"
     )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _positive_weights(cls, weights: Any) -> Any:
+        if isinstance(weights, list) and min(weights, default=0) <= 0:
+            raise ValueError(f"weights must be positive, not {weights}")
+        return weights
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> LossConfig:
+        if self.cross_entropy == self.contrastive == 0:
+            raise ValueError("cross_entropy and contrastive are both 0, so that nothing is learned: raise one of them")
+        return self
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -324,6 +344,25 @@ def validated(cls: type[_Model], data: Any, where: str) -> _Model:
         return cls.model_validate(dict(data))
     except ValidationError as error:
         raise UserError(f"{where}: {explain_validation(cls, error)}") from None
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn what torch says of sizes that a configuration allows and no layer or memory can have into one sentence.
+
+    A decorator, too. For nothing but the construction of modules: elsewhere these errors may be mistakes of deepmsi.
+
+    Args:
+        what: what is built, for the sentence.
+
+    Raises:
+        UserError: in place of a ValueError or RuntimeError, which is its cause.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} cannot be built as it is configured ({reason}): change its sizes.") from error
 
 
 def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 from deepmsi.models import checkpoint
-from deepmsi.models.config import MODALITIES, DeepMSIConfig
+from deepmsi.models.config import MODALITIES, DeepMSIConfig, building
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
 from deepmsi.models.fusion import Classifier, ProjectionHead, SemanticGuide
 from deepmsi.models.vision import VideoBranch
@@ -61,11 +61,12 @@ class DeepMSI(
         saved: folder of a checkpoint that is about to be loaded: nothing is downloaded that it holds.
 
     Raises:
-        UserError: an encoder or backbone that the configuration names cannot be had.
+        UserError: an encoder or backbone that the configuration names cannot be had, or sizes that it gives cannot be.
     """
 
     class_weights: Tensor | None
 
+    @building("the model")
     def __init__(self, config: DeepMSIConfig, *, saved: Path | None = None) -> None:
         super().__init__()
         self.config = config

@@ -369,6 +369,14 @@ def test_unresolved_balanced_weights():
         DeepMSI(DeepMSIConfig(num_labels=2, vision={"backbone": "none"}, loss={"class_weights": "balanced"}))
 
 
+def test_a_model_that_cannot_be_built():
+    config = DeepMSIConfig(num_labels=2, vision={"backbone": "none"})
+    config.fusion.__dict__["hidden"] = (10**9, 10**9)  # more than any memory has
+    with pytest.raises(UserError, match="the model cannot be built as it is configured") as caught:
+        DeepMSI(config)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 def test_importing_the_package_is_cheap():
     import subprocess
     import sys
