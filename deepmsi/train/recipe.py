@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +16,8 @@ from deepmsi.models.config import MODALITIES, ModelSections, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(Section):
@@ -47,15 +49,15 @@ class TrainSettings(Section):
     accumulation: int = Field(
         1, ge=1, description="micro-batches per step; the contrastive term sees one micro-batch at a time"
     )
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(3e-4, gt=0, le=10)
     encoder_lr: float | None = Field(
-        None, gt=0, description="for encoders that start from pretrained weights; null takes lr"
+        None, gt=0, le=10, description="for encoders that start from pretrained weights; null takes lr"
     )
-    weight_decay: float = Field(0.01, ge=0, description="of weight matrices; not of biases, norms and scalars")
+    weight_decay: float = Field(0.01, ge=0, le=100, description="of weight matrices; not of biases, norms and scalars")
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
 
     sampler: Literal["shuffle", "balanced"] = Field(
         "shuffle", description="balanced: every class is drawn equally often in an epoch"
@@ -122,7 +124,7 @@ class AugmentSettings(Section):
     )
     grey: float = Field(0.1, ge=0, le=1, description="chance of losing the colours")
 
-    gain: float = Field(6.0, ge=0, description="loudness within ± so many dB")
+    gain: float = Field(6.0, ge=0, le=60, description="loudness within ± so many dB")
     noise: float = Field(0.5, ge=0, le=1, description="chance of white noise, 15 to 40 dB below the utterance")
     time_shift: float = Field(0.1, ge=0, lt=1, description="largest shift as a share of the duration")
     audio_crop: float = Field(0.1, ge=0, lt=1, description="largest share of the duration cut away")

@@ -96,6 +96,13 @@ def test_no_augmentation_is_none_at_all() -> None:
         ("preset.deep=3", "preset is 'small' and has no keys of its own"),
         ("train.memory_limit=.inf", "train.memory_limit: input should be a finite number"),
         ("train.lr=inf", "train.lr: input should be a finite number"),
+        ("train.lr=1e300", r"train\.lr: .*less than or equal to 10"),
+        ("train.encoder_lr=1e300", r"train\.encoder_lr: .*less than or equal to 10"),
+        ("train.weight_decay=1e300", r"train\.weight_decay: .*less than or equal to 100"),
+        ("train.betas=[2, 3]", r"train\.betas\.0: .*less than 1"),
+        ("train.betas=[0.9, 1.0]", r"train\.betas\.1: .*less than 1"),
+        ("train.betas=[-1, 0.5]", r"train\.betas\.0: .*greater than or equal to 0"),
+        ("augment.gain=1e9", r"augment\.gain: .*less than or equal to 60"),
     ],
 )
 def test_a_mistaken_override_gets_its_sentence(override: str, sentence: str) -> None:
