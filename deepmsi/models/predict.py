@@ -121,8 +121,8 @@ def predict(
         clips = [clips]
     if texts is not None and len(texts) != len(clips):
         raise UserError(f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none.")
-    if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
-        raise UserError(f"timeline is {timeline}: give the length of a window in seconds, above 0.")
+    if timeline is not None and not (math.isfinite(timeline) and timeline >= 0.01):
+        raise UserError(f"timeline is {timeline}: give the length of a window in seconds, at least 0.01.")
     texts = [(text or "").strip() or None for text in texts or [None] * len(clips)]  # as a manifest's cells
     if timeline is not None and any(texts):
         raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")

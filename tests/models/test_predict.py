@@ -233,6 +233,7 @@ def test_bad_input(model, tiny, tmp_path):
         (lambda: model.predict([clip], ["a"], timeline=1.0), "a text belongs to a whole clip"),
         (lambda: model.predict([clip], timeline=0.0), "timeline is 0.0"),
         (lambda: model.predict([clip], timeline=float("nan")), "timeline is nan"),
+        (lambda: model.predict([clip], timeline=1e-320), "timeline is 1e-320"),
         (lambda: model.predict([clip], batch_size=0), "batch_size is 0"),
     ):
         with pytest.raises(UserError) as caught:
