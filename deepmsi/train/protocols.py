@@ -379,7 +379,7 @@ def _leave_group_out(column: str) -> Callable[..., list[Fold]]:
         settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
     ) -> list[Fold]:
         groups = _groups(rows, column)
-        held = sorted({groups[i] for i in candidates}, key=_natural)
+        held = sorted({groups[i] for i in candidates}, key=lambda name: (_natural(name), name))
         if len(set(groups)) < 2:
             raise UserError(
                 f"All rows are of one {column} ({held[0]!r}), so leaving one {column} out leaves nothing to "
@@ -469,4 +469,4 @@ def _group_fold(name: str, groups: Sequence[str], candidates: Indices, test: Ind
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]

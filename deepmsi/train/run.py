@@ -606,7 +606,7 @@ def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> 
         text = str(item).strip()
         if text in by_name:
             chosen.append(by_name[text])
-        elif text.isdigit() and 1 <= int(text) <= len(folds):
+        elif text.isdecimal() and 1 <= int(text) <= len(folds):
             chosen.append(folds[int(text) - 1])
         else:
             known = ", ".join(by_name) if len(by_name) <= 12 else f"1 to {len(folds)}"

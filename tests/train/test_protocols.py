@@ -102,6 +102,13 @@ def test_sessions_stay_on_one_side() -> None:
     assert len(only.train) + len(only.test) == len(rows)
 
 
+def test_speakers_of_any_name_come_in_one_order() -> None:
+    for names in (["²", "10", "1", "01"], ["01", "1", "10", "²"]):
+        rows = [Row(f"{name}-{label}", label, speaker=name) for name in names for label in LABELS]
+        folds = make_folds(ProtocolSettings(name="leave-one-speaker-out"), rows, seed=0)
+        assert [fold.name for fold in folds] == [f"speaker-{name}" for name in ("01", "1", "10", "²")]
+
+
 def test_stratified_folds_balance_every_label() -> None:
     rows = corpus(88)
     for fold in make_folds(ProtocolSettings(name="stratified-kfold", folds=5), rows, seed=3):

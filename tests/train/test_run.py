@@ -351,8 +351,9 @@ def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
             fold.pop("seconds")
     assert joined == expected
     assert_same_bits(apart, whole)
-    with pytest.raises(UserError, match="There is no fold '9': the folds are 01, 02, 03"):
-        train(recipe, corpus, apart, folds=[9])
+    for other in ("9", "²"):
+        with pytest.raises(UserError, match=f"There is no fold '{other}': the folds are 01, 02, 03"):
+            train(recipe, corpus, apart, folds=[other])
 
 
 @pytest.mark.parametrize("speaker", ["../../../elsewhere/x", "Anna/Bob", "Änne", "x" * 300])
