@@ -27,12 +27,15 @@ class Selection:
     classes: NDArray[np.int64]
     left_out: dict[str, int] = field(default_factory=dict)
     poorer: int = 0  # rows that take part without a modality whose file could not be read
+    unused: list[str] = field(default_factory=list)  # labels to be left out that no row has
 
     def notes(self) -> list[str]:
         """One sentence per reason for which rows were left out, and one on those that lost a modality."""
         notes = [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
         if self.poorer:
             notes.append(f"{self.poorer} row{'s' * (self.poorer > 1)} lost a modality whose file could not be read.")
+        if self.unused:
+            notes.append(f"No row has {' or '.join(map(repr, self.unused))}, which exclude_labels leaves out.")
         return notes
 
 
@@ -130,6 +133,7 @@ def select_rows(
         np.array([position[label] for label in labels], dtype=np.int64),
         dict(left_out),
         len({rows[i].id for i in indices} & failed),
+        sorted(set(exclude) - {row.label for row in rows}),
     )
 
 

@@ -416,6 +416,13 @@ def test_excluded_labels_are_left_out_and_told(
     assert evaluate(tmp_path / "run", corpus)["n"] == 24
 
 
+def test_excluded_labels_that_no_row_has_are_told(
+    split_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_recipe(exclude_labels=["Joy"], train={"epochs": 1}), split_corpus, tmp_path / "run")
+    assert "No row has 'Joy', which exclude_labels leaves out." in capsys.readouterr().err
+
+
 def test_a_diverging_run_stops_with_a_sentence(split_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, so training stopped: lower train\.lr"):
         train(
