@@ -31,7 +31,7 @@ from deepmsi._version import __version__
 from deepmsi.data.files import claimed, leaving_no_empty
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, DeepMSIConfig
+from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.vision import check_vision
 from deepmsi.train import checkpoints
 from deepmsi.train.compression import check_measurable
@@ -436,7 +436,8 @@ class _Run:
         if sections["loss"]["class_weights"] == "balanced":
             counts = np.bincount(self._classes(train), minlength=len(names)).tolist()
             sections["loss"]["class_weights"] = class_weights(counts, names)
-        return DeepMSIConfig(label_names=names, num_labels=len(names), **sections)
+        said = {"label_names": names, "num_labels": len(names), **sections}
+        return validated(DeepMSIConfig, said, f"recipe {self.recipe.name}")
 
     def _classes(self, part: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.selection.classes[part]

@@ -423,6 +423,12 @@ def test_excluded_labels_that_no_row_has_are_told(
     assert "No row has 'Joy', which exclude_labels leaves out." in capsys.readouterr().err
 
 
+def test_class_weights_of_another_number_of_classes(split_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="class_weights has 2 weights for num_labels = 3"):
+        train(make_recipe(loss={"class_weights": [1, 2]}), split_corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_diverging_run_stops_with_a_sentence(split_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, so training stopped: lower train\.lr"):
         train(
