@@ -181,18 +181,23 @@ def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
     """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
 
     Raises:
-        UserError: the file is missing, or lacks one of the columns id, label, predicted.
+        UserError: the file is missing or no UTF-8, or it or a row lacks one of the columns id, label, predicted.
     """
     file = path / "predictions.csv" if path.is_dir() else path
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             missing = {"id", "label", "predicted"} - set(reader.fieldnames or ())
             if missing:
                 raise UserError(f"{file} is no predictions file: it lacks the column {min(missing)!r}.")
-            return {row["id"]: (row["label"], row["predicted"]) for row in reader if row["label"]}
+            rows = {row["id"]: (row["label"], row["predicted"]) for row in reader if row["label"]}
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): evaluate the run first.") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}): write the predictions again.") from None
+    if short := [key for key, row in rows.items() if row[1] is None]:
+        raise UserError(f"{file} is damaged: row {short[0]!r} has no prediction; write the predictions again.")
+    return rows
 
 
 def _as_ids(values: ArrayLike, labels: Sequence[str]) -> NDArray[np.int64]:

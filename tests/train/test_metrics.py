@@ -12,6 +12,7 @@ from deepmsi.train.metrics import (
     compare_predictions,
     compute_metrics,
     legacy_f1,
+    read_predictions,
     summarize_folds,
     wilson_interval,
 )
@@ -137,6 +138,24 @@ def test_comparison_refuses_what_does_not_pair(tmp_path: Path) -> None:
         compare_predictions(a, _write(tmp_path / "c.csv", [("r1", "fear", "joy")]))
     with pytest.raises(UserError, match="cannot be read"):
         compare_predictions(a, tmp_path / "absent")
-    (tmp_path / "d.csv").write_text("name,label\n")
-    with pytest.raises(UserError, match="lacks the column 'id'"):
-        compare_predictions(a, tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"name,label\n", "lacks the column 'id'"),
+        (b"id,label,predicted\nr1,joy\n", "row 'r1' has no prediction"),
+        (b"id,label,predicted\nr1,joy,\xff\n", "cannot be read"),
+        ("id,label,predicted\nr1,joy,joy\n".encode("utf-16"), "cannot be read"),
+    ],
+    ids=["columns", "short", "bytes", "encoding"],
+)
+def test_no_predictions_file(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_predictions(tmp_path / "a.csv")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,label,predicted\nr1,joy,fear\n", encoding="utf-8-sig")
+    assert read_predictions(tmp_path / "a.csv") == {"r1": ("joy", "fear")}
