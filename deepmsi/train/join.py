@@ -17,15 +17,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, RootModel
 
 from deepmsi.errors import UserError
-from deepmsi.train.evaluate import METRICS, PREDICTIONS, RECIPE, read_run, write_json, write_predictions
-from deepmsi.train.metrics import SUMMARY, compute_metrics, summarize_folds, wilson_interval
+from deepmsi.models.config import validated
+from deepmsi.train.evaluate import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
+from deepmsi.train.metrics import SUMMARY, Scores, compute_metrics, summarize_folds, wilson_interval
 from deepmsi.train.recipe import load_recipe
 
 SPLITS, FOLD = "splits.json", "fold.json"
 _LONGEST = 200  # bytes of a folder's name, of which file systems take 255
-_FACTS = ("name", "train", "test", "epochs", "kept_epoch", "epochs_from", "seconds", "metrics")
+
+
+class _Data(BaseModel):
+    fingerprint: str
+    content: str | None = None
+
+
+class _Begun(BaseModel):
+    """What a run that goes on needs of `run.json`."""
+
+    labels: list[str]
+    data: _Data
+    seconds: float = 0.0
+
+
+class _Parts(BaseModel):
+    test: list[str]
+
+
+class _Splits(RootModel[dict[str, _Parts]]):
+    """What joining needs of `splits.json`."""
+
+
+class _Fold(BaseModel):
+    """`fold.json`: what `metrics.json` tells of each fold."""
+
+    name: str
+    train: int
+    test: int
+    epochs: int
+    kept_epoch: int | None
+    epochs_from: str
+    seconds: float
+    metrics: Scores
 
 
 @dataclass(frozen=True)
@@ -57,6 +92,17 @@ def fold_folder(run: Path, name: str, single: bool) -> Path:
     return run / "folds" / folder
 
 
+def read_begun(run: Path) -> dict[str, Any]:
+    """Read `run.json` of a run that is to be continued or joined.
+
+    Raises:
+        UserError: as `read_run`, or it lacks what the run goes on with.
+    """
+    facts = read_run(run)
+    validated(_Begun, facts, f"{run / RUN} is damaged (begin the run again in another folder)")
+    return facts
+
+
 def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     """Score the folds that are done, together.
 
@@ -71,10 +117,10 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     Raises:
         UserError: no such run, or a fold that is damaged or was run on other rows or data than the others.
     """
-    facts, recipe = read_run(run), load_recipe(run / RECIPE)
+    facts, recipe = read_begun(run), load_recipe(run / RECIPE)
     protocol, names = recipe.protocol, list(facts["labels"])
     single = protocol.name == "split-column"
-    splits = _read_json(run / SPLITS)
+    splits = _read_json(run / SPLITS, _Splits)
     done = {
         name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"].get("content"))
         for name, parts in splits.items()
@@ -91,7 +137,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
         leaks=protocol.leaks,
         complete=len(done) == len(splits),
         context=recipe.text.context,
-        folds=[{key: fold.facts[key] for key in _FACTS} for fold in done.values()],
+        folds=[{key: fold.facts[key] for key in _Fold.model_fields} for fold in done.values()],
     )
     if len(done) > 1:
         result["over_folds"] = summarize_folds([fold.facts["metrics"] for fold in done.values()])
@@ -126,25 +172,24 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
 
 
 def _read_fold(folder: Path, ids: Sequence[str], content: str | None) -> _Scored:
-    facts = _read_json(folder / FOLD)
+    facts = _read_json(folder / FOLD, _Fold)
     again = f"delete {folder} to run that fold again"
     try:
         with (folder / PREDICTIONS).open(newline="", encoding="utf-8") as stream:
-            _, *rows = list(csv.reader(stream))
+            _, *rows = [row for row in csv.reader(stream) if len(row) > 2]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / PREDICTIONS} cannot be read ({error}): {again}.") from None
     if facts.get("content", content) != content:
         raise UserError(f"{folder} was run on other data than the run that it lies in: {again}.")
-    if [row[0] for row in rows if row] != list(ids):
+    if [row[0] for row in rows] != list(ids):
         raise UserError(f"{folder} holds other rows than {SPLITS} gives it: {again}.")
     return _Scored(facts, rows)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete its folder to run that part again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: delete its folder to run that part again.")
-    return value
+    validated(shape, value, f"{path} is damaged (delete its folder to run that part again)")
+    return dict(value)

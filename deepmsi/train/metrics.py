@@ -11,15 +11,61 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepmsi.errors import UserError
 
 SUMMARY = ("accuracy", "uar", "weighted_f1", "macro_f1")
 _Z95 = 1.959963984540054
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class ClassScores(_Shape):
+    """One class of `per_class`."""
+
+    precision: float
+    recall: float
+    f1: float
+    legacy_f1: float
+    support: int
+
+
+class Spread(_Shape):
+    """One score of `summarize_folds`."""
+
+    mean: float
+    std: float
+    n: int
+
+
+class Scores(_Shape):
+    """The shape of `metrics.json` and of a fold's metrics, by which a damaged file is told from a whole one."""
+
+    n: int
+    accuracy: float
+    uar: float
+    weighted_f1: float
+    macro_f1: float
+    labels: list[str] = []
+    confusion_matrix: list[list[int]] = []
+    per_class: dict[str, ClassScores] = {}
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
+    over_folds: dict[str, Spread] = {}
+    context: int = 0
+    rows_seen_in_training: int = 0
+
+    @model_validator(mode="after")
+    def _square(self) -> Scores:
+        if {len(self.confusion_matrix), *map(len, self.confusion_matrix)} != {len(self.labels)}:
+            raise ValueError(f"confusion_matrix does not go with {len(self.labels)} labels")
+        return self
 
 
 def compute_metrics(

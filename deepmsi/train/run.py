@@ -43,12 +43,11 @@ from deepmsi.train.evaluate import (
     RUN,
     RUN_FORMAT,
     prediction_rows,
-    read_run,
     write_json,
     write_predictions,
 )
 from deepmsi.train.inference import predict_logits
-from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds
+from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
@@ -514,7 +513,7 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
     if (out / RUN).exists():
         if not may_exist:
             raise UserError(f"{out} holds a run already: continue it with --resume, or give another directory.")
-        return read_run(out)
+        return read_begun(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a directory for the run.")
     if out.is_dir():

@@ -297,6 +297,27 @@ def test_a_run_of_another_version_is_refused_by_every_command(case: str, half, m
         assert contents(run) == before, words
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", {"format": 1}),
+        ("run.json", {"format": 1, "labels": ["joy"], "data": 3}),
+        ("splits.json", {"test": 3}),
+        ("splits.json", {"01": {"train": []}}),
+        ("folds/01/fold.json", {}),
+        ("folds/01/fold.json", {"metrics": {"accuracy": "high"}}),
+        ("folds/01/fold.json", [3]),
+    ],
+)
+def test_a_run_whose_files_are_odd_is_refused(file: str, content: object, half, mistake, tmp_path: Path) -> None:
+    _, path, data = half
+    run = tmp_path / "run"
+    shutil.copytree(half[0], run)
+    (run / file).write_text(json.dumps(content))
+    for words in (("train", path, "--data", data, "--out", run, "--folds", "1"), ("report", run)):
+        assert f"{file} is damaged" in mistake(*words)
+
+
 def test_a_model_of_another_version_is_refused(mistake, tmp_path: Path) -> None:
     clip, model = tmp_path / "clip.mp4", tmp_path / "run" / "model"
     clip.write_bytes(b"no matter")
