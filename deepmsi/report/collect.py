@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from deepmsi.errors import UserError
+from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
 from deepmsi.train.evaluate import check_format
+from deepmsi.train.metrics import SUMMARY, Scores
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData
@@ -100,7 +104,7 @@ def collect(run: Path) -> RunFacts:
         check_format(run / "run.json", facts.made)
     facts.recipe = _read_yaml(run / "recipe.yaml", facts.missing)
     facts.history = _read_history(run, facts.missing)
-    facts.metrics = _read_json(run / "metrics.json", facts.missing)
+    facts.metrics = read_metrics(run / "metrics.json", facts.missing)
     facts.predictions = _read_predictions(run / "predictions.csv", facts.missing)
     if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
         raise UserError(f"{run} holds no run: neither run.json nor metrics.json nor a history is in it")
@@ -132,6 +136,24 @@ def _read_json(path: Path, missing: list[str]) -> dict[str, Any] | None:
         missing.append(f"{path.name} holds no JSON object")
         return None
     return value
+
+
+def read_metrics(path: Path, missing: list[str]) -> dict[str, Any] | None:
+    """Read a `metrics.json`; None of one that is absent or damaged, with a sentence in `missing`."""
+    value = _read_json(path, missing)
+    if value is not None and (problem := _problem_of(value)):
+        missing.append(f"{path.name} is damaged ({problem})")
+        return None
+    return value
+
+
+def _problem_of(metrics: Mapping[str, Any]) -> str | None:
+    try:
+        # Before the first fold is done there are no scores yet.
+        Scores.model_validate({**dict.fromkeys(SUMMARY, 0.0), **metrics})
+    except ValidationError as error:
+        return explain_validation(Scores, error).rstrip(".")
+    return None
 
 
 def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
@@ -199,13 +221,18 @@ def _probability(cell: Any) -> float | None:
 def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
     """Read the table of `deepmsi ablate`, else find evaluations in RUN/ablation, each with its modalities."""
     table = _read_json(run / "ablation" / "ablation.json", []) or {}
-    lines = [line for line in table.get("lines") or () if isinstance(line, dict) and "name" in line]
+    lines = table.get("lines")
+    lines = [
+        line
+        for line in (lines if isinstance(lines, list) else ())
+        if isinstance(line, dict) and "name" in line and _problem_of(line) is None
+    ]
     if lines:
         named = [(_letters(str(line["name"]).split("+")) or str(line["name"]), line) for line in lines]
         return _in_order(named), table.get("mode") == "retrain"
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(run.glob("ablation/*/metrics.json")):
-        metrics = _read_json(path, [])
+        metrics = read_metrics(path, [])
         used = (metrics or {}).get("modalities")
         if metrics is not None and isinstance(used, list) and used:
             found[_letters(used)] = metrics

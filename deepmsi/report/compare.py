@@ -1,13 +1,12 @@
 """Several runs side by side: their scores with the protocols, seeds summed up, and differences in pairs."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deepmsi.errors import UserError
-from deepmsi.report.collect import RunFacts, collect
+from deepmsi.report.collect import RunFacts, collect, read_metrics
 from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, interval_of, leak_of
 from deepmsi.train.evaluate import METRICS
@@ -38,11 +37,8 @@ def report_comparison(runs: Sequence[str | os.PathLike[str]]) -> Path:
 
 def measured(scored: Path) -> dict[str, Any]:
     """The protocol and the text context that `metrics.json` beside the predictions tells; empty where none does."""
-    try:
-        metrics = json.loads(((scored if scored.is_dir() else scored.parent) / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: metrics[key] for key in ("protocol", "context") if isinstance(metrics, dict) and key in metrics}
+    metrics = read_metrics((scored if scored.is_dir() else scored.parent) / METRICS, []) or {}
+    return {key: metrics[key] for key in ("protocol", "context") if key in metrics}
 
 
 def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:

@@ -138,6 +138,30 @@ def test_a_missing_part_is_named_and_the_rest_reported(make_run, part: str, dama
         assert (section in page.ids) == (name != part)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"accuracy": "high"},
+        {"confusion_matrix": [[1, "x", 3]] * 3},
+        {"confusion_matrix": [[1, 2]]},
+        {"per_class": {"joy": {}}},
+        {"intervals": {"accuracy": [0.1]}},
+        {"over_folds": {"accuracy": {"mean": None}}},
+        {"context": "none"},
+        {"labels": 3},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_odd_scores_are_named_and_the_rest_reported(make_run, damage: dict) -> None:
+    run = make_run()
+    path = run / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    page = Page(report(run).read_text(encoding="utf-8"))
+    assert f"metrics.json is damaged ({next(iter(damage))}" in " ".join(page.words)
+    assert "curves" in page.ids
+    assert "confusion" not in page.ids
+
+
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         report(tmp_path / "nowhere")
