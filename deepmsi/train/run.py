@@ -186,7 +186,7 @@ class _Run:
         if self.main:
             if not may_exist:
                 raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
-            facts = read_run(self.out)
+            facts = read_begun(self.out)
             _check_same(facts, self.recipe, load_recipe(self.out / RECIPE), self.data, self.out)
         return facts
 
