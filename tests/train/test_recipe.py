@@ -131,7 +131,7 @@ def test_a_mistaken_file_gets_its_sentence(text: str, sentence: str, tmp_path: P
 
 
 def test_unknown_recipes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no recipe 'demoo': the package has demo, "):
+    with pytest.raises(UserError, match=r"no recipe 'demoo': the package has clips, demo, "):
         load_recipe("demoo")
     with pytest.raises(UserError, match="no recipe file"):
         load_recipe(tmp_path / "absent.yaml")
