@@ -11,7 +11,7 @@ from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.nn.fusing import fuses
 from deepmsi.ops import pack_weight
-from deepmsi.ops._arguments import autocast_type, needs_grad
+from deepmsi.ops._arguments import autocast_type, exporting, needs_grad
 
 Value = TypeVar("Value")
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,7 +66,7 @@ def stands(content: Content | None, *parameters: Tensor) -> bool:
     """
     if needs_grad(*parameters):
         return False
-    if torch.compiler.is_exporting():
+    if exporting():
         return True
     return not recorded() and content is not None and content == content_of(*parameters)
 

@@ -98,6 +98,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` runs; torch 2.11 has ``is_exporting()`` true of every compilation, too."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 def keeps_for_backward(*tensors: Tensor | None) -> bool:
     """Whether a call keeps what backward reads: a graph that is traced or exported may be trained, frozen or not."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or needs_grad(*tensors)
+    return torch.jit.is_tracing() or exporting() or needs_grad(*tensors)
