@@ -350,7 +350,7 @@ def validated(cls: type[_Model], data: Any, where: str) -> _Model:
 def building(what: str) -> Iterator[None]:
     """Turn what torch says of sizes that a configuration allows and no layer or memory can have into one sentence.
 
-    A decorator, too. For nothing but the construction of modules: elsewhere these errors may be mistakes of deepmsi.
+    A decorator, too. For nothing but building a model: elsewhere these errors may be mistakes of deepmsi.
 
     Args:
         what: what is built, for the sentence.
@@ -362,7 +362,7 @@ def building(what: str) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} cannot be built as it is configured ({reason}): change its sizes.") from error
+        raise UserError(f"{what} cannot be built as it is configured ({reason}).") from error
 
 
 def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:

@@ -423,7 +423,7 @@ def _build_offline(
         try:
             built.append(cls(**chosen, **{key: value for key, value in sizes.items() if value is not None}))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{section}.options: {str(error).splitlines()[0]}.") from None
+            raise UserError(f"{section}.options: {(str(error) or type(error).__name__).splitlines()[0]}.") from None
     return built[0], built[1]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepmsi import backend as backends
 from deepmsi.errors import UserError
 from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.nn.constants import for_good
 
 SUFFIX = ".pt2"
 
@@ -77,7 +78,7 @@ def export_model(model: DeepMSI, path: str | Path, *, backend: str = "reference"
             video.backbone.reserve()
         video.fold()
     batch = {0: torch.export.Dim("utterances")}
-    with backends.use_backend(backend), torch.no_grad():
+    with backends.use_backend(backend), torch.no_grad(), for_good():
         inputs = _example(program.model, 2)
         exported = torch.export.export(program, inputs, dynamic_shapes=(tuple(batch for _ in inputs),))
     # In memory first: where the disk is full, torch's writer ends the process.

@@ -1,6 +1,7 @@
 """What follows from weights alone, kept for inference while they stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -22,8 +23,8 @@ class Content:
 
     A change in place shows in the version, another tensor in their place in the storage (while this refers to one, no
     other can lie where it lay) or in how it lies there. What torch does not count as a change stays unseen: what is
-    done to ``parameter.data``, by numpy, by a collective and by another process. A copy is of no parameters, and equals
-    nothing.
+    done to ``parameter.data``, by numpy, by a collective and by another process, and by the step of a fused optimizer
+    whose gradients a compiled call asked for. A copy is of no parameters, and equals nothing.
     """
 
     def __init__(self, *parameters: Tensor) -> None:
@@ -59,15 +60,29 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+_for_good = False
+
+
+@contextmanager
+def for_good() -> Iterator[None]:
+    """Let an export within keep as constants what was just computed of a model's weights."""
+    global _for_good
+    before, _for_good = _for_good, True
+    try:
+        yield
+    finally:
+        _for_good = before
+
+
 def stands(content: Content | None, *parameters: Tensor) -> bool:
     """Whether what was computed from parameters of this content may stand for them: no gradient of them is wanted.
 
-    An exported program has its weights for good.
+    An export cannot tell, as it has others in their place.
     """
     if needs_grad(*parameters):
         return False
     if exporting():
-        return True
+        return _for_good and content is not None
     return not recorded() and content is not None and content == content_of(*parameters)
 
 

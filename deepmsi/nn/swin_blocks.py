@@ -135,16 +135,20 @@ class WindowAttention(HoldsConstants):
         self._fixed_from: Content | None = None
         self._laid_out = LaidOut()
 
-    def _coordinates(self) -> Tensor:
+    def _coordinates(self, device: torch.device | None = None) -> Tensor:
         """Return the log-spaced coordinates of every offset [(2w - 1)², 2] in float32."""
-        step = torch.arange(1 - self.window, self.window)
+        step = torch.arange(1 - self.window, self.window, device=device)
         scaled = torch.cartesian_prod(step, step).float() / max(self.reference_window - 1, 1) * 8
         return scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(8)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        # A module that was made on no device has only now a place for them.
-        self.coordinate_bits = self._coordinates().view(torch.int32).to(self.q_bias.device)
+        # A module that was made on no device has only now a place for them; else they stay where graphs read them.
+        bits = self._coordinates(self.q_bias.device).view(torch.int32)
+        if self.coordinate_bits.device == bits.device:
+            self.coordinate_bits.copy_(bits)
+        else:
+            self.coordinate_bits = bits
 
     def bias_table(self) -> Tensor:
         """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
@@ -488,8 +492,7 @@ class PatchEmbed(HoldsConstants):
         wanted; else ``prepare`` normalises them, or what was folded in does.
         """
         if self.pixel_weight is not None and frames.dtype == torch.uint8:
-            pixels = frames.to(self.pixel_weight.dtype)
-            if plain(pixels, self.proj) and self._holds():
+            if self._holds() and plain(pixels := frames.to(self.pixel_weight.dtype), self.proj):
                 return self._embedded(pixels, self.pixel_weight, self.pixel_bias)
             prepare = prepare or self._normalised
         source = None

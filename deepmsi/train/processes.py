@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,27 @@ def on_main_first(action: Callable[[], T]) -> T:
     if sentence[0] is not None:
         raise UserError(sentence[0])
     return result if rank == 0 else action()
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """Run an action in the first process alone, and give its result to all.
+
+    Raises:
+        UserError: what it raised, in all of them.
+    """
+    rank, world = process_rank()
+    if world == 1:
+        return action()
+    told: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            told[0] = action()
+        except UserError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise UserError(told[1])
+    return cast(T, told[0])
 
 
 @contextmanager

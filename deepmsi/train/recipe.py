@@ -6,6 +6,7 @@ import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unicodedata import normalize
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -185,9 +186,16 @@ class Recipe(ModelSections):
                 raise ValueError(f"{name!r} is no modality; there are {', '.join(MODALITIES)}")
         return names
 
+    @field_validator("labels", "exclude_labels")
+    @classmethod
+    def _one_form(cls, names: list[str] | None) -> list[str] | None:
+        return None if names is None else [normalize("NFC", name) for name in names]  # as manifests are read
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         said = self.prepare.model_fields_set
+        if "face_model" in said and "face_model" not in self.vision.model_fields_set:
+            self.vision.__dict__["face_model"] = self.prepare.face_model
         own: dict[str, Any] = {
             "frames": self.vision.frames,
             "size": self.vision.image_size,

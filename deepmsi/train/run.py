@@ -33,7 +33,7 @@ from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.vision import check_vision
-from deepmsi.train import checkpoints
+from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
@@ -51,10 +51,10 @@ from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
-from deepmsi.train.processes import barrier, claimed_by_all, on_main_first, process_rank, start_processes
+from deepmsi.train.processes import barrier, claimed_by_all, from_main, on_main_first, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import open_data, select_rows
+from deepmsi.train.rows import is_prepared, open_data, select_rows
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
@@ -142,12 +142,19 @@ class _Run:
         self.trained: list[tuple[float, float]] = []
         self.planned: tuple[DeepMSIConfig, int, DeepMSI] | None = None
         self.main = process_rank()[0] == 0
-        started = _check_directory(out, resume or folds is not None)
+        started = from_main(lambda: _check_directory(out, resume or folds is not None))
         if "video" in recipe.modalities:
             check_vision(recipe.vision)  # before anything is decoded
-        self.data = on_main_first(
-            lambda: open_data(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels)
-        )
+        prepared = out / "prepared"
+
+        def opened() -> PreparedData:
+            # What the first process has prepared the others open, where they see it.
+            found = not self.main and not is_prepared(data) and is_prepared(prepared)
+            return open_data(
+                prepared if found else data, recipe.prepare, prepared, recipe.labels, recipe.exclude_labels
+            )
+
+        self.data = on_main_first(opened)
         self.recipe = recipe = _fit_to_data(recipe, self.data)
         if auto_batch and started is not None:
             self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
@@ -169,13 +176,13 @@ class _Run:
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
-        self.facts = started or on_main_first(lambda: self._begin(data, may_exist=resume or folds is not None))
+        self.facts = started or from_main(lambda: self._begin(data, may_exist=resume or folds is not None))
         barrier()
 
     def _begin(self, data: Path, may_exist: bool) -> dict[str, Any]:
         """Write down what begins; where another call has begun the same run meanwhile, take part in that one."""
         facts = self._describe(data)
-        while self.main and not (self.out / RUN).exists():
+        while not (self.out / RUN).exists():
             with claimed(self.out) as free:
                 if free and not (self.out / RUN).exists():
                     self.recipe.save(self.out / RECIPE)
@@ -183,11 +190,10 @@ class _Run:
                     write_json(self.out / RUN, facts)
                     return facts
             time.sleep(0.1)
-        if self.main:
-            if not may_exist:
-                raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
-            facts = read_begun(self.out)
-            _check_same(facts, self.recipe, load_recipe(self.out / RECIPE), self.data, self.out)
+        if not may_exist:
+            raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
+        facts = read_begun(self.out)
+        _check_same(facts, self.recipe, load_recipe(self.out / RECIPE), self.data, self.out)
         return facts
 
     def go(self) -> dict[str, Any]:
@@ -325,7 +331,7 @@ class _Run:
             }
             write_json(folder / FOLD, facts)
             # Until here a call that is interrupted goes on from them.
-            (folder / checkpoints.BEST).unlink(missing_ok=True)
+            (folder / BEST).unlink(missing_ok=True)
             if not self.single:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         barrier()

@@ -40,7 +40,7 @@ from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.losses import classification_loss, log_prior
 from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import SUMMARY, compute_metrics
-from deepmsi.train.processes import barrier, process_rank
+from deepmsi.train.processes import barrier, from_main, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.seeding import derive_seed, seed_torch
 
@@ -109,12 +109,13 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     arguments = _arguments(fit)
     folder = fit.folder / "checkpoints"
     start: Path | None = None
+    skipped: list[str] = []
     if fit.resume:
-        start, skipped = checkpoints.newest_valid(folder)
+        start, skipped = from_main(lambda: checkpoints.newest_valid(folder))
         for sentence in skipped:
             note(sentence)
     if start is None:
-        _forget(fit.folder)
+        _forget(fit.folder, aside=bool(skipped))
     state = _read_state(start) if start else {}
     _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
@@ -575,7 +576,7 @@ def load_weights(model: DeepMSI, path: Path, epoch: int | None = None) -> None:
             found = (file.metadata() or {}).get("epoch")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): {again}.") from None
-    if epoch is not None and found != str(epoch):
+    if epoch is not None and found not in (None, str(epoch)):
         raise UserError(f"{path} is of epoch {found}, and epoch {epoch} scored best: {again}.")
     expected = {name: tensor.shape for name, tensor in stored_state(model).items()}
     if expected != {name: tensor.shape for name, tensor in weights.items()}:
@@ -697,9 +698,17 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _forget(folder: Path) -> None:
-    """Take away what an earlier try of a fit left: a later resume would mix it with what comes now."""
+def _forget(folder: Path, aside: bool) -> None:
+    """Take away what an earlier try of a fit left: a later resume would mix it with what comes now.
+
+    Checkpoints that could not be read are put aside, for they may be readable another day.
+    """
     if process_rank()[0] == 0:
+        if aside:
+            damaged = folder / "checkpoints-damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            (folder / "checkpoints").rename(damaged)
+            note(f"The checkpoints that cannot be read are kept in {damaged}.")
         for name in ("checkpoints", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / checkpoints.BEST).unlink(missing_ok=True)

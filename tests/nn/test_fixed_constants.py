@@ -197,6 +197,17 @@ def test_a_graph_reads_the_weights_themselves(make: Callable[[], Made]) -> None:
     torch.testing.assert_close(compiled(*inputs), unfixed(model)(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@MODELS
+@torch.no_grad()
+def test_an_export_reads_the_weights_themselves(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    fix_constants(model)
+    model.get_parameter("layers.0.blocks.0.attn.cpb_mlp.0.weight").mul_(3)
+    model.get_parameter("layers.0.blocks.0.mlp.fc1.weight").mul_(2)
+    exported = torch.export.export(model, inputs).module()
+    torch.testing.assert_close(exported(*inputs), unfixed(model)(*inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @torch.no_grad()
 def test_a_trace_reads_the_weights_themselves() -> None:

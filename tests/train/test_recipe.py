@@ -151,3 +151,15 @@ def test_every_shipped_recipe_can_be_reduced_to_one_modality(name: str, left: st
     if left in load_recipe(name).modalities:
         others = ",".join({"video", "text", "audio"} - {left})
         assert load_recipe(name, [f"drop={others}"]).modalities == (left,)
+
+
+def test_labels_have_the_form_of_a_manifests(tmp_path: Path) -> None:
+    composed, decomposed = "fr\u00f6hlich", "fro\u0308hlich"
+    recipe = load_recipe(str(write(tmp_path, f"labels: [{decomposed}, x]\nexclude_labels: [{decomposed}2]\n")))
+    assert recipe.labels == [composed, "x"]
+    assert recipe.exclude_labels == [f"{composed}2"]
+
+
+def test_the_face_model_of_the_preparation_is_the_models(tmp_path: Path) -> None:
+    recipe = load_recipe(str(write(tmp_path, "vision: {face: true}\nprepare: {face_model: yunet.onnx}\n")))
+    assert recipe.vision.face_model == recipe.prepare.face_model == "yunet.onnx"

@@ -311,6 +311,22 @@ def test_best_weights_of_another_epoch_are_refused(
         train(make_recipe(train=KEEPS_BEST), split_corpus, tmp_path / "run")
 
 
+def test_checkpoints_that_cannot_be_read_are_put_aside(
+    corpus: Path, tmp_path: Path, kill_at, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = make_recipe(protocol="group-kfold", train={"checkpoint_steps": 1}), tmp_path / "run"
+    kill_at(1)
+    with pytest.raises(Killed):
+        train(recipe, corpus, run, folds=[1])
+    monkeypatch.undo()
+    (checkpoint,) = (run / "folds" / "01" / "checkpoints").iterdir()
+    (checkpoint / "files.json").unlink()
+    train(recipe, corpus, run, folds=[1], resume=True)
+    aside = run / "folds" / "01" / "checkpoints-damaged"
+    assert [path.name for path in aside.iterdir()] == [checkpoint.name]
+    assert f"The checkpoints that cannot be read are kept in {aside}." in capsys.readouterr().err
+
+
 def test_of_two_calls_that_begin_one_run_the_second_takes_part_or_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
