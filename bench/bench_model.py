@@ -133,7 +133,7 @@ def bench_video_branch(
     if smallest and utterances > 1:
         pytest.skip("only the smallest size was asked for")
     if device == "cpu" and utterances > 2:
-        pytest.skip("sixteen utterances are for a GPU: timm's step of one takes 2 GB")
+        pytest.skip("sixteen utterances are for a GPU: timm's step of one takes 2 GB in bfloat16")
     frames = 1 if smallest else 15 * utterances
     theirs, ours = backbones(schedule, device)
     x = testing.randn(frames, 3, 256, 256, seed=1, device=device)

@@ -7,6 +7,7 @@ RUN/
   metrics.json        scores of the protocol's held-out part;  predictions.csv  the rows behind them
   history.jsonl       one event a line: step, epoch, split, values;  logs/  the same for TensorBoard
   checkpoints/        of the kept model's fit;  model/  the kept model (`DeepMSI.from_pretrained`)
+  best.safetensors    of the epoch that scored best, until its fit is scored;  checkpoints-damaged/  what no resume read
   folds/NAME/         the same per fold, with fold.json when it is done
 """
 
@@ -524,7 +525,7 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
         raise UserError(f"{out} is a file: give a directory for the run.")
     if out.is_dir():
         others = [path.name for path in out.iterdir() if path.name not in ("prepared", RECIPE, SPLITS)]
-        if others and process_rank()[1] == 1:
+        if others:
             raise UserError(f"{out} is not empty ({min(others)}) and holds no run: give another directory.")
     try:
         out.mkdir(parents=True, exist_ok=True)

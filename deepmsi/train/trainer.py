@@ -569,7 +569,8 @@ def load_weights(model: DeepMSI, path: Path, epoch: int | None = None) -> None:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    again = f"delete {path.parent / 'checkpoints'} to train this part again"
+    stale = path.parent if epoch is None else path.parent / "checkpoints"
+    again = f"delete {stale} to train this part again"
     try:
         weights = load_file(path)
         with safe_open(path, "pt") as file:
