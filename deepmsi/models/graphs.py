@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepmsi.nn.constants import HoldsConstants
 from deepmsi.nn.tcn import TemporalBlock
 
 if TYPE_CHECKING:
@@ -205,9 +206,10 @@ class CapturedInference:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """What a model reads beside its inputs: weights, buffers, and the weights that evaluation keeps folded."""
-    folded = [held for module in model.modules() if isinstance(module, TemporalBlock) for held in module.folded()]
-    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers(), *folded)]
+    """What a model reads beside its inputs: weights, buffers, and what evaluation keeps of weights."""
+    kept = [held for module in model.modules() if isinstance(module, TemporalBlock) for held in module.folded()]
+    kept += [held for module in model.modules() if isinstance(module, HoldsConstants) for held in module.kept()]
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers(), *kept)]
 
 
 def _autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:

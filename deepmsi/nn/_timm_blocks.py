@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
 from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
+from deepmsi.ops.window_attention import head_scale_of
 
 
 def why_not(block: Any) -> str | None:
@@ -144,10 +145,13 @@ class FusedSwinBlock(SwinTransformerBlock):
 
 
 class _BlockConstants(NamedTuple):
-    """What follows from the weights of a block alone; its table from these coordinates, too."""
+    """What follows from the weights of a block alone; its table and the bias of q, k and v from these buffers, too."""
 
     coordinates: Tensor
+    k_bias: Tensor | None
     table: Fixed[Tensor]
+    qkv_bias: Fixed[Tensor]
+    head_scale: Fixed[Tensor]
     attention: LaidOut
     mlp: LaidOut
 
@@ -163,10 +167,13 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         self.constants = None
         if type(attn) is not swin_transformer_v2.WindowAttention or type(mlp) is not Mlp:
             return
-        coordinates = cast(Tensor, attn.relative_coords_table)
-        constants = _BlockConstants(coordinates, Fixed(), LaidOut(), LaidOut())
+        buffers = (cast(Tensor, attn.relative_coords_table), cast("Tensor | None", attn.k_bias))
+        constants = _BlockConstants(*buffers, Fixed(), Fixed(), Fixed(), LaidOut(), LaidOut())
         if usual_bias(attn.cpb_mlp):
             constants.table.fix(self._bias_table, *attn.cpb_mlp.parameters())
+        if attn.q_bias is not None:
+            constants.qkv_bias.fix(self._qkv_bias, attn.q_bias, attn.v_bias)
+        constants.head_scale.fix(lambda: head_scale_of(attn.logit_scale), attn.logit_scale)
         constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
         constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
         self.constants = constants
@@ -206,6 +213,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             row_scale=_drawn(block.drop_path1, x),
             eps=norm.eps,
             packed=self.constants and self.constants.attention.of_layers(attn.qkv, attn.proj),
+            head_scale=self._head_scale(),
         )
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -230,7 +238,18 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
 
     def _qkv_bias(self) -> Tensor | None:
         attn: Any = self.attn
-        return None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        if attn.q_bias is None:
+            return None
+        held = self.constants
+        if held is not None and held.k_bias is attn.k_bias:
+            fixed = held.qkv_bias.of(attn.q_bias, attn.v_bias)
+            if fixed is not None:
+                return fixed
+        return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+    def _head_scale(self) -> Tensor | None:
+        attn: Any = self.attn
+        return self.constants and self.constants.head_scale.of(attn.logit_scale)
 
     def _bias_table(self) -> Tensor:
         attn: Any = self.attn
@@ -252,7 +271,8 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             qkv = _called(self, attn.qkv, padded)
         else:
             qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
-        out = _attend(self, qkv, bias_table=self._bias_table(), logit_scale=attn.logit_scale)
+        options = {"bias_table": self._bias_table(), "logit_scale": attn.logit_scale, "head_scale": self._head_scale()}
+        out = _attend(self, qkv, **options)
         return _crop_as_timm(self, out, x)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from deepmsi import backend
 from deepmsi.errors import UserError
@@ -110,6 +111,10 @@ class Fixed(Generic[Value]):
         """Keep nothing."""
         self._value = None
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are kept."""
+        return [leaf for leaf in tree_leaves(self._value) if isinstance(leaf, Tensor)]
+
     def of(self, *parameters: Tensor) -> Value | None:
         """Return what stands for these parameters, or None where nothing does.
 
@@ -155,6 +160,10 @@ class HoldsConstants(nn.Module):
     def forget(self) -> None:
         """Undo :meth:`fix`."""
 
+    def kept(self) -> list[Tensor]:
+        """Return the tensors that :meth:`fix` computed, but for buffers."""
+        return [tensor for held in vars(self).values() if isinstance(held, Fixed) for tensor in held.tensors()]
+
     def train(self, mode: bool = True) -> Self:
         if mode:
             self.forget()
@@ -164,12 +173,13 @@ class HoldsConstants(nn.Module):
 def fix_constants(model: Model) -> Model:
     """Compute once, for inference, what follows from the weights of a Swin alone, and return the model.
 
-    Those are the tables of the position bias and, on the CPU, the layers' weights as its kernels read them, which take
-    the memory of these weights again. The fewer images a call has, the more it saves. Call it under the autocast that
-    the model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they
-    have changed otherwise, in place or by another tensor in their place, both are computed in every call again. What
-    torch does not count as a change stays unseen (``parameter.data``, numpy's views, collectives): call it again then.
-    Of weights that still have gradients nothing is kept, since a step may follow: ``zero_grad()`` first.
+    Those are the tables of the position bias, the joined bias of q, k and v, the scale of each head and, on the CPU,
+    the layers' weights as its kernels read them, which take the memory of these weights again. The fewer images a call
+    has, the more it saves. Call it under the autocast that the model will run under. ``train()`` undoes it, and so does
+    a call that wants gradients of the weights; where they have changed otherwise, in place or by another tensor in
+    their place, these are computed in every call again. What torch does not count as a change stays unseen
+    (``parameter.data``, numpy's views, collectives): call it again then. Of weights that still have gradients nothing
+    is kept, since a step may follow: ``zero_grad()`` first.
     In a graph of ``torch.compile`` everything is computed in every call.
 
     Args:

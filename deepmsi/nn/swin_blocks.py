@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.backend import resolve
-from deepmsi.nn.constants import Content, HoldsConstants, LaidOut, content_of, stands
+from deepmsi.nn.constants import Content, Fixed, HoldsConstants, LaidOut, content_of, stands
 from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
+from deepmsi.ops.window_attention import head_scale_of
 
 
 class Tokens(NamedTuple):
@@ -134,6 +135,8 @@ class WindowAttention(HoldsConstants):
         self.register_buffer("fixed_table", None, persistent=False)
         self._fixed_from: Content | None = None
         self._laid_out = LaidOut()
+        self._qkv_bias: Fixed[Tensor] = Fixed()
+        self._head_scale: Fixed[Tensor] = Fixed()
 
     def _coordinates(self, device: torch.device | None = None) -> Tensor:
         """Return the log-spaced coordinates of every offset [(2w - 1)², 2] in float32."""
@@ -171,6 +174,8 @@ class WindowAttention(HoldsConstants):
     def fix(self) -> None:
         self.forget()
         self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
+        self._qkv_bias.fix(self.qkv_bias, self.q_bias, self.v_bias)
+        self._head_scale.fix(lambda: head_scale_of(self.logit_scale), self.logit_scale)
         if not usual_bias(self.cpb_mlp):
             return
         self.fixed_table = self.bias_table()
@@ -179,7 +184,8 @@ class WindowAttention(HoldsConstants):
 
     def forget(self) -> None:
         self.fixed_table = self._fixed_from = None
-        self._laid_out.forget()
+        for kept in (self._laid_out, self._qkv_bias, self._head_scale):
+            kept.forget()
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
@@ -187,7 +193,12 @@ class WindowAttention(HoldsConstants):
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of q, k and v [3C]; keys have none."""
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        held = self._qkv_bias.of(self.q_bias, self.v_bias)
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)) if held is None else held
+
+    def head_scale(self) -> Tensor | None:
+        """Return the scale of each head's cosines [heads], where :meth:`fix` computed it and it stands."""
+        return self._head_scale.of(self.logit_scale)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the attention's output in the layout of the tokens."""
@@ -223,6 +234,7 @@ class WindowAttention(HoldsConstants):
             logit_scale=self.logit_scale,
             positions=tokens.place if packed else None,
             cu_seqlens=tokens.cu_seqlens,
+            head_scale=self.head_scale(),
         )
 
 
@@ -382,6 +394,7 @@ class Block(nn.Module):
                 row_scale=scale,
                 eps=norm.eps,
                 packed=attn.laid_out(),
+                head_scale=attn.head_scale(),
             )
         else:
             branch = attn(tokens)

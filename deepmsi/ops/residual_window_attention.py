@@ -14,9 +14,8 @@ from deepmsi.ops._arguments import (
     unrounded,
     without_autocast,
 )
-from deepmsi.ops.window_attention import check_windows, narrowed
+from deepmsi.ops.window_attention import check_windows, head_scale_of, narrowed
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
-from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 
 _OP = "residual_window_attention"
 
@@ -42,6 +41,7 @@ def residual_window_attention(
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
     packed: tuple[Tensor, ...] | None = None,
+    head_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
@@ -57,8 +57,8 @@ def residual_window_attention(
         qkv_weight, qkv_bias: Q [3C, C] and q [3C], or None.
         proj_weight, proj_bias: P [C, C] and p [C]; all four of one type.
         norm_weight, norm_bias: [C].
-        heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens: As in ``window_attention``.
-            Rows past the last offset are passed on as they are.
+        heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens, head_scale: As in
+            ``window_attention``. Rows past the last offset are passed on as they are.
         row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
         eps: Added to the variance.
         packed: qkv_weight and proj_weight as ``pack_weight`` gives them for the type that products are in; read in
@@ -73,7 +73,20 @@ def residual_window_attention(
         RuntimeError: The backend that was asked for cannot run this call.
     """
     logit_scale, scale = check_windows(
-        _OP, x, "x", 1, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens
+        _OP,
+        x,
+        "x",
+        1,
+        heads,
+        grid,
+        window,
+        shift,
+        bias_table,
+        logit_scale,
+        scale,
+        positions,
+        cu_seqlens,
+        head_scale,
     )
     channels = x.shape[-1]
     for name, tensor, size in (
@@ -98,9 +111,6 @@ def residual_window_attention(
         where = (positions, cu_seqlens, row_scale)
         with without_autocast(x.device.type):
             return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
-    head_scale = None
-    if logit_scale is not None:
-        head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
     qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast) if chosen == "cpp" else cast
     with_grad = keeps_for_backward(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
@@ -115,7 +125,7 @@ def residual_window_attention(
         None if row_scale is None else row_scale.reshape(-1).float(),
         eps,
         bias_table.float(),
-        head_scale,
+        head_scale_of(logit_scale, head_scale),
         scale,
         narrowed(positions),
         cu_seqlens,

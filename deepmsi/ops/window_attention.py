@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import autocast, check_devices, check_floating, keeps_for_backward, shape, without_autocast
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 from deepmsi.reference.window_attention import window_attention as reference
 
@@ -28,6 +28,7 @@ def check_windows(
     scale: float | None,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    head_scale: Tensor | None,
 ) -> tuple[Tensor | None, float]:
     """Check what an attention over windows takes; return the logit scale as [heads], and the scale.
 
@@ -74,7 +75,14 @@ def check_windows(
         )
     check_floating(bias_table, op, "bias_table")
     check_devices(
-        x, op, name, positions=positions, cu_seqlens=cu_seqlens, bias_table=bias_table, logit_scale=logit_scale
+        x,
+        op,
+        name,
+        positions=positions,
+        cu_seqlens=cu_seqlens,
+        bias_table=bias_table,
+        logit_scale=logit_scale,
+        head_scale=head_scale,
     )
     if logit_scale is not None and scale is not None:
         raise ValueError(f"{op}: give logit_scale (cosine attention, V2) or scale (V1), not both")
@@ -83,9 +91,24 @@ def check_windows(
         if logit_scale.numel() != heads:
             raise ValueError(f"{op}: logit_scale must have {heads} elements, not {logit_scale.numel()}")
         logit_scale = logit_scale.reshape(heads)
+    if head_scale is not None:
+        if logit_scale is None:
+            raise ValueError(f"{op}: head_scale is that of a logit_scale: give that, too")
+        if head_scale.shape != (heads,) or head_scale.dtype != torch.float32:
+            raise ValueError(f"{op}: head_scale must be [{heads}] float32, not {shape(head_scale)} {head_scale.dtype}")
     if scale is None:
         scale = depth**-0.5
     return logit_scale, scale
+
+
+def head_scale_of(logit_scale: Tensor | None, held: Tensor | None = None) -> Tensor | None:
+    """Return exp(min(logit_scale, log 100)) [heads] in float32, which kernels multiply cosines by.
+
+    What is ``held`` of it is taken where no gradient is wanted.
+    """
+    if logit_scale is None or (held is not None and not keeps_for_backward(logit_scale)):
+        return held
+    return logit_scale.reshape(-1).float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def narrowed(positions: Tensor | None) -> Tensor | None:
@@ -108,6 +131,7 @@ def window_attention(
     scale: float | None = None,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    head_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attend inside (shifted) windows of a grid, over all of its places or over the tokens that are left.
@@ -134,6 +158,8 @@ def window_attention(
         positions: Packed: y · W + x of each row [R] int32 (or int64), ascending inside a frame.
         cu_seqlens: Packed: offsets of the frames' rows [F + 1] int32; rows past the last are ignored, come out as zeros
             and get zero gradients.
+        head_scale: exp(min(logit_scale, log 100)) [heads] float32, where it is at hand: kernels read it in the place of
+            ``logit_scale``, which is given too, where no gradient of that is wanted.
         backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:
@@ -147,20 +173,31 @@ def window_attention(
         frames, rest = divmod(qkv.shape[0], grid[0] * grid[1])
         if rest == 0:
             whole = qkv.view(frames, *grid, qkv.shape[1])
-            options: Any = {"bias_table": bias_table, "logit_scale": logit_scale, "scale": scale, "backend": backend}
+            options: Any = {"bias_table": bias_table, "logit_scale": logit_scale, "scale": scale}
+            options |= {"head_scale": head_scale, "backend": backend}
             return window_attention(whole, heads, grid, window, shift, **options).flatten(0, 2)
     qkv = autocast(qkv)
     logit_scale, scale = check_windows(
-        _OP, qkv, "qkv", 3, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens
+        _OP,
+        qkv,
+        "qkv",
+        3,
+        heads,
+        grid,
+        window,
+        shift,
+        bias_table,
+        logit_scale,
+        scale,
+        positions,
+        cu_seqlens,
+        head_scale,
     )
     depth = qkv.shape[-1] // (3 * heads)
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
     with without_autocast(qkv.device.type):
         if chosen == "reference":
             return reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
-        head_scale = None
-        if logit_scale is not None:
-            head_scale = logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
         forward = torch.ops.deepmsi.window_attention_cpp_fwd
         if chosen == "triton":
             forward = torch.ops.deepmsi.window_attention_triton_fwd
@@ -168,7 +205,7 @@ def window_attention(
         out, _ = forward(
             rows,
             bias_table.float(),
-            head_scale,
+            head_scale_of(logit_scale, head_scale),
             scale or 0.0,
             narrowed(positions),
             cu_seqlens,

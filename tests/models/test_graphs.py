@@ -1,6 +1,7 @@
 """CUDA graphs: what is captured and why not; shapes and operators that no input changes; the rest on a GPU."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -271,7 +272,9 @@ def test_what_a_graph_reads_outlives_training_mode(tiny: Callable[..., DeepMSI],
     model.video.fold()
     with torch.inference_mode():
         model(**batch)
-    tables = [m.fixed_table for m in model.modules() if isinstance(m, WindowAttention)]
+    attention = [m for m in model.modules() if isinstance(m, WindowAttention)]
+    with torch.no_grad():
+        tables = [kept for m in attention for kept in (m.fixed_table, m.qkv_bias(), m.head_scale())]
     folded = [weight for block in model.video.tcn.blocks() for weight in block.folded()]
     assert len(folded) >= 2 * len(model.video.tcn.blocks())
     addresses = [tensor.data_ptr() for tensor in (*tables, *folded, *model.parameters())]
@@ -279,6 +282,44 @@ def test_what_a_graph_reads_outlives_training_mode(tiny: Callable[..., DeepMSI],
     assert held.issuperset(addresses)
     model.train()
     assert not [weight for block in model.video.tcn.blocks() for weight in block.folded()]
+
+
+class OfWeights(TorchDispatchMode):
+    """Counts the operators that compute something of weights alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in graphs.constants_of(model)}
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if read and all(address in self.weights for address in read):
+            made = {leaf.untyped_storage().data_ptr(): leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+            if not made.keys() <= self.weights.keys():
+                self.counts[func._schema.name] += 1
+                self.weights |= made
+        return out
+
+
+@pytest.mark.parametrize("case", STATIC)
+def test_inference_computes_nothing_of_weights_alone(
+    case: str, tiny: Callable[..., DeepMSI], batch: dict[str, Tensor]
+) -> None:
+    """But the share of the guide in each compression, a number. A graph would compute it in every replay."""
+    model = tiny(vision=STATIC[case]).eval()
+    assert model.video is not None
+    model.video.fold()
+    with torch.no_grad():
+        model(**batch)
+        with OfWeights(model) as anew:
+            model(**batch)
+    assert anew.counts == ({} if case == "uncompressed" else {"aten::sigmoid": 2})
+    model.train()
+    with torch.no_grad(), OfWeights(model) as trained:
+        model(**batch)
+    assert trained.counts["aten::cat"] == trained.counts["aten::exp"] == 8  # of each block
 
 
 def test_the_whole_step_that_is_to_be_captured_learns() -> None:

@@ -88,7 +88,7 @@ def test_each_is_read(make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch)
     expected = fix_constants(model)(*inputs)
     every = held(model)
     # Of eight blocks and two reductions, of four blocks with their tables and one reduction.
-    assert len(every) == (8 * 2 + 2 if isinstance(model, VSCSwin) else 4 * 3 + 1)
+    assert len(every) == (8 * 4 + 2 if isinstance(model, VSCSwin) else 4 * 5 + 1)
     for fixed in every:
         value = fixed._value
         changed = 2 * value if isinstance(value, Tensor) else tuple(torch.zeros_like(weight) for weight in value)
