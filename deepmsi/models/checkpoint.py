@@ -176,6 +176,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _load(model: DeepMSI, weights: dict[str, Tensor], folder: Path) -> None:
     """Load strictly, and say in one sentence what does not fit."""
     expected = stored_state(model)
+    for name, tensor in weights.items():
+        if tensor.dim() == 0 and name in expected and expected[name].shape == (1,):
+            weights[name] = tensor.unsqueeze(0)  # λ was a scalar before
     problems = [f"it lacks {name}" for name in expected.keys() - weights.keys()]
     problems += [f"it has {name}, which this model has not" for name in weights.keys() - expected.keys()]
     problems += [

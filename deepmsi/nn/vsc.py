@@ -1,6 +1,7 @@
 """Visual sequence compression as a module: the operation with a learnable λ."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class VSC(nn.Module):
         super().__init__()
         if not 0 < guide_weight < 1:
             raise ValueError(f"VSC: guide_weight must lie strictly between 0 and 1, not {guide_weight}")
-        self.guide_logit = nn.Parameter(torch.tensor(math.log(guide_weight / (1 - guide_weight))))
+        # Of one element rather than 0-dim, which could not be sharded (FSDP).
+        self.guide_logit = nn.Parameter(torch.tensor([math.log(guide_weight / (1 - guide_weight))]))
         self.temperature = temperature
         self.standardize = standardize
         self.threshold = threshold
@@ -57,7 +59,13 @@ class VSC(nn.Module):
     @property
     def guide_weight(self) -> Tensor:
         """λ, a 0-dim tensor with its gradient."""
-        return self.guide_logit.sigmoid()
+        return self.guide_logit.sigmoid().squeeze(0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        logit = state_dict.get(f"{prefix}guide_logit")
+        if logit is not None and logit.dim() == 0:  # a scalar before
+            state_dict[f"{prefix}guide_logit"] = logit.unsqueeze(0)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, guide: Tensor, max_seqlen: int | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deepmsi import DeepMSI
 from deepmsi.errors import UserError
@@ -33,6 +34,15 @@ def test_round_trip(tiny, batch, tmp_path):
         for got, expected in zip(loaded(**batch, labels=labels), model(**batch, labels=labels), strict=True):
             assert (got is None and expected is None) or torch.equal(got, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_whose_lambda_is_a_scalar_is_read(saved):
+    weights = load_file(saved / "model.safetensors")
+    scalars = {name for name in weights if name.endswith("guide_logit")}
+    assert scalars
+    save_file({n: w.squeeze(0) if n in scalars else w for n, w in weights.items()}, saved / "model.safetensors")
+    read = DeepMSI.from_pretrained(saved).state_dict()
+    assert all(read[name].equal(weights[name]) for name in scalars)
 
 
 def test_saving_again_replaces_the_checkpoint(tiny, batch, tmp_path):
@@ -95,8 +105,6 @@ def test_a_trained_encoder_travels_with_the_checkpoint(tiny, bert_folder, wav2ve
 
 
 def test_a_frozen_encoder_is_named_not_stored(tiny, bert_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     source = tmp_path / "bert"
     shutil.copytree(bert_folder, source)
     model = tiny(vision={"backbone": "none"}, text={"encoder": str(source), "dim": None, "finetune": False}).eval()
@@ -164,14 +172,10 @@ def damage(folder: Path, how: str) -> None:
         case "another size":
             rewrite(config, fusion={**json.loads(config.read_text())["fusion"], "projection": 24})
         case "nan in weights":
-            from safetensors.torch import load_file, save_file
-
             tensors = load_file(weights)
             tensors["classifier.output.bias"][0] = float("nan")
             save_file(tensors, weights)
         case "a tensor less":
-            from safetensors.torch import load_file, save_file
-
             tensors = load_file(weights)
             del tensors["classifier.output.bias"]
             save_file(tensors, weights)

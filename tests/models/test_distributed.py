@@ -59,23 +59,33 @@ def part(rows: slice) -> dict[str, torch.Tensor]:
     }
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, way: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Where one process fails, the other must not wait for long.
     store, patience = f"file://{folder}/store", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     try:
-        model = DistributedDataParallel(build())
+        model = build()
+        if way == "sharded":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        else:
+            model = DistributedDataParallel(model)
         rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 5)
         out = model(**part(rows))
         out.loss.backward()
         losses = torch.stack([out.loss.detach(), out.cross_entropy.detach(), out.contrastive.detach()])
         dist.all_reduce(losses)
-        if rank == 0:
-            grads = {name: p.grad for name, p in model.module.named_parameters()}
-            torch.save({"grads": grads, "losses": losses / 2}, Path(folder) / "result.pt")
+        if way == "sharded":
+            grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         else:
+            grads = {name: p.grad for name, p in model.module.named_parameters()}
+        if rank == 0:
+            torch.save({"grads": grads, "losses": losses / 2}, Path(folder) / "result.pt")
+        elif way == "replicated":
             # Alone in evaluation: nothing may wait for the other process.
             model.module.eval()(**part(rows))
     finally:
@@ -84,9 +94,10 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("way", ["replicated", "sharded"])
+def test_two_processes_equal_one(way, tmp_path):
     # This file is its own script: a child finds it by its path, however the tests themselves were imported.
-    commands = [[sys.executable, "-P", __file__, str(rank), str(tmp_path)] for rank in range(2)]
+    commands = [[sys.executable, "-P", __file__, str(rank), str(tmp_path), way] for rank in range(2)]
     processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
@@ -108,4 +119,4 @@ def test_two_processes_equal_one(tmp_path):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), *sys.argv[2:])

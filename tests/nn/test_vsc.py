@@ -37,6 +37,8 @@ def test_the_weight_of_the_guide_learns() -> None:
     (out.gate * randn(10, seed=3)).sum().backward()
     assert module.guide_logit.grad.abs() > 0
     assert guide.grad.abs().max() > 0
+    module.load_state_dict({"guide_logit": torch.tensor(1.5)})  # as it was stored before
+    assert module.guide_logit.tolist() == [1.5]
     for weight in (0.0, 1.0):
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
             VSC(guide_weight=weight)
