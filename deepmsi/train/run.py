@@ -177,10 +177,12 @@ class _Run:
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
-        self.facts = started or from_main(lambda: self._begin(data, may_exist=resume or folds is not None))
+        self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
+        if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
+            self.recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
         barrier()
 
-    def _begin(self, data: Path, may_exist: bool) -> dict[str, Any]:
+    def _begin(self, data: Path, may_exist: bool, auto_batch: bool) -> dict[str, Any]:
         """Write down what begins; where another call has begun the same run meanwhile, take part in that one."""
         facts = self._describe(data)
         while not (self.out / RUN).exists():
@@ -193,8 +195,12 @@ class _Run:
             time.sleep(0.1)
         if not may_exist:
             raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
-        facts = read_begun(self.out)
-        _check_same(facts, self.recipe, load_recipe(self.out / RECIPE), self.data, self.out)
+        facts, begun = read_begun(self.out), load_recipe(self.out / RECIPE)
+        recipe = _with_batch_of(self.recipe, begun) if auto_batch else self.recipe
+        _check_same(facts, recipe, begun, self.data, self.out)
+        if recipe != self.recipe:
+            taken = f"train.batch_size={recipe.train.batch_size} and train.accumulation={recipe.train.accumulation}"
+            note(f"--auto-batch: another call has begun this run with {taken}, which are kept.")
         return facts
 
     def go(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import DeepMSIConfig
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.train import memory
+from deepmsi.train import run as run_module
+from deepmsi.train import trainer as trainer_module
 from deepmsi.train.memory import estimate, fit_batch, largest, room
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.run import train
@@ -112,6 +114,41 @@ def test_a_run_takes_what_fits_and_keeps_it(
     assert train(free, video_corpus, run, resume=True, auto_batch=True)["complete"]
     with pytest.raises(UserError, match=r"begun with train\.batch_size=2"):
         train(free, video_corpus, run, resume=True)
+
+
+def test_a_call_that_is_overtaken_takes_the_batch_of_the_run(
+    video_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = recipe(batch=4)
+    two = estimate(built(wanted), wanted, 2)
+    assert two is not None
+    limit = 1.01 * two.total / memory.SHARE / 1e9
+    scarce = wanted.model_copy(update={"train": wanted.train.model_copy(update={"memory_limit": limit})})
+    describe = run_module._Run._describe
+    begun: list[Path] = []
+    batches: list[int] = []
+    run_fit = trainer_module.run_fit
+
+    def recorded(model: DeepMSI, fit: trainer_module.Fit) -> trainer_module.FitResult:
+        batches.append(fit.recipe.train.batch_size)
+        return run_fit(model, fit)
+
+    def overtaken(self: Any, data: Path) -> dict[str, Any]:
+        """Let another call, which finds more memory, begin after the batch of this one is chosen."""
+        if not begun:
+            begun.append(self.out)
+            train(wanted, video_corpus, self.out, folds=["2"], auto_batch=True)
+        return describe(self, data)
+
+    monkeypatch.setattr(run_module._Run, "_describe", overtaken)
+    monkeypatch.setattr(trainer_module, "run_fit", recorded)
+    run = tmp_path / "run"
+    assert train(scarce, video_corpus, run, folds=["1"], auto_batch=True)["complete"]
+    kept = load_recipe(run / "recipe.yaml").train
+    assert (kept.batch_size, kept.accumulation) == (4, 1)
+    told = capsys.readouterr().err
+    assert "another call has begun this run with train.batch_size=4 and train.accumulation=1, which are kept" in told
+    assert batches == [4, 4]
 
 
 def test_the_model_that_is_planned_with_is_the_first_that_is_trained(
