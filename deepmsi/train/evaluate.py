@@ -23,9 +23,9 @@ from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import compute_metrics
-from deepmsi.train.processes import on_main_first, process_rank, start_processes
+from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import open_data, select_rows
+from deepmsi.train.rows import open_shared, select_rows
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData
@@ -67,9 +67,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         if out is not None:
             _make_folder(Path(out))
         folder = Path(out or temporary) / "prepared"
-        prepared = on_main_first(
-            lambda: open_data(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
-        )
+        prepared = open_shared(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:

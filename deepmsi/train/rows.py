@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,13 @@ from deepmsi.data.store import INDEX, STARTED, PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections
 from deepmsi.train.dataset import present_modalities
+from deepmsi.train.processes import from_main, on_main_first, process_rank
+
+if TYPE_CHECKING:
+    from deepmsi.data.manifest import Row
+
+# Cells of a manifest that a prepared folder keeps as they are.
+_CELLS = ("text", "label", "speaker", "dialogue", "split", "start", "end", "side", "extra")
 
 
 @dataclass
@@ -50,6 +58,7 @@ def open_data(
     prepared: Path,
     names: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    begun: str | None = None,
 ) -> PreparedData:
     """Open a prepared folder, or prepare a manifest first.
 
@@ -59,9 +68,11 @@ def open_data(
         prepared: where a manifest is prepared; what lies there already is continued.
         names, exclude: the classes and the labels left out: a manifest with another label is refused before its
             clips are decoded. None admits every label.
+        begun: fingerprint of the data of the run that is continued: a manifest whose rows differ from what was
+            prepared for it is refused before its clips are decoded, too.
 
     Raises:
-        UserError: neither, no label at all, an unknown one, or nothing in it could be prepared.
+        UserError: neither, no label at all, an unknown one, other rows, or nothing in it could be prepared.
     """
     if not path.exists():
         raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
@@ -77,7 +88,55 @@ def open_data(
         for row in rows:
             if row.label is not None and row.label not in exclude:
                 check_label(row.id, row.label, names)
+    if begun is not None and (change := _first_change(rows, prepared, begun)):
+        raise UserError(
+            f"{prepared.parent} was begun with other data ({change} {path}): resume it with the same, or give another "
+            "directory."
+        )
     return prepare(path, prepared, options)
+
+
+def open_shared(
+    path: Path,
+    options: PrepareOptions,
+    prepared: Path,
+    names: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    begun: str | None = None,
+) -> PreparedData:
+    """`open_data` for the processes of a group: what the first has prepared the others open, where they see it."""
+    first = from_main(lambda: prepared)
+
+    def opened() -> PreparedData:
+        found = process_rank()[0] > 0 and not is_prepared(path) and is_prepared(first)
+        return open_data(first if found else path, options, prepared, names, exclude, begun)
+
+    return on_main_first(opened)
+
+
+def _first_change(rows: Sequence[Row], prepared: Path, begun: str) -> str | None:
+    """What the rows of a manifest have other than those that were prepared for a run; None where it cannot be told.
+
+    The contents of files are not looked at: whether a file that was written anew holds the same shows in its arrays.
+    """
+    try:
+        before = PreparedData.open(prepared)
+    except UserError:
+        return None  # not there, or damaged, which preparing mends
+    if before.fingerprint != begun:
+        return None
+    failed = {failure["id"] for failure in before.failures}
+    known = {row.id: row for row in before.rows}
+    there = [row for row in rows if row.id in known or row.id not in failed]  # of the others nothing could be read
+    for row in there:
+        if row.id not in known:
+            return f"row {row.id!r} is new in"
+        for cell in _CELLS:
+            if getattr(row, cell) != getattr(known[row.id], cell):
+                return f"row {row.id!r} has another {cell} in"
+    if missing := known.keys() - {row.id for row in there}:
+        return f"row {min(missing)!r} is missing in"
+    return None if [row.id for row in there] == list(known) else "the rows have another order in"
 
 
 def select_rows(

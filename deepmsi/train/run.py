@@ -52,10 +52,10 @@ from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
-from deepmsi.train.processes import barrier, claimed_by_all, from_main, on_main_first, process_rank, start_processes
+from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import is_prepared, open_data, select_rows
+from deepmsi.train.rows import open_shared, select_rows
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
@@ -146,16 +146,8 @@ class _Run:
         started = from_main(lambda: _check_directory(out, resume or folds is not None))
         if "video" in recipe.modalities:
             check_vision(recipe.vision)  # before anything is decoded
-        prepared = out / "prepared"
-
-        def opened() -> PreparedData:
-            # What the first process has prepared the others open, where they see it.
-            found = not self.main and not is_prepared(data) and is_prepared(prepared)
-            return open_data(
-                prepared if found else data, recipe.prepare, prepared, recipe.labels, recipe.exclude_labels
-            )
-
-        self.data = on_main_first(opened)
+        begun = None if started is None else started["data"]["fingerprint"]
+        self.data = open_shared(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels, begun)
         self.recipe = recipe = _fit_to_data(recipe, self.data)
         if auto_batch and started is not None:
             self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))

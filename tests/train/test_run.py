@@ -657,6 +657,40 @@ def test_run_directories_that_are_refused(finished: Path, split_corpus: Path, co
         train(recipe, split_corpus, tmp_path / "notes" / "diary.txt")
 
 
+def _another_text(table: list[dict[str, str]]) -> None:
+    table[3]["text"] = "never"
+
+
+def _another_row(table: list[dict[str, str]]) -> None:
+    table.append(table[7] | {"id": "r900"})
+
+
+def _a_row_less(table: list[dict[str, str]]) -> None:
+    del table[7]
+
+
+@pytest.mark.parametrize(
+    ("edit", "change"),
+    [
+        (_another_text, "row 'r003' has another text in"),
+        (_another_row, "row 'r900' is new in"),
+        (_a_row_less, "row 'r007' is missing in"),
+        (list.reverse, "the rows have another order in"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_manifest(edit, change: str, tmp_path: Path) -> None:
+    recipe, run = make_recipe(train={"epochs": 1}, protocol={"name": "group-kfold", "folds": 2}), tmp_path / "run"
+    manifest = write_corpus(tmp_path / "raw", rows=12)
+    train(recipe, manifest, run)
+    prepared = {path: path.stat().st_mtime_ns for path in (run / "prepared").rglob("*")}
+    edited = write_corpus(tmp_path / "raw", rows=12, edit=edit)
+    with pytest.raises(UserError, match=rf"was begun with other data \({change} .*manifest\.csv\)"):
+        train(recipe, edited, run, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (run / "prepared").rglob("*")} == prepared
+    # The rows as they were are taken again.
+    assert train(recipe, write_corpus(tmp_path / "raw", rows=12), run, resume=True)["complete"]
+
+
 def test_frames_of_another_shape_are_refused(video_corpus: Path, tmp_path: Path) -> None:
     changes = VIDEO | {"protocol": "stratified-kfold"}
     with pytest.raises(UserError, match="holds 2 frames per utterance and the model reads 4"):

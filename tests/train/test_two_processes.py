@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus
+from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus, write_corpus
 
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.run import train
@@ -47,6 +47,23 @@ def recorded(self, key):
 UtteranceDataset.__getitem__ = recorded
 evaluate(run, data, out)
 Path(f"{out}-rank-{os.environ['RANK']}.txt").write_text("\\n".join(read))
+"""
+
+
+# Evaluates, and leaves a file for each process that prepared.
+PREPARE = """
+import os, sys
+from pathlib import Path
+from deepmsi.data import prepare as module
+from deepmsi.train.evaluate import evaluate
+
+run, data, *out = map(Path, sys.argv[1:])
+prepare = module.prepare
+def recorded(*words, **options):
+    Path(f"{__file__}-prepared-{os.environ['RANK']}.txt").write_text("")
+    return prepare(*words, **options)
+module.prepare = recorded
+evaluate(run, data, *out)
 """
 
 
@@ -88,6 +105,16 @@ def test_two_processes_evaluate_to_the_bits_of_one(rows: int, split_corpus: Path
     assert written["weighted_f1"] == pytest.approx(weighted, abs=1e-12)
     assert written["confusion_matrix"] == confusion_matrix(truth, predicted, labels=LABELS).tolist()
     assert rows == 1 or 0 < written["accuracy"] < 1
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["with --out", "without"])
+def test_one_process_prepares_a_manifest_for_both(written: bool, split_corpus: Path, tmp_path: Path) -> None:
+    run, script, out = tmp_path / "run", tmp_path / "script.py", tmp_path / "out"
+    train(make_recipe(train={"epochs": 1}), split_corpus, run)
+    script.write_text(PREPARE)
+    torchrun(script, run, write_corpus(tmp_path / "raw", rows=9), *([out] if written else []))
+    assert [path.name for path in tmp_path.glob("*-prepared-*")] == ["script.py-prepared-0.txt"]
+    assert not written or json.loads((out / "metrics.json").read_text())["n"] == 9
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
