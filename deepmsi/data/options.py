@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deepmsi.errors import UserError
+from deepmsi.models.config import fixed_place
 
 
 class PrepareOptions(BaseModel):
@@ -34,4 +35,4 @@ class PrepareOptions(BaseModel):
     def _pretrained(cls, name: str | None) -> str | None:
         if name in ("hashing", "logmel"):
             raise UserError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
-        return name
+        return fixed_place(name)

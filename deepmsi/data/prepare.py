@@ -166,11 +166,12 @@ def _identity(source: Source) -> list[Any]:
         path = getattr(source, name)
         stamp: list[Any] | None = None
         if path is not None:
+            place = os.path.abspath(path)  # the same wherever the command is given
             try:
                 stat = os.stat(path)
-                stamp = [path, stat.st_size, stat.st_mtime_ns]
+                stamp = [place, stat.st_size, stat.st_mtime_ns]
             except OSError:
-                stamp = [path, None, None]
+                stamp = [place, None, None]
         stamps.append(stamp)
     return stamps
 

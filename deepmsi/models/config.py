@@ -7,6 +7,7 @@ A configuration is plain data (numbers, strings, lists): it goes to JSON and bac
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,12 @@ OFFLINE_AUDIO = "logmel"
 
 # A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
 Width = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def fixed_place(name: str | None) -> str | None:
+    """A folder that is there by its absolute path, which leads to it from everywhere; a hub name as it is."""
+    path = os.path.expanduser(name or "")
+    return os.path.abspath(path) if os.path.isdir(path) else name
 
 
 class Section(BaseModel):
@@ -125,6 +132,11 @@ class _EncoderConfig(Section):
     options: dict[str, int | float | bool | str | list[int] | None] = Field(
         default_factory=dict, description="sizes of an offline encoder, by the names of its constructor"
     )
+
+    @field_validator("features_from")
+    @classmethod
+    def _fixed(cls, name: str | None) -> str | None:
+        return fixed_place(name)
 
     @property
     def present(self) -> bool:

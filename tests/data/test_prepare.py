@@ -117,6 +117,23 @@ def test_second_run_changes_nothing(clips, prepared):
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*.*")} == stamps, "nothing was written again"
 
 
+def test_second_run_from_another_folder_decodes_nothing_again(clips, prepared, monkeypatch):
+    stamps = {p: p.stat().st_mtime_ns for p in prepared.rglob("*.*")}
+    monkeypatch.chdir(clips)
+    run("m.csv", os.path.relpath(prepared))
+    assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*.*")} == stamps
+
+
+def test_an_encoder_in_a_folder_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "org" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = PrepareOptions(text_encoder="org/bert", audio_encoder="org/wav2vec2")
+    assert options.text_encoder == str(tmp_path / "org" / "bert")
+    assert options.audio_encoder == "org/wav2vec2", "a name of the hub"
+    monkeypatch.chdir("org")
+    assert options == PrepareOptions(text_encoder="./bert", audio_encoder="org/wav2vec2")
+
+
 def test_workers_do_not_show(clips, prepared, tmp_path):
     data = run(clips / "m.csv", tmp_path / "out", workers=2)
     assert contents(tmp_path / "out") == contents(prepared)

@@ -123,6 +123,19 @@ def test_a_frozen_encoder_is_named_not_stored(tiny, bert_folder, tmp_path):
         DeepMSI.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("text", [{"encoder": "bert", "finetune": False, "dim": None}, {"features_from": "bert"}])
+def test_a_folder_named_from_here_is_found_from_elsewhere(text, tiny, bert_folder, tmp_path, monkeypatch):
+    """`bert` would be taken for a name of the model hub from any other folder."""
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = tiny(vision={"backbone": "none"}, text={"dim": 16, **text})
+    model.save_pretrained("model")
+    monkeypatch.chdir("elsewhere")
+    section = DeepMSI.from_pretrained("../model").config.text
+    assert str(tmp_path / "bert") in (section.encoder, section.features_from)
+
+
 def test_offline_encoders_round_trip(tiny, tmp_path):
     model = tiny(
         vision={"backbone": "none"},
