@@ -133,7 +133,7 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
         return _scan_folder(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such manifest; give a CSV or JSONL file")
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         records, columns, problems = _read_jsonl(path)
     else:
         records, columns, problems = _read_csv(path)
@@ -292,7 +292,9 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
         else:
             columns.update(dict.fromkeys(record))
             records.append((line, record))
-    return records, list(columns), problems
+    names = dict(zip(columns, _clean_header(path, list(columns)), strict=True))
+    records = [(line, {names[key]: value for key, value in record.items()}) for line, record in records]
+    return records, list(names.values()), problems
 
 
 def _json_record(raw: str) -> dict[str, str]:
@@ -301,7 +303,7 @@ def _json_record(raw: str) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"the line is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError("the line is not a JSON object of column and value")
+        raise UserError("the line is not a JSON object of column and value; give one on each line")
     bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
     if bad is not None:
         what = "the label cannot be read" if bad == "label" else f"the value of {bad!r} cannot be read"

@@ -62,6 +62,15 @@ def test_jsonl(tmp_path):
     assert (rows[2].text, rows[2].label, rows[2].end) == ("so", None, None)
 
 
+def test_json_lines_under_other_names(tmp_path):
+    row = read_manifest(write(tmp_path / "m.json", '{"ID": "a", "Text": "so", "LABEL": "joy", "Take": 2}\n')).rows[0]
+    assert (row.id, row.text, row.label, row.extra) == ("a", "so", "joy", {"Take": "2"})
+    with pytest.raises(UserError, match=r"m\.json:1: the line is not a JSON object .*; give one on each line"):
+        read_manifest(write(tmp_path / "m.json", '[{"id": "a", "text": "so"}]'))
+    with pytest.raises(UserError, match="the column 'text' stands in the header twice"):
+        read_manifest(write(tmp_path / "m.json", '{"id": "a", "text": "so", "Text": "no"}'))
+
+
 def test_absolute_paths_and_upper_case_names(tmp_path):
     row = read_manifest(write(tmp_path / "m.csv", "ID,Video,Label\na,/clips/a.mp4,joy\n")).rows[0]
     assert (row.id, row.video, row.label) == ("a", Path("/clips/a.mp4"), "joy")
