@@ -67,7 +67,14 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         if out is not None:
             _make_folder(Path(out))
         folder = Path(out or temporary) / "prepared"
-        prepared = open_shared(data, recipe.prepare, folder, model.config.names, recipe.exclude_labels)
+        # Each fold may have had features of its own encoder: these are of the one that the kept model reads.
+        encoders = {
+            f"{name}_encoder": section.features_from
+            for name in ("text", "audio")
+            if (section := getattr(model.config, name)).encoder == "features"
+        }
+        options = recipe.prepare.model_copy(update=encoders)
+        prepared = open_shared(data, options, folder, model.config.names, recipe.exclude_labels)
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:

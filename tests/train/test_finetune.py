@@ -91,7 +91,9 @@ def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_fol
     assert json.loads((run / "splits.json").read_text()).keys() == splits.keys()
     # No fold is left to report, so that the encoder of all rows may serve the model that is kept.
     train(settings, features["all"], run, resume=True)
-    assert evaluate(run, features["all"])["rows_seen_in_training"] == 24
+    of_all = evaluate(run, features["all"])
+    assert of_all["rows_seen_in_training"] == 24
+    assert evaluate(run, path) == of_all  # a manifest is prepared with the encoder of all rows, too
     with pytest.raises(UserError, match=r"holds text features of .*01/encoder and the model reads those of"):
         evaluate(run, features["01"])
     with pytest.raises(UserError, match="was begun with other data"):
