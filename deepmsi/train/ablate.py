@@ -17,6 +17,7 @@ from deepmsi.train.console import note
 from deepmsi.train.evaluate import RECIPE, evaluate, read_run, write_json
 from deepmsi.train.metrics import SUMMARY
 from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
 
 TABLE = "ablation.json"
@@ -107,7 +108,7 @@ def ablate(
     Raises:
         UserError: no such run, or data that it cannot read.
     """
-    run = Path(run)
+    run, data = Path(run), Path(data)
     read_run(run)
     recipe = load_recipe(run / RECIPE)
     out = run / "ablation" if out is None else Path(out)
@@ -119,6 +120,8 @@ def ablate(
         note(f"Ablation: {name}.")
         if mode == "evaluate":
             scores = evaluate(run, data, out / name, [modality for modality in drop if modality in recipe.modalities])
+            if not is_prepared(data):
+                data = out / name / "prepared"  # the lines to come read what this one has prepared
         else:
             scores = _retrain(run, data, out / name, {"drop": f"[{', '.join(drop)}]"})
         lines.append(_line(name, mode, scores))

@@ -101,6 +101,12 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     assert outcome.code == 0, outcome
     assert [line.split(" | ")[0] for line in outcome.out.splitlines()[2:5]] == ["| text", "| audio", "| text+audio"]
     assert "18 rows of a line were seen in training" in outcome.out
+    # Of a manifest the lines are the same, and it is prepared once.
+    manifest, table = data.parent / "raw" / "manifest.csv", run / "ablation" / "ablation.json"
+    lines = json.loads(table.read_text())
+    assert deepmsi("ablate", run, "--data", manifest).code == 0
+    assert json.loads(table.read_text()) == lines
+    assert [path.parent.name for path in table.parent.glob("*/prepared")] == ["text"]
     assert deepmsi("report", run).code == 0
     text = (run / "report.md").read_text()
     assert "## Ablation" in text
