@@ -469,6 +469,8 @@ def predict(
         from deepmsi.models.predict import load_run
 
         model = load_run(run)
+        if text and "text" not in model.modalities:
+            _say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
         predictions = model.predict(clips, texts=texts, timeline=timeline)
         if chosen is TimelineFormat.json:

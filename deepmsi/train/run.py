@@ -162,6 +162,7 @@ class _Run:
         self.chosen = _choose_folds(self.folds, folds)
         self.single = recipe.protocol.name == "split-column"
         _check_selection(recipe, self.folds)
+        self._say_what_is_not_learned()
         left = [fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()]
         _check_encoders(recipe, self.data, {fold.name: self._ids(fold)["test"] for fold in left})
         if started is not None:
@@ -271,6 +272,17 @@ class _Run:
         if torch.cuda.is_available():
             speed["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         return speed
+
+    def _say_what_is_not_learned(self) -> None:
+        there = np.array([present_modalities(row, self.recipe) for row in self.rows])
+        for fold in self.chosen:
+            learned, read = (np.any(there[part], axis=0).tolist() for part in (fold.train, fold.test))
+            unseen = [name for name, a, b in zip(MODALITIES, learned, read, strict=True) if b and not a]
+            if unseen:
+                note(
+                    f"Fold {fold.name!r}: rows of its test part have {' and '.join(unseen)} and none of its training "
+                    "part has, so that the model does not learn to read that."
+                )
 
     @staticmethod
     def _say_what_is_never_predicted(result: dict[str, Any]) -> None:

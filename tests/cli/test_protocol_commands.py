@@ -156,6 +156,10 @@ def test_ablate_counts_of_frames_from_a_manifest(deepmsi, clips, tmp_path) -> No
     settings = [word for change in changes for word in ("--set", change)]
     manifest = clips / "manifest.csv"
     assert deepmsi("train", "demo", "--data", manifest, "--out", run, *settings).code == 0
+    # A text that such a model does not read is not left out in silence.
+    told = deepmsi("predict", run, next((clips / "clips").glob("*.mp4")), "--text", "so what")
+    assert told.code == 0, told
+    assert "This model reads video alone: --text changes nothing." in told.err
     outcome = deepmsi("ablate", run, "--data", manifest, "--retrain", "--frames", "2", "--json")
     assert outcome.code == 0, outcome
     lines = json.loads(outcome.out)

@@ -439,6 +439,19 @@ def test_excluded_labels_that_no_row_has_are_told(
     assert "No row has 'Joy', which exclude_labels leaves out." in capsys.readouterr().err
 
 
+def _text_in_the_test_part_alone(table: list[dict[str, str]]) -> None:
+    for row in table:
+        if row["split"] == "train":
+            row["text_features"] = ""
+
+
+def test_a_modality_that_only_the_test_part_has_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = prepared_corpus(tmp_path, rows=24, splits=("train",) * 3 + ("test",), edit=_text_in_the_test_part_alone)
+    train(make_recipe(train={"epochs": 1}), data, tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "Fold 'test': rows of its test part have text and none of its training part has" in told
+
+
 def test_class_weights_of_another_number_of_classes(split_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="class_weights has 2 weights for num_labels = 3"):
         train(make_recipe(loss={"class_weights": [1, 2]}), split_corpus, tmp_path / "run")
