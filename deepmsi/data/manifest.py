@@ -369,6 +369,7 @@ class _MeldParser(_Parser):
         self.clips = _meld_clips(path.parent, self.split) if self.split else None
 
     def __call__(self, record: dict[str, str]) -> Row:
+        record = dict.fromkeys(MELD_COLUMNS, "") | record  # a line of JSON may leave some out
         numbers = []
         for column in ("Dialogue_ID", "Utterance_ID"):
             if not record[column].isdecimal():

@@ -71,6 +71,15 @@ def test_json_lines_under_other_names(tmp_path):
         read_manifest(write(tmp_path / "m.json", '{"id": "a", "text": "so", "Text": "no"}'))
 
 
+def test_melds_columns_in_json_lines(tmp_path):
+    line = {"Utterance": "so", "Speaker": "Joey", "Emotion": "joy", "Dialogue_ID": 1, "Utterance_ID": 2}
+    lines = [{**line, "Utterance_ID": k} for k in range(3)]
+    del lines[1]["Speaker"], lines[2]["Emotion"]
+    manifest, (problem,) = scan_manifest(write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, lines))))
+    assert [(row.id, row.speaker) for row in manifest.rows] == [("dia1_utt0", "Joey"), ("dia1_utt1", None)]
+    assert "the emotion '' is none of MELD's" in problem.sentence
+
+
 def test_absolute_paths_and_upper_case_names(tmp_path):
     row = read_manifest(write(tmp_path / "m.csv", "ID,Video,Label\na,/clips/a.mp4,joy\n")).rows[0]
     assert (row.id, row.video, row.label) == ("a", Path("/clips/a.mp4"), "joy")
