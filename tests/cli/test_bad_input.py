@@ -159,7 +159,7 @@ def test_encodings_are_read(deepmsi, clip, tmp_path, encoding) -> None:
 def test_a_backbone_that_cannot_be_is_refused_before_anything_is_decoded(
     mistake, clips, tmp_path, monkeypatch, setting, words
 ) -> None:
-    monkeypatch.setattr("deepmsi.train.run.open_data", lambda *_: pytest.fail("the data were opened"))
+    monkeypatch.setattr("deepmsi.train.run.open_shared", lambda *_: pytest.fail("the data were opened"))
     out = tmp_path / "run"
     assert words in mistake("train", "demo", "--data", clips / "manifest.csv", "--out", out, "--set", setting)
     assert not out.exists()
