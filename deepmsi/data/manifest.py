@@ -215,7 +215,12 @@ def _scan_folder(folder: Path) -> tuple[Manifest, list[Problem]]:
     )
 
 
-def _decode_text(path: Path) -> str:
+def decode_text(path: Path) -> str:
+    """Read a table in whatever encoding spreadsheets write.
+
+    Raises:
+        UserError: it cannot be read, is empty, or is no text.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -239,7 +244,7 @@ _Records = list[tuple[int, dict[str, str]]]
 
 
 def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
-    text = _decode_text(path)
+    text = decode_text(path)
     told = _EXCEL_SEPARATOR.match(text)
     text, above = (text[told.end() :], told[0].count("\n")) if told else (text, 0)
     delimiter = told[1] if told else max(_SEPARATORS, key=text.lstrip().splitlines()[0].count)
@@ -282,7 +287,7 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
     records: _Records = []
     problems: list[Problem] = []
     columns: dict[str, None] = {}
-    for line, raw in enumerate(_decode_text(path).split("\n"), start=1):
+    for line, raw in enumerate(decode_text(path).split("\n"), start=1):
         if not raw.strip():
             continue
         try:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from deepmsi.data.manifest import MELD_COLUMNS, MELD_LABELS, MELD_VIDEO_FOLDERS, Row, read_manifest
+from deepmsi.data.manifest import MELD_COLUMNS, MELD_LABELS, MELD_VIDEO_FOLDERS, Row, decode_text, read_manifest
 from deepmsi.data.release import MARK, Release, archives, compare_counts, mend, some, walk
 from deepmsi.errors import UserError
 
@@ -164,9 +164,8 @@ def _read_tables(
 
 def _read_table(path: Path, split: str) -> dict[Key, Row]:
     """Rows of one CSV by key; the file's name need not be the published one."""
-    with path.open(encoding="latin-1") as file:
-        header = file.readline()
-    if header.strip() and (lacking := [name for name in MELD_COLUMNS if name not in header]):
+    header = decode_text(path).lstrip().splitlines()[0]
+    if lacking := [name for name in MELD_COLUMNS if name not in header]:
         raise UserError(f"{path}: a table of MELD needs the columns {', '.join(lacking)}, which this one lacks.")
     manifest = read_manifest(path)
     table = {}

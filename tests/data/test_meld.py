@@ -187,6 +187,12 @@ def test_a_folder_without_a_telling_name_is_known_by_its_clips(tmp_path: Path) -
         read_meld(raw)
 
 
+def test_a_table_in_the_encoding_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    expected = read_meld(release(tmp_path / "utf-8"))
+    found = read_meld(release(tmp_path / "utf-16", encoding="utf-16"))
+    assert [row.text for row in found.rows] == [row.text for row in expected.rows]
+
+
 def test_the_whole_copy_of_a_table_wins(tmp_path: Path) -> None:
     raw = release(tmp_path, csv_folder="b")
     table(raw / "a" / "train_sent_emo.csv", KEYS["train"][:2], encoding="cp1252")
