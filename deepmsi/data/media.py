@@ -97,7 +97,8 @@ def open_media(path: Path) -> Iterator[Any]:
         # A playlist in a media file's clothes must not reach the network: local files only.
         with av.open(
             f"file:{path.absolute()}",
-            options={"protocol_whitelist": "file"},
+            # Not `options`, which are for the streams, too: before PyAV 17.1 that crashes where these show up late.
+            container_options={"protocol_whitelist": "file"},
             **_ANY_TITLE,
         ) as container:
             if not len(container.streams):
