@@ -36,6 +36,7 @@ ARCHITECTURE = "DeepMSI"
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ENCODERS = ("text_encoder", "audio_encoder")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 OWN_FILES = {CONFIG, WEIGHTS, "README.md", *ENCODERS}
 
 
@@ -210,11 +211,11 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # Neither library says ENOSPC: the one has it in words, torch.save only that its writer's check failed.
+        # Neither library has an errno: the one has it in words, torch.save only that its writer's check failed.
         torch_save = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if isinstance(error, RuntimeError) and not torch_save:
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        full = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in FULL)
         reason = "the disk is full" if full or torch_save else getattr(error, "strerror", None) or str(error)
         raise UserError(f"{target} could not be written ({reason}).") from error
 
