@@ -230,6 +230,13 @@ class PretrainedAudioEncoder(PretrainedEncoder):
         if finetune:
             self.switch_off_unused(input_values=torch.zeros(1, samples))
 
+    def train(self, mode: bool = True) -> PretrainedAudioEncoder:
+        """Set training mode, except of the module that chooses which layers to leave out: none is left out."""
+        super().train(mode)
+        # In that mode transformers 5.0 draws a number for every layer all the same, and reads it on the host.
+        cast(Any, self.model).encoder.training = False
+        return self
+
     def encode(self, input_values: Tensor, audio_attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Encode `input_values [U, S]` with `audio_attention_mask [U, S]` (nonzero = sample) to `[U, dim]`.
 
