@@ -68,7 +68,8 @@ def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_fol
         assert (notes.modality, notes.fold, set(notes.seen)) == ("text", fold, set(parts["train"]))
         assert not set(notes.seen) & set(parts["test"])
         trained = load_file(tuned / "folds" / fold / "encoder" / "model.safetensors")
-        assert any(not torch.equal(trained[name], base[name]) for name in base)
+        # transformers 5.0 saves the norms of a BERT that was loaded under the names of old.
+        assert any(not torch.equal(trained[name], base[name]) for name in base.keys() & trained.keys())
 
     features = {name: prepared(path, tmp_path / f"p-{name}", tuned / "folds" / name / "encoder") for name in splits} | {
         "all": prepared(path, tmp_path / "p-all", tuned / "encoder")
