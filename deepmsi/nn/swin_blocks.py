@@ -41,6 +41,10 @@ class Tokens(NamedTuple):
     per_frame: int | None = None
     stage_grid: tuple[int, int] | None = None
 
+    def but(self, x: Tensor) -> "Tokens":
+        """Return other contents in the same places: ``_replace(x=x)``, which torch 2.11 does not compile."""
+        return Tokens(x, *self[1:])
+
 
 class KeptTokens(NamedTuple):
     """What one compressing block kept, for reports and logs.
@@ -404,7 +408,7 @@ class Block(nn.Module):
             # Under autocast it is a copy of y in fewer bits that is kept.
             if kept and autocast(y) is y:
                 source = Source(added, (x, branch))
-        return tokens._replace(x=y), source
+        return tokens.but(y), source
 
     def transform(self, tokens: Tokens, source: Source | None = None) -> Tokens:
         """x + LN(mlp(x)); where the ``source`` of x is given, backward makes x again from that."""
@@ -415,9 +419,9 @@ class Block(nn.Module):
             offsets, laid_out = tokens.cu_seqlens, mlp.laid_out()
             with remade(x, source):
                 y = residual_mlp(x, *weights, row_scale=scale, cu_seqlens=offsets, eps=norm.eps, packed=laid_out)
-            return tokens._replace(x=y)
+            return tokens.but(y)
         branch = mlp(x, source)
-        return tokens._replace(x=adding(norm, branch, scale)(x, branch))
+        return tokens.but(adding(norm, branch, scale)(x, branch))
 
     def forward(
         self,
@@ -586,7 +590,7 @@ class PatchMerging(HoldsConstants):
             y = again(self._reduced, autocast(cells), merged.cu_seqlens, owners=(self,), draws=False)
         else:
             y = self._reduced(cells, merged.cu_seqlens)
-        return merged._replace(x=y if merged.cu_seqlens is None else y.flatten(0, 2))
+        return merged.but(y if merged.cu_seqlens is None else y.flatten(0, 2))
 
     def _reduced(self, cells: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Map cells [F, H, W, 2, 2, C], or rows of them [1, 1, R, 1, 1, 4C], to [F, H, W, 2C]."""
@@ -615,11 +619,12 @@ class PatchMerging(HoldsConstants):
         rank = nn.functional.pad(filled.cumsum(0) - 1, (0, 1))
         # Within a cell timm puts the column's parity before the row's.
         slot = torch.where(frame < frames, rank[cell] * 4 + (column % 2) * 2 + row % 2, 4 * count)
-        joined = x.new_zeros(4 * count + 1, channels).index_copy_(0, slot, x)[: 4 * count].view(count, 4 * channels)
+        # narrow, since torch 2.11 compiles no slice up to a count that is read.
+        joined = x.new_zeros(4 * count + 1, channels).index_copy_(0, slot, x).narrow(0, 0, 4 * count)
         where = torch.where(filled, rank[:-1], count)
         every = torch.arange(frames * cells, device=x.device, dtype=torch.int32) % cells
-        place = every.new_zeros(count + 1).scatter(0, where, every)[:count]
-        return Tokens(joined, grid, place, offsets.to(torch.int32))
+        place = every.new_zeros(count + 1).scatter(0, where, every).narrow(0, 0, count)
+        return Tokens(joined.view(count, 4 * channels), grid, place, offsets.to(torch.int32))
 
 
 def mean_of_frames(tokens: Tokens) -> Tensor:

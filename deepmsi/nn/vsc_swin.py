@@ -348,7 +348,7 @@ class VSCSwin(nn.Module):
             if guide.shape != (x.shape[0], self.guide_dim):
                 raise ValueError(f"VSCSwin: guide must be [{x.shape[0]}, {self.guide_dim}], not {list(guide.shape)}")
             tokens = self._compressed(tokens, guide, kept)
-        return mean_of_frames(tokens._replace(x=self.norm(tokens.x)))
+        return mean_of_frames(tokens.but(self.norm(tokens.x)))
 
     def _compressed(self, tokens: Tokens, guide: Tensor, kept: list[KeptTokens] | None) -> Tokens:
         begun = False

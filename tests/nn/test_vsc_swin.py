@@ -368,6 +368,17 @@ def test_with_a_threshold_it_compiles_whole_where_torch_may_capture_what_is_read
     assert breaks(capture=False) > 0
 
 
+def test_with_a_threshold_it_is_compiled_to_kernels() -> None:
+    model = small("paper").float()
+    inputs = (randn(2, 3, 32, 32, seed=5), randn(2, 16, seed=6))
+    exact, wanted = gradients(model, *inputs)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        out, found = gradients(torch.compile(model, fullgraph=True), *inputs)
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(list(found.values()), list(wanted.values()))
+
+
 @pytest.mark.parametrize("case", ["paper", "released"])
 def test_autocast(case: str) -> None:
     model = small(case).float()
