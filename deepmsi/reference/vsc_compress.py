@@ -1,10 +1,7 @@
-"""Visual sequence compression in plain PyTorch: the oracle of every kernel, and what a user would write by
-hand.
+"""Visual sequence compression in plain PyTorch: the oracle of every kernel, and what a user would write by hand.
 
-All frames run at once, dense or packed, in any floating type and on any device. Every gradient is autograd's.
-Nothing
-accumulates through atomics: merges are products with a matrix of weights, and gathers read a row at most
-    once.
+All frames run at once, dense or packed, in any floating type and on any device. Every gradient is autograd's. Nothing
+accumulates through atomics: merges are products with a matrix of weights, and gathers read a row at most once.
 """
 
 import torch
