@@ -87,8 +87,6 @@ def _packed(
     slots = window * window
     kind = _grid_kind(grid, window, shift, qkv.device)
     tiles = kind.shape[0]
-    if not rows or not frames:
-        return qkv[:, : heads * depth].masked_fill(qkv.new_ones((), dtype=torch.bool), 0)
 
     # The slot of every row; rows past the last offset share one slot past the end, which is cut off.
     row = torch.arange(rows, device=qkv.device, dtype=cu_seqlens.dtype)
