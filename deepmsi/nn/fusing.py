@@ -23,7 +23,7 @@ def fuses(op: str, x: Tensor, casts: bool = False, **facts: int) -> bool:
 def fuses_attention(x: Tensor, heads: int, window: int) -> bool:
     """Whether the attention half of a block is to be computed as one operation for x."""
     channels = x.shape[-1]
-    return fuses("residual_window_attention", x, heads=heads, head_dim=channels // heads, window=window)
+    return fuses("residual_window_attention", x, head_dim=channels // heads, window=window)
 
 
 def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:

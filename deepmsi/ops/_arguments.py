@@ -1,13 +1,14 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NARROWED = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
+FLOATING = (*NARROWED, torch.float64)
 
 
 def autocasts(device: str) -> bool:
@@ -16,9 +17,9 @@ def autocasts(device: str) -> bool:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """Return the type that x is computed in: autocast's where that is on for its device; float64 stays as it is."""
+    """Return the type that x is computed in: autocast's where that is on for its device, of what it narrows."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and autocasts(device) else x.dtype
+    return torch.get_autocast_dtype(device) if x.dtype in NARROWED and autocasts(device) else x.dtype
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -58,15 +59,6 @@ def unrounded(layers: Iterable[Tensor | None], cast: list[Any]) -> list[Any]:
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves types alone; one that is off already costs nothing."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
-def check(condition: bool, sentence: Callable[[], str]) -> None:
-    """Raise ``ValueError(sentence())`` unless the condition holds.
-
-    The sentence is made only when it is needed: ``torch.compile`` cannot trace text made of symbolic sizes.
-    """
-    if not condition:
-        raise ValueError(sentence())
 
 
 def check_floating(x: Tensor, op: str, name: str) -> None:

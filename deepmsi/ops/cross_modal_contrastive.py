@@ -66,6 +66,8 @@ def cross_modal_contrastive(
     if len(others) < 1:
         raise ValueError(f"{_OP}: b is an empty sequence")
     rows, dim = a.shape
+    if others[0].dim() != 2:
+        raise ValueError(f"{_OP}: b must be [J, {dim}], not {shape(others[0])}")
     joined = others[0].shape[0]
     for other in others:
         check_floating(other, _OP, "b")
@@ -77,7 +79,7 @@ def cross_modal_contrastive(
         raise ValueError(f"{_OP}: labels must be [{rows}], not {shape(labels)}")
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"{_OP}: labels must be integers, not {labels.dtype}")
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"{_OP}: temperature must be above 0, not {temperature}")
     if normalize not in ("batch", "positives"):
         raise ValueError(f"{_OP}: normalize must be 'batch' or 'positives', not {normalize!r}")
@@ -92,7 +94,7 @@ def cross_modal_contrastive(
     if not 0 <= row_offset <= joined - rows:
         raise ValueError(f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}")
 
-    chosen = resolve(_OP, backend, a.device.type, a.dtype, rows=rows, joined=joined, dim=dim)
+    chosen = resolve(_OP, backend, a.device.type, a.dtype)
     with without_autocast(a.device.type):
         if chosen == "reference":
             return reference(
@@ -111,11 +113,7 @@ def cross_modal_contrastive(
             inside, columns = _taking_part(a, others, row_offset, valid_a, valid_b)
         wide = a.float()
         stacked = torch.stack([other.float() for other in others])
-        forward = torch.ops.deepmsi.cross_modal_contrastive_cpp_fwd
-        if chosen == "triton":
-            forward = torch.ops.deepmsi.cross_modal_contrastive_triton_fwd
-        with_grad = keeps_for_backward(wide, stacked)
-        loss, _, _ = forward(
+        loss, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
             wide,
             stacked,
             labels.long(),
@@ -126,7 +124,7 @@ def cross_modal_contrastive(
             float(temperature),
             include_matched,
             normalize == "positives",
-            with_grad,
+            keeps_for_backward(wide, stacked),
         )
         return loss
 

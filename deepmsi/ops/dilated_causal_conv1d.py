@@ -51,8 +51,8 @@ def dilated_causal_conv1d(
     check_floating(x, _OP, "x")
     if x.dim() != 3:
         raise ValueError(f"{_OP}: x must be [B, Cin, T], not {shape(x)}")
-    if not (weight.dim() == 3 and weight.shape[1] == x.shape[1] and weight.shape[2] >= 1):
-        raise ValueError(f"{_OP}: weight must be [Cout, {x.shape[1]}, k], not {shape(weight)}")
+    if not (weight.dim() == 3 and weight.shape[1] == x.shape[1] and min(weight.shape) >= 1):
+        raise ValueError(f"{_OP}: weight must be [Cout, {x.shape[1]}, k], none of them 0, not {shape(weight)}")
     if not (weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)):
         raise ValueError(
             f"{_OP}: x is {x.dtype} but weight is {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
@@ -61,7 +61,7 @@ def dilated_causal_conv1d(
         raise ValueError(f"{_OP}: bias must be [{weight.shape[0]}], not {shape(bias)}")
     if dilation < 1:
         raise ValueError(f"{_OP}: dilation must be at least 1, not {dilation}")
-    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[2])
+    chosen = resolve(_OP, backend, x.device.type, x.dtype)
     if chosen == "reference":
         with without_autocast(x.device.type):
             return reference(x, weight, bias, dilation)
@@ -125,7 +125,7 @@ def causal_conv_rows(
         [B, count, Cout].
     """
     x = autocast(x)
-    chosen = resolve(_OP, backend, x.device.type, x.dtype, taps=weight.shape[0 if g is None else 2])
+    chosen = resolve(_OP, backend, x.device.type, x.dtype)
     if g is not None and (
         chosen != "cpp" or "weight_normed_conv1d_cpp_fwd" not in BESIDE.get((_OP, x.device.type), ())
     ):
@@ -142,7 +142,4 @@ def causal_conv_rows(
         others = (bias, residual, seed, dilation, count, step, relu, dropout, with_grad)
         if g is not None:
             return torch.ops.deepmsi.weight_normed_conv1d_cpp_fwd(x, weight, g, *others)[0]
-        forward = torch.ops.deepmsi.dilated_causal_conv1d_cpp_fwd
-        if chosen == "triton":
-            forward = torch.ops.deepmsi.dilated_causal_conv1d_triton_fwd
-        return forward(x, weight, *others)[0]
+        return getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(x, weight, *others)[0]

@@ -103,7 +103,7 @@ def residual_window_attention(
         check_devices(x, _OP, "x", **{name: tensor})
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
-    facts = {"channels": channels, "heads": heads, "head_dim": channels // heads, "window": window, "mixed": mixed}
+    facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
     if chosen == "reference":
         qkv_weight, qkv_bias, proj_weight, proj_bias = cast

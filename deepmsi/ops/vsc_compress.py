@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas
-from deepmsi.ops._arguments import autocast, check, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.vsc_compress import vsc_compress as reference
 
 _OP = "vsc_compress"
@@ -94,41 +94,41 @@ def vsc_compress(
     check_floating(x, _OP, "x")
     check_floating(guide, _OP, "guide")
     if cu_seqlens is None:
-        check(x.dim() == 3, lambda: f"{_OP}: x must be [B, N, C] where cu_seqlens is None, not {shape(x)}")
+        if x.dim() != 3:
+            raise ValueError(f"{_OP}: x must be [B, N, C] where cu_seqlens is None, not {shape(x)}")
         frames = x.shape[0]
     else:
-        check(x.dim() == 2, lambda: f"{_OP}: x must be packed [R, C] where cu_seqlens is given, not {shape(x)}")
-        check(
-            cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] >= 1,
-            lambda: f"{_OP}: cu_seqlens must be [B + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}",
-        )
-        check(
-            cu_seqlens.device == x.device,
-            lambda: f"{_OP}: cu_seqlens is on {cu_seqlens.device}, x on {x.device}: move it",
-        )
+        if x.dim() != 2:
+            raise ValueError(f"{_OP}: x must be packed [R, C] where cu_seqlens is given, not {shape(x)}")
+        if not (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] >= 1):
+            raise ValueError(f"{_OP}: cu_seqlens must be [B + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
         frames = cu_seqlens.shape[0] - 1
-    check(
-        guide.dim() == 2 and guide.shape[0] == frames and guide.shape[1] == x.shape[-1],
-        lambda: f"{_OP}: guide must be [B, C] = [{frames}, {x.shape[-1]}], not {shape(guide)}",
-    )
-    check(x.shape[-1] >= 1, lambda: f"{_OP}: x must have at least one channel")
-    check(guide.device == x.device, lambda: f"{_OP}: guide is on {guide.device}, x on {x.device}: move it")
-    check(temperature > 0, lambda: f"{_OP}: temperature must be above 0, not {temperature}")
-    check(keep is None or keep >= 1, lambda: f"{_OP}: keep must be at least 1, not {keep}")
-    check(min_keep >= 1, lambda: f"{_OP}: min_keep must be at least 1, not {min_keep}")
-    check(
-        capacity is None or capacity >= (keep or min_keep),
-        lambda: f"{_OP}: capacity {capacity} is below {'keep' if keep else 'min_keep'} {keep or min_keep}",
-    )
-    check(0 <= fuse_alpha <= 1, lambda: f"{_OP}: fuse_alpha must lie in [0, 1], not {fuse_alpha}")
-    check(max_seqlen is None or max_seqlen >= 0, lambda: f"{_OP}: max_seqlen must not be negative, not {max_seqlen}")
+    if not (guide.dim() == 2 and guide.shape[0] == frames and guide.shape[1] == x.shape[-1]):
+        raise ValueError(f"{_OP}: guide must be [B, C] = [{frames}, {x.shape[-1]}], not {shape(guide)}")
+    if x.shape[-1] < 1:
+        raise ValueError(f"{_OP}: x must have at least one channel")
+    check_devices(x, _OP, "x", cu_seqlens=cu_seqlens, guide=guide)
+    if not temperature > 0:
+        raise ValueError(f"{_OP}: temperature must be above 0, not {temperature}")
+    if keep is not None and keep < 1:
+        raise ValueError(f"{_OP}: keep must be at least 1, not {keep}")
+    if min_keep < 1:
+        raise ValueError(f"{_OP}: min_keep must be at least 1, not {min_keep}")
+    if capacity is not None and capacity < (keep or min_keep):
+        raise ValueError(f"{_OP}: capacity {capacity} is below {'keep' if keep else 'min_keep'} {keep or min_keep}")
+    if not 0 <= fuse_alpha <= 1:
+        raise ValueError(f"{_OP}: fuse_alpha must lie in [0, 1], not {fuse_alpha}")
+    if max_seqlen is not None and max_seqlen < 0:
+        raise ValueError(f"{_OP}: max_seqlen must not be negative, not {max_seqlen}")
 
     wide = _schemas.accumulate_dtype(x.dtype)
     if isinstance(guide_weight, Tensor):
-        check(guide_weight.dim() == 0, lambda: f"{_OP}: guide_weight must be 0-dim, not {shape(guide_weight)}")
+        if guide_weight.dim() != 0:
+            raise ValueError(f"{_OP}: guide_weight must be 0-dim, not {shape(guide_weight)}")
         weight = guide_weight.to(device=x.device, dtype=wide)
     else:
-        check(0 <= guide_weight <= 1, lambda: f"{_OP}: guide_weight must lie in [0, 1], not {guide_weight}")
+        if not 0 <= guide_weight <= 1:
+            raise ValueError(f"{_OP}: guide_weight must lie in [0, 1], not {guide_weight}")
         weight = torch.full((), guide_weight, device=x.device, dtype=wide)
     guide = guide.to(wide)
     options = (
@@ -145,7 +145,5 @@ def vsc_compress(
     if chosen == "reference":
         with without_autocast(x.device.type):
             return CompressedTokens(*reference(x, cu_seqlens, guide, weight, *options, max_seqlen))
-    forward = torch.ops.deepmsi.vsc_compress_cpp_fwd
-    if chosen == "triton":
-        forward = torch.ops.deepmsi.vsc_compress_triton_fwd
+    forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
     return CompressedTokens(*forward(x, cu_seqlens, guide, weight, *options)[:6])

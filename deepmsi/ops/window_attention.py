@@ -193,20 +193,15 @@ def window_attention(
         cu_seqlens,
         head_scale,
     )
-    depth = qkv.shape[-1] // (3 * heads)
-    chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, heads=heads, head_dim=depth, window=window)
+    chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype)
     with without_autocast(qkv.device.type):
         if chosen == "reference":
             return reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
-        forward = torch.ops.deepmsi.window_attention_cpp_fwd
-        if chosen == "triton":
-            forward = torch.ops.deepmsi.window_attention_triton_fwd
-        rows = qkv.reshape(-1, qkv.shape[-1])
-        out, _ = forward(
-            rows,
+        out, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
+            qkv.reshape(-1, qkv.shape[-1]),
             bias_table.float(),
             head_scale_of(logit_scale, head_scale),
-            scale or 0.0,
+            scale,
             narrowed(positions),
             cu_seqlens,
             heads,

@@ -221,6 +221,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
     ("change", "words"),
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
         ({"normalize": "rows"}, "normalize must be"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels must be"),
         ({"labels": torch.zeros(8)}, "labels must be integers"),
@@ -231,6 +232,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
         ({"valid_a": torch.ones(8)}, "valid_a must be"),
         ({"valid_a": (torch.ones(8, dtype=torch.bool),) * 2}, "valid_a holds 2 masks for 1 of b"),
         ({"b": torch.zeros(8, 4)}, "b must be"),
+        ({"b": torch.tensor(1.0)}, "b must be"),
         ({"b": (torch.zeros(8, 5),) * 2, "valid_b": torch.ones(8, dtype=torch.bool)}, "give one for each"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -535,6 +535,8 @@ def test_every_instruction_set_that_this_cpu_runs(isa: str) -> None:
     [
         ((2, 3), (4, 3, 3), None, 1, r"x must be \[B, Cin, T\]"),
         ((2, 3, 5), (4, 2, 3), None, 1, "weight must be"),
+        ((2, 0, 5), (4, 0, 3), None, 1, "weight must be .* none of them 0"),
+        ((2, 3, 5), (0, 3, 3), None, 1, "weight must be .* none of them 0"),
         ((2, 3, 5), (4, 3, 3), (3,), 1, "bias must be"),
         ((2, 3, 5), (4, 3, 3), None, 0, "dilation must be at least 1"),
     ],

@@ -140,6 +140,15 @@ def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> N
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("op", backends.OPS)
+def test_integers_are_refused(op: str, narrow: bool) -> None:
+    """Autocast narrows floating-point numbers alone."""
+    (x, *others), run = call(op, "reference", "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow), pytest.raises(ValueError, match=r"must be float16, .*"):
+        run(x.long(), *others)
+
+
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
 def test_a_kernel_is_proven_wherever_it_can_run(request: pytest.FixtureRequest, op: str, backend: str) -> None:
     """Read from what pytest collected: a kernel without its tests, or a type or device that they leave out, fails."""
