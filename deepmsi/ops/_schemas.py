@@ -26,7 +26,7 @@ def _register(
     op: str,
     forward: str,
     backward: str,
-    fake_forward: Callable[..., Any],
+    fake_forward: Callable[..., Any] | dict[str, Callable[..., Any]],
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
     gradient: Callable[..., tuple[Any, ...]],
@@ -37,7 +37,8 @@ def _register(
     Args:
         op: Name of the operation.
         forward, backward: Schemas without the name: ``(Tensor x, ...) -> (Tensor, ...)``.
-        fake_forward, fake_backward: Shapes, types and strides of the outputs.
+        fake_forward, fake_backward: Shapes, types and strides of the outputs; the forward's may be one for each
+            backend.
         setup_context: ``(ctx, inputs, output)``; saves what the backward reads.
         gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per
             input.
@@ -47,7 +48,8 @@ def _register(
         name = f"{op}_{backend}"
         LIBRARY.define(f"{name}_fwd{forward}", tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.define(f"{name}_bwd{backward}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"deepmsi::{name}_fwd", fake_forward, lib=LIBRARY)
+        fake = fake_forward[backend] if isinstance(fake_forward, dict) else fake_forward
+        torch.library.register_fake(f"deepmsi::{name}_fwd", fake, lib=LIBRARY)
         torch.library.register_fake(f"deepmsi::{name}_bwd", fake_backward, lib=LIBRARY)
         if backend == "triton":
             for direction in ("fwd", "bwd"):
@@ -132,13 +134,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# vsc_compress
-#
-# Forward: x [B, N, C] or packed [R, C] with cu_seqlens [B + 1] int32; guide [B, C], guide_weight [] in
-# float32 (float64 with a float64 x). Exactly R' output rows: B·capacity, else B·min(keep, N) where x is
-# dense, else one integer is read. `state` [3, R]: score s, floored norm, closeness c of an irrelevant token
-# to its nearest relevant one (0 for others). `mean` [B, C]: v. Rows past the last valid one: tokens 0, gate
-# 0, index -1.
+# --- vsc_compress
+# Forward: x [B, N, C] or packed [R, C] with cu_seqlens [B + 1] int32; guide [B, C], guide_weight [] in float32 (float64
+# with a float64 x). Exactly R' output rows: B·capacity, else B·min(keep, N) where x is dense, else one integer is read.
+# `state` [3, R]: score s, floored norm, closeness c of an irrelevant token to its nearest relevant one (0 for others).
+# `mean` [B, C]: v. Rows past the last valid one: tokens 0, gate 0, index -1.
 
 _VSC_FORWARD = (
     "(Tensor x, Tensor? cu_seqlens, Tensor guide, Tensor guide_weight, float temperature, bool standardize, "
@@ -418,21 +418,10 @@ _register(
     "project_cells",
     _CELLS_FORWARD,
     _CELLS_BACKWARD,
-    _cells_fake_forward_cpp,
+    {"cpp": _cells_fake_forward_cpp, "triton": _cells_fake_forward_triton},
     _cells_fake_backward,
     _cells_setup_context,
     _cells_gradient,
-    backends=("cpp",),
-)
-_register(
-    "project_cells",
-    _CELLS_FORWARD,
-    _CELLS_BACKWARD,
-    _cells_fake_forward_triton,
-    _cells_fake_backward,
-    _cells_setup_context,
-    _cells_gradient,
-    backends=("triton",),
 )
 
 
@@ -516,12 +505,12 @@ _MLP_BACKWARD = (
 )
 
 
-def _mlp_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
-
-
 def _mlp_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
     return x.new_empty(x.shape), x.new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+
+
+def _mlp_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
+    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
@@ -551,21 +540,10 @@ _register(
     "residual_mlp",
     _MLP_FORWARD,
     _MLP_BACKWARD,
-    _mlp_fake_forward_cpp,
+    {"cpp": _mlp_fake_forward_cpp, "triton": _mlp_fake_forward_triton},
     _mlp_fake_backward,
     _mlp_setup_context,
     _mlp_gradient,
-    backends=("cpp",),
-)
-_register(
-    "residual_mlp",
-    _MLP_FORWARD,
-    _MLP_BACKWARD,
-    _mlp_fake_forward_triton,
-    _mlp_fake_backward,
-    _mlp_setup_context,
-    _mlp_gradient,
-    backends=("triton",),
 )
 
 
@@ -635,21 +613,10 @@ _register(
     "residual_window_attention",
     _ATTENTION_FORWARD,
     _ATTENTION_BACKWARD,
-    _attention_fake_forward_cpp,
+    {"cpp": _attention_fake_forward_cpp, "triton": _attention_fake_forward_triton},
     _attention_fake_backward,
     _attention_setup_context,
     _attention_gradient,
-    backends=("cpp",),
-)
-_register(
-    "residual_window_attention",
-    _ATTENTION_FORWARD,
-    _ATTENTION_BACKWARD,
-    _attention_fake_forward_triton,
-    _attention_fake_backward,
-    _attention_setup_context,
-    _attention_gradient,
-    backends=("triton",),
 )
 
 
