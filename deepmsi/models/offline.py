@@ -152,6 +152,7 @@ class LogMelEncoder(nn.Module):
         mels: mel bands.
         width: channels of the blocks over time.
         layers: number of blocks; 0 leaves the spectrogram's statistics and a linear layer.
+        kernel: taps of the blocks' convolutions over time, an odd number.
         dropout: inside the blocks and on the pooled statistics.
         masks: SpecAugment in training: this many stretches of time (each up to 10% of the utterance) and of
             bands (each up to 12% of them) are set to the utterance's mean; drawn from torch's generator.
@@ -310,7 +311,7 @@ class HashingTextEncoder(nn.Module):
     Args:
         dim: width of the utterance vector and of the embedding.
         buckets: as the tokenizer's.
-        dropout: on the vector; in training each piece is also left out with this probability.
+        dropout: inside the MLP; in training each piece is also left out with this probability.
     """
 
     def __init__(self, dim: int = 128, *, buckets: int = 32_768, dropout: float = 0.1) -> None:

@@ -55,6 +55,13 @@ def test_context_reads_earlier_rows_of_the_same_dialogue():
     assert context_strings(rows, 0) == [row.text for row in rows]
 
 
+def test_an_utterance_of_several_lines_is_one_line_of_its_context():
+    """What stands behind the last line break is the utterance that is pooled."""
+    rows = [Line("one\ntwo", "Ann", "1"), Line("three\r\nfour", "Bob", "1")]
+    assert context_strings(rows, 1) == ["Ann: one two", "Ann: one two\nBob: three four"]
+    assert context_strings(rows, 0) == ["one\ntwo", "three\r\nfour"]
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_text_padding_changes_nothing(bert_folder, pooling):
     encoder, processor = build_text_encoder(TextConfig(encoder=str(bert_folder), pooling=pooling))
