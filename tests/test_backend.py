@@ -97,6 +97,14 @@ def test_environment_variable_is_checked_at_import() -> None:
     assert "DEEPMSI_BACKEND must be one of" in done.stderr
 
 
+def test_an_environment_variable_that_is_empty_says_nothing() -> None:
+    environment = {**os.environ, "DEEPMSI_BACKEND": "", "DEEPMSI_ISA": ""}
+    code = "import deepmsi; print(deepmsi.explain())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "backend: auto (default)" in done.stdout
+
+
 def test_choice_is_traced_without_a_break() -> None:
     torch._dynamo.reset()
 

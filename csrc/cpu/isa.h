@@ -50,7 +50,7 @@ inline Isa active_isa() {
   static const Isa isa = [] {
     const Isa best = cpu_isa();
     const char* asked = std::getenv("DEEPMSI_ISA");
-    if (asked == nullptr) return best;
+    if (asked == nullptr || *asked == '\0') return best;
     for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
       if (std::strcmp(asked, isa_name(lower)) == 0 && lower <= best) return lower;
     }

@@ -66,7 +66,7 @@ Forward vsc_compress_fwd_cpu(Tensor x_any, std::optional<Tensor> cu_seqlens, Ten
                   ": guide and x must have the same channels");
   const std::vector<int64_t> offset = frame_offsets(x, cu_seqlens, frames, kOp);
   const int64_t rows = cu_seqlens.has_value() ? x.size(0) : frames * x.size(1);
-  STD_TORCH_CHECK(rows <= INT32_MAX, kOp, ": more than 2^31 rows");
+  STD_TORCH_CHECK(rows <= INT32_MAX, kOp, ": 2^31 rows or more");
 
   Tensor relevance = torch::stable::new_empty(x, {rows}, wide);
   Tensor assignment = torch::stable::new_empty(x, {rows}, ScalarType::Int);

@@ -99,7 +99,7 @@ struct WindowCall {
   // A window's rows lie in memory for area tokens, so a position that stands twice must not get through.
   void check_packed(const char* op) const {
     STD_TORCH_CHECK(w.offset[0] == 0 && w.offset[frames] <= rows, op,
-                    ": cu_seqlens must start at 0 and end within the rows of qkv");
+                    ": cu_seqlens must start at 0 and end within the rows");
     for (int64_t f = 0; f < frames; ++f) {
       STD_TORCH_CHECK(w.offset[f] <= w.offset[f + 1], op, ": cu_seqlens must not descend");
       int64_t before = -1;

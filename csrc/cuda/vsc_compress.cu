@@ -593,11 +593,11 @@ Frames frames_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens, int64
   if (!cu_seqlens.has_value()) {
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == frames && x.size(2) == channels, kOp,
                     ": x must be [B, N, C] for B frames");
-    STD_TORCH_CHECK(frames * x.size(1) <= INT32_MAX, kOp, ": more than 2^31 rows");
+    STD_TORCH_CHECK(frames * x.size(1) <= INT32_MAX, kOp, ": 2^31 rows or more");
     return {nullptr, frames, x.size(1), frames * x.size(1)};
   }
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == channels, kOp, ": x must be packed [R, C]");
-  STD_TORCH_CHECK(x.size(0) <= INT32_MAX, kOp, ": more than 2^31 rows");
+  STD_TORCH_CHECK(x.size(0) <= INT32_MAX, kOp, ": 2^31 rows or more");
   STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
                       cu_seqlens->size(0) == frames + 1 && cu_seqlens->is_contiguous() &&
                       cu_seqlens->is_cuda(),

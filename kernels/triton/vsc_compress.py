@@ -553,7 +553,7 @@ class _Call:
         self.length = x.shape[1] if cu_seqlens is None else 0
         self.rows = x.shape[0] if cu_seqlens is not None else x.shape[0] * x.shape[1]
         if self.rows >= 2**31:
-            raise RuntimeError("vsc_compress: more than 2^31 rows")
+            raise RuntimeError("vsc_compress: 2^31 rows or more")
         wide = triton.next_power_of_2(self.channels)
         self.shape: dict[str, Any] = {"ROWS": _ROWS, "BLOCK_C": min(128, max(16, wide)), "num_warps": 4}
         # Products keep their operands and the next ones in shared memory and registers: narrower tiles.
