@@ -26,7 +26,10 @@ LAYERS: dict[str, set[str]] = {
 }
 # Lazily, inside a function, prediction on files decodes with `data` and `train`'s recipes.
 LAZY_UPWARD = {("models", "data"), ("models", "train")}
-HEAVY = ("transformers", "timm", "torchvision", "triton", "pydantic", "av", "sklearn", "matplotlib", "accelerate")
+HEAVY = (
+    *("transformers", "timm", "torchvision", "triton", "pydantic", "av", "sklearn", "matplotlib", "accelerate"),
+    "huggingface_hub",
+)
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -297,6 +297,8 @@ class DeepMSI(
                     f"{name}_features is {list(features.shape)}: this model reads "
                     f"[utterances, {self.missing[name].shape[0]}]."
                 )
+            if raw is not None and raw.dim() != 2:
+                raise UserError(f"{argument} is {list(raw.shape)}: give [utterances, longest], a row for each.")
 
     def _rows(self, given: dict[str, Tensor | None], modality_mask: Tensor | None, labels: Tensor | None) -> int:
         """U, from whatever tells it; everything that tells it has to agree."""
@@ -309,6 +311,8 @@ class DeepMSI(
         elif not sizes:
             raise UserError(f"nothing was passed: this model reads {', '.join(self.modalities)}.")
         if labels is not None:
+            if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
+                raise UserError(f"labels is {list(labels.shape)} {labels.dtype}: give [utterances] int64.")
             sizes["labels"] = labels.shape[0]
         rows = next(iter(sizes.values()))
         if any(size != rows for size in sizes.values()):
