@@ -256,7 +256,8 @@ def test_gelu_is_as_exact_as_16_bits_in_both_tails(
 ) -> None:
     """And so is its slope. fc1 and fc2 pass the first channel on to the second, where the stream is 0."""
     testing.need("residual_mlp", backend, device, dtype)
-    x = torch.linspace(-6, 6, 4001, device=device).to(dtype)
+    # GELU is the same in both: the interpreter takes its time over wide rows.
+    x = torch.linspace(-6, 6, 4001 if channels == 2 else 401, device=device).to(dtype)
     rows = torch.nn.functional.pad(x[:, None], (0, channels - 1)).requires_grad_()
     fc1, fc2 = (torch.zeros(channels, channels, device=device, dtype=dtype) for _ in range(2))
     fc1[0, 0] = fc2[1, 0] = 1
