@@ -60,8 +60,8 @@ def cross_modal_contrastive(
         RuntimeError: The backend that was asked for cannot run this call.
     """
     check_floating(a, _OP, "a")
-    if a.dim() != 2:
-        raise ValueError(f"{_OP}: a must be [B, D], not {shape(a)}")
+    if a.dim() != 2 or a.shape[1] < 1:
+        raise ValueError(f"{_OP}: a must be [B, D] of at least one channel, not {shape(a)}")
     others = [b] if isinstance(b, Tensor) else list(b)
     if len(others) < 1:
         raise ValueError(f"{_OP}: b is an empty sequence")

@@ -233,6 +233,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
         ({"valid_a": (torch.ones(8, dtype=torch.bool),) * 2}, "valid_a holds 2 masks for 1 of b"),
         ({"b": torch.zeros(8, 4)}, "b must be"),
         ({"b": torch.tensor(1.0)}, "b must be"),
+        ({"a": torch.ones(8, 0), "b": torch.ones(8, 0)}, "at least one channel"),
         ({"b": (torch.zeros(8, 5),) * 2, "valid_b": torch.ones(8, dtype=torch.bool)}, "give one for each"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
