@@ -115,36 +115,30 @@ def _has_large_windows(device: str, dtype: torch.dtype, facts: dict[str, int]) -
     return facts.get("window", 8) > 4
 
 
+# Storage types up to 16, 32 and 64 bits, and those that the CPU's blocks multiply.
+_HALVES = (torch.bfloat16, torch.float16)
+_SINGLES = (torch.float32, *_HALVES)
+_DOUBLES = (*_SINGLES, torch.float64)
+_BLOCKS = (torch.float32, torch.bfloat16)
+
 # One line per operation and backend. A sibling kernel registers here.
 KERNELS: dict[tuple[str, str], Kernel] = {
-    ("vsc_compress", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")),
-    ("vsc_compress", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
-    ("window_attention", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("dilated_causal_conv1d", "cpp"): Kernel(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cpu", "cuda")
-    ),
-    ("dilated_causal_conv1d", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("cross_modal_contrastive", "cpp"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
-    ("cross_modal_contrastive", "triton"): Kernel((torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu")),
-    ("project_cells", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
-    ("project_cells", "triton"): Kernel(
-        (torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(256, "outputs", "rows of what comes out")
-    ),
-    ("residual_norm", "cpp"): Kernel(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), ("cuda",), _at_most(2048)
-    ),
-    ("residual_norm", "triton"): Kernel(
-        (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096)
-    ),
-    ("residual_mlp", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
-    ("residual_mlp", "triton"): Kernel(
-        (torch.float32, torch.bfloat16, torch.float16), ("cuda", "cpu"), _at_most(4096), _has_tensor_cores
-    ),
-    ("residual_window_attention", "cpp"): Kernel((torch.float32, torch.bfloat16), ("cpu",), _one_type, _has_vectors),
-    ("residual_window_attention", "triton"): Kernel(
-        (torch.bfloat16, torch.float16), ("cuda", "cpu"), _narrow_windows, _has_large_windows
-    ),
+    ("vsc_compress", "cpp"): Kernel(_DOUBLES, ("cpu", "cuda")),
+    ("vsc_compress", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
+    ("window_attention", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),
+    ("window_attention", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
+    ("dilated_causal_conv1d", "cpp"): Kernel(_DOUBLES, ("cpu", "cuda")),
+    ("dilated_causal_conv1d", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
+    ("cross_modal_contrastive", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),
+    ("cross_modal_contrastive", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
+    ("project_cells", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
+    ("project_cells", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _at_most(256, "outputs", "rows of what comes out")),
+    ("residual_norm", "cpp"): Kernel(_DOUBLES, ("cuda",), _at_most(2048)),
+    ("residual_norm", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096)),
+    ("residual_mlp", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
+    ("residual_mlp", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096), _has_tensor_cores),
+    ("residual_window_attention", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
+    ("residual_window_attention", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_windows, _has_large_windows),
 }
 
 
