@@ -11,9 +11,9 @@ from deepmsi.ops import cross_modal_contrastive
 from deepmsi.ops.cross_modal_contrastive import masks_of_pairs
 
 if dist.is_available():
-    # Its functions take the group of the moment of their import for the default of an argument, for good. Some part
-    # of torch imports them sooner or later; before there is a group, none outlives its end in them, with threads
-    # that may abort the process at its exit.
+    # Its functions keep, as the default of an argument, the group that there is when they are imported. Some part of
+    # torch imports them sooner or later, and a group that lives on in them has threads that may abort the process at
+    # its exit. Imported here, before there is a group, they keep none.
     import torch.distributed.nn
 
 

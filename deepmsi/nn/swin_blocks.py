@@ -158,7 +158,10 @@ class WindowAttention(HoldsConstants):
             self.coordinate_bits = bits
 
     def bias_table(self) -> Tensor:
-        """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads], float32 or wider."""
+        """Return 16 · sigmoid of the position bias of every offset [(2w - 1)², heads].
+
+        In float32 or wider; a network in the place of its own gives it in its type.
+        """
         if not usual_bias(self.cpb_mlp):
             coordinates = self.coordinate_bits.view(torch.float32).to(next(self.cpb_mlp.parameters()).dtype)
             with without_autocast(coordinates.device.type):

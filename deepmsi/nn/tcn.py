@@ -147,9 +147,8 @@ class TemporalBlock(nn.Module):
     def _weight(self, conv: nn.Conv1d) -> tuple[Tensor, Tensor | None]:
         """Return a convolution's weight [k, Cin, Cout] and None, or v [Cout, Cin, k] and g of its weight norm.
 
-        In evaluation the norm is folded in, and the weight is that of the time before, until a gradient is wanted.
-
-        What :class:`Content` does not see stays unseen until the next call of ``train()`` or ``eval()``.
+        In evaluation it is folded once, and kept until its parameters change or a gradient of them is wanted. A change
+        that :class:`Content` does not see is seen after the next call of ``train()`` or ``eval()``.
         """
         norm = _weight_norm(conv)
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)

@@ -129,22 +129,6 @@ def test_rows_behind_the_frames_are_passed_on(
     assert_budget(backend, device, dtype, (77,), channels, 200, True, lengths=lengths)
 
 
-@pytest.mark.parametrize(("backend", "device"), [place for place in (*PLACES, *REFERENCES) if place[0] != "triton"])
-def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device: str) -> None:
-    testing.need("residual_mlp", backend, device, torch.float32)
-    channels, hidden = 24, 96
-    shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,), (channels,), (channels,))
-    weights = [randn(*shape, seed=i, device=device, scale=0.1).requires_grad_() for i, shape in enumerate(shapes)]
-    rows, found = randn(20, channels, seed=9, device=device), []
-    for held in (0.0, torch.nan):
-        x = rows.clone()
-        x[12:] = held
-        y = residual_mlp(x.requires_grad_(), *weights, cu_seqlens=offsets([5, 7], device), backend=backend)
-        found.append([y[:12], *torch.autograd.grad(y, (x, *weights), torch.ones_like(y))])
-    for zeros, nans in zip(*found, strict=True):
-        assert torch.equal(zeros, nans)
-
-
 @pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
