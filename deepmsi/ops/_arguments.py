@@ -1,6 +1,6 @@
 """What the public operations share before a kernel runs: autocast, and sentences for bad arguments."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -67,6 +67,11 @@ def check_floating(x: Tensor, op: str, name: str) -> None:
         raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, not {x.dtype}")
 
 
+def are_offsets(cu_seqlens: Tensor) -> bool:
+    """Whether these can be the offsets of frames' rows, [F + 1] int32; what they hold is not read."""
+    return cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32
+
+
 def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> None:
     """Raise unless the others lie where x does: a kernel reads their addresses."""
     for other, tensor in others.items():
@@ -74,9 +79,9 @@ def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> Non
             raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {x.device}: move it")
 
 
-def check_packed(op: str, *packed: Tensor) -> None:
-    """Raise unless these are weights that ``pack_weight`` gave."""
-    if not all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in packed):
+def check_packed(op: str, packed: Sequence[Tensor], count: int) -> None:
+    """Raise unless these are so many weights that ``pack_weight`` gave."""
+    if len(packed) != count or not all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in packed):
         raise ValueError(f"{op}: packed must be what pack_weight gives, one for each weight")
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
 from deepmsi.ops._arguments import (
+    are_offsets,
     autocast,
     autocast_layers,
     autocast_type,
@@ -75,7 +76,7 @@ def project_cells(
             raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
         check_devices(x, _OP, "x", **{name: vector})
     check_devices(x, _OP, "x", weight=weight, cu_seqlens=cu_seqlens)
-    if cu_seqlens is not None and (x.shape[:2] != (1, 1) or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+    if cu_seqlens is not None and not (x.shape[:2] == (1, 1) and are_offsets(cu_seqlens)):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
@@ -92,7 +93,7 @@ def project_cells(
     if chosen == "cpp":
         weight, bias = unrounded((weight, bias), cast)
         if packed is not None and not with_grad:
-            check_packed(_OP, packed)
+            check_packed(_OP, (packed,), 1)
             weight = packed
         if x.stride(5) != 1:
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies

@@ -6,6 +6,7 @@ from torch import Tensor
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
 from deepmsi.ops._arguments import (
+    are_offsets,
     autocast_layers,
     check_devices,
     check_floating,
@@ -80,7 +81,7 @@ def residual_mlp(
             raise ValueError(f"{_OP}: {name} must be [{size}], not {shape(vector)}")
     if row_scale is not None and row_scale.shape != x.shape[:-1]:
         raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
-    if cu_seqlens is not None and (x.dim() != 2 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+    if cu_seqlens is not None and not (x.dim() == 2 and are_offsets(cu_seqlens)):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
@@ -90,7 +91,7 @@ def residual_mlp(
     check_devices(x, _OP, "x", **layers, **others)
     cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
-    scale = None if row_scale is None else row_scale.reshape(-1)
+    scale = None if row_scale is None else row_scale.detach().reshape(-1)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
     if chosen == "cpp":
         cast = unrounded(layers.values(), cast)
@@ -98,7 +99,7 @@ def residual_mlp(
     with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:
-        check_packed(_OP, *packed)
+        check_packed(_OP, packed, 2)
         fc1_weight, fc2_weight = packed
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":

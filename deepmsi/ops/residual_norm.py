@@ -55,6 +55,7 @@ def residual_norm(
             raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
     if row_scale is not None and row_scale.shape != x.shape[:-1]:
         raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
+    row_scale = None if row_scale is None else row_scale.detach()
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale}
     check_devices(x, _OP, "x", branch=branch, **vectors)
     chosen = resolve(_OP, backend, x.device.type, branch.dtype, channels=channels)

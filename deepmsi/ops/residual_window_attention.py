@@ -101,6 +101,7 @@ def residual_window_attention(
         if tensor is not None and tensor.shape != size:
             raise ValueError(f"{_OP}: {name} must be {list(size)}, not {shape(tensor)}")
         check_devices(x, _OP, "x", **{name: tensor})
+    row_scale = None if row_scale is None else row_scale.detach()
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
@@ -116,7 +117,7 @@ def residual_window_attention(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
     )
     if chosen == "cpp" and packed is not None and not with_grad:
-        check_packed(_OP, *packed)
+        check_packed(_OP, packed, 2)
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     y, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(

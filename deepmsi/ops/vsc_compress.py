@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas
-from deepmsi.ops._arguments import autocast, check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import are_offsets, autocast, check_devices, check_floating, shape, without_autocast
 from deepmsi.reference.vsc_compress import vsc_compress as reference
 
 _OP = "vsc_compress"
@@ -100,7 +100,7 @@ def vsc_compress(
     else:
         if x.dim() != 2:
             raise ValueError(f"{_OP}: x must be packed [R, C] where cu_seqlens is given, not {shape(x)}")
-        if not (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] >= 1):
+        if not are_offsets(cu_seqlens):
             raise ValueError(f"{_OP}: cu_seqlens must be [B + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
         frames = cu_seqlens.shape[0] - 1
     if not (guide.dim() == 2 and guide.shape[0] == frames and guide.shape[1] == x.shape[-1]):

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import autocast, check_devices, check_floating, keeps_for_backward, shape, without_autocast
+from deepmsi.ops._arguments import (
+    are_offsets,
+    autocast,
+    check_devices,
+    check_floating,
+    keeps_for_backward,
+    shape,
+    without_autocast,
+)
 from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
 from deepmsi.reference.window_attention import window_attention as reference
 
@@ -52,7 +60,7 @@ def check_windows(
             raise ValueError(
                 f"{op}: positions must be [R] = [{x.shape[0]}] int32, not {shape(positions)} {positions.dtype}"
             )
-        if not (cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype == torch.int32):
+        if not are_offsets(cu_seqlens):
             raise ValueError(f"{op}: cu_seqlens must be [F + 1] int32, not {shape(cu_seqlens)} {cu_seqlens.dtype}")
     else:
         if not (x.dim() == 4 and x.shape[1] == height and x.shape[2] == width):

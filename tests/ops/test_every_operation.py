@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from deepmsi import backend as backends
 from deepmsi import ops, testing
-from deepmsi.testing import DEVICES, PLACES
+from deepmsi.testing import DEVICES, PLACES, REFERENCES
 
 KERNELS = list(backends.KERNELS)
 # The tests that each kernel must have in tests/ops/test_<op>.py, by a part of their name, with its place as parameters.
@@ -59,8 +60,8 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
         x, branch = (testing.randn(300, 40, seed=s, device=device) for s in (1, 2))
         weight, bias = (testing.randn(40, seed=s, device=device) for s in (3, 4))
 
-        def run(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return ops.residual_norm(x, branch, weight, bias, backend=backend)
+        def run(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+            return ops.residual_norm(x, branch, weight, bias, backend=backend, **options)
 
         return [x, branch, weight, bias], run
     if op == "residual_mlp":
@@ -69,8 +70,8 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
         dtype = torch.float32 if device == "cpu" else torch.float16
         inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
 
-        def run(*inputs: Tensor) -> Tensor:
-            return ops.residual_mlp(*inputs, backend=backend)
+        def run(*inputs: Tensor, **options: Any) -> Tensor:
+            return ops.residual_mlp(*inputs, backend=backend, **options)
 
         return inputs, run
     if op == "residual_window_attention":
@@ -80,8 +81,8 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
         inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
         inputs.append(testing.randn(15**2, 2, seed=7, device=device))
 
-        def run(*inputs: Tensor) -> Tensor:
-            options = {"bias_table": inputs[-1], "backend": backend}
+        def run(*inputs: Tensor, **options: Any) -> Tensor:
+            options = {"bias_table": inputs[-1], "backend": backend, **options}
             return ops.residual_window_attention(*inputs[:-1], 2, (16, 8), 8, 4, **options)
 
         return inputs, run
@@ -138,6 +139,19 @@ def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> N
     grads = torch.autograd.grad(run(*leaves).square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{op} has a second derivative on the reference backend alone"):
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+
+@pytest.mark.parametrize("op", ["residual_norm", "residual_mlp", "residual_window_attention"])
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_the_factor_of_a_row_gets_no_gradient(op: str, backend: str, device: str) -> None:
+    testing.need(op, backend, device)
+    inputs, run = call(op, backend, device)
+    scale = torch.full(inputs[0].shape[:-1], 0.5, dtype=inputs[0].dtype, device=device, requires_grad=True)
+    assert not run(*inputs, row_scale=scale).requires_grad
+    inputs[0].requires_grad_()
+    run(*inputs, row_scale=scale).sum().backward()
+    assert inputs[0].grad is not None
+    assert scale.grad is None
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["", "autocast"])

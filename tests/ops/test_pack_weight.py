@@ -130,8 +130,9 @@ def test_what_was_packed_for_another_layer_or_type_is_refused() -> None:
 def test_what_is_not_packed_gets_a_sentence() -> None:
     x, weights = randn(30, CHANNELS, seed=9), layers(72)
     sentence = "residual_mlp: packed must be what pack_weight gives, one for each weight"
-    with pytest.raises(ValueError, match=sentence):
-        ops.residual_mlp(x, *weights, packed=(weights[0], weights[2]), backend="cpp")
+    for wrong in ((weights[0], weights[2]), packed(weights)[:1], (*packed(weights), packed(weights)[1]), ()):
+        with pytest.raises(ValueError, match=sentence):
+            ops.residual_mlp(x, *weights, packed=wrong, backend="cpp")
     cells, weight = randn(1, 1, 4, 1, 1, 40, seed=1), randn(40, 40, seed=2)
     with pytest.raises(ValueError, match="project_cells: packed must be what pack_weight gives"):
         ops.project_cells(cells, weight, *weights[3:], packed=weight, backend="cpp")

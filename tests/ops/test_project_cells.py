@@ -284,11 +284,12 @@ def test_rows_that_no_program_holds_are_refused(backend: str, device: str) -> No
         ({"weight": torch.zeros(5, 7)}, r"weight must be \[C, 16\]"),
         ({"norm_bias": torch.zeros(4)}, r"norm_bias must be \[5\]"),
         ({"cu_seqlens": torch.tensor([0, 1])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[0\]"),
         ({"x": torch.zeros(1, 1, 1, 2, 2, 4, dtype=torch.int64)}, "floa"),
         ({"x": torch.zeros(1, 1, 1, 2, 2, 4).half()}, "x and weight must be of one type, not torch.float16 and "),
         ({"bias": torch.zeros(5).half()}, "weight, bias must be of one type"),
     ],
-    ids=["rank", "weight", "norm", "offsets", "type", "mixed", "bias"],
+    ids=["rank", "weight", "norm", "offsets", "no offset", "type", "mixed", "bias"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     good = {"x": torch.zeros(1, 1, 1, 2, 2, 4), "weight": torch.zeros(5, 16), "bias": None}

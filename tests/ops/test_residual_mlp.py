@@ -328,12 +328,13 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"fc1_bias": torch.zeros(6)}, r"fc1_bias must be \[10\]"),
         ({"row_scale": torch.zeros(3)}, r"row_scale must be \[8\]"),
         ({"cu_seqlens": torch.tensor([0, 8])}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[2\] torch.int64"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens must be \[F \+ 1\] int32 .* not \[0\]"),
         ({"x": torch.zeros(8, 6, dtype=torch.int64)}, "floa"),
         ({"fc2_bias": torch.zeros(6).half()}, "fc1_weight, fc1_bias, fc2_weight, fc2_bias must be of one type"),
         ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
         ({"fc2_weight": torch.zeros(6, 10, device="meta")}, "fc2_weight is on meta, x on cpu: move it"),
     ],
-    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "type", "types", "float64", "device"],
+    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "no offset", "type", "types", "float64", "device"],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
