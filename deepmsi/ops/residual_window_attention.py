@@ -106,20 +106,18 @@ def residual_window_attention(
     cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
-    if chosen == "reference":
-        qkv_weight, qkv_bias, proj_weight, proj_bias = cast
-        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
-        where = (positions, cu_seqlens, row_scale)
-        with without_autocast(x.device.type):
-            return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
-    qkv_weight, qkv_bias, proj_weight, proj_bias = unrounded(layers.values(), cast) if chosen == "cpp" else cast
-    with_grad = keeps_for_backward(
-        x, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, bias_table, logit_scale
-    )
+    if chosen == "cpp":
+        cast = unrounded(layers.values(), cast)
+    with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias, bias_table, logit_scale)
+    qkv_weight, qkv_bias, proj_weight, proj_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:
         check_packed(_OP, packed, 2)
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
+    if chosen == "reference":
+        where = (positions, cu_seqlens, row_scale)
+        with without_autocast(x.device.type):
+            return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
     y, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
         x.reshape(-1, channels),
         *weights,
