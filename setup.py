@@ -92,7 +92,7 @@ def want_cuda() -> tuple[Path | None, str]:
 def gencode() -> list[str]:
     """Return nvcc's architecture flags."""
     flags = []
-    for item in re.findall(r"[^;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES):
+    for item in re.findall(r"[^;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) or CUDA_ARCHITECTURES.split(";"):
         number = item.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if item.endswith("+PTX"):
@@ -118,7 +118,7 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def compiler_command() -> str:
-        return (os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")).split()[0]
+        return (os.environ.get("CXX", "").strip() or ("g++" if shutil.which("g++") else "c++")).split()[0]
 
     def build_extension(self, extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -204,7 +204,7 @@ class NinjaBuild(build_ext):
 
         folder = self.folder_of(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX") or self.compiler_command()
+        cxx = os.environ.get("CXX", "").strip() or self.compiler_command()
         common = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CXXFLAGS', '')}"
         lines = [
             "ninja_required_version = 1.5",

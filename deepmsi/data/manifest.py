@@ -206,7 +206,7 @@ def _scan_folder(folder: Path) -> tuple[Manifest, list[Problem]]:
 
     if released.is_released(folder):
         return released.scan_released(folder)
-    for name in ("manifest.csv", "manifest.jsonl"):
+    for name in ("manifest.csv", "manifest.jsonl", "manifest.json"):
         if (folder / name).is_file():
             return scan_manifest(folder / name)
     raise UserError(
@@ -225,19 +225,19 @@ def decode_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the manifest cannot be read ({error.strerror})") from error
-    if not data.strip():
-        raise UserError(f"{path}: the manifest is empty")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in data and not wide:
+        raise UserError(f"{path}: this is a binary file, not a CSV or JSONL manifest")
     try:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return data.decode("utf-16")
-        if b"\0" in data:
-            raise UserError(f"{path}: this is a binary file, not a CSV or JSONL manifest")
         try:
-            return data.decode("utf-8-sig")
+            text = data.decode("utf-16" if wide else "utf-8-sig")
         except UnicodeDecodeError:
-            return data.decode("cp1252")
+            text = data.decode("cp1252")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the manifest is neither UTF-8 nor cp1252; save it as UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path}: the manifest is empty")
+    return text
 
 
 _Records = list[tuple[int, dict[str, str]]]
@@ -270,17 +270,21 @@ def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
     return records, header, problems
 
 
-def _clean_header(path: Path, cells: Sequence[str]) -> list[str]:
+def _column_names(cells: Sequence[str]) -> list[str]:
+    """The columns' names, which are taken in any case; MELD's own spelling stays as it is."""
     known = {name.lower(): name for name in COLUMNS}
     stripped = [cell.strip() for cell in cells]
-    # Names are taken in any case unless that makes two of one; MELD's own spelling stays as it is.
     meld = set(MELD_COLUMNS) <= set(stripped)
-    header = stripped if meld else [known.get(cell.lower(), cell) for cell in stripped]
-    named = [name for name in header if name]
-    twice = [name for name, n in Counter(named).items() if n > 1]
+    names = stripped if meld else [known.get(cell.lower(), cell) for cell in stripped]
+    return [name or f"column {i + 1}" for i, name in enumerate(names)]
+
+
+def _clean_header(path: Path, cells: Sequence[str]) -> list[str]:
+    header = _column_names(cells)
+    twice = [name for name, n in Counter(header).items() if n > 1]
     if twice:
         raise UserError(f"{path}:1: the column {twice[0]!r} stands in the header twice")
-    return [name or f"column {i + 1}" for i, name in enumerate(header)]
+    return header
 
 
 def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
@@ -297,9 +301,15 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
         else:
             columns.update(dict.fromkeys(record))
             records.append((line, record))
-    names = dict(zip(columns, _clean_header(path, list(columns)), strict=True))
-    records = [(line, {names[key]: value for key, value in record.items()}) for line, record in records]
-    return records, list(names.values()), problems
+    names = dict(zip(columns, _column_names(list(columns)), strict=True))
+    named: _Records = []
+    for line, record in records:
+        twice = [name for name, n in Counter(names[key] for key in record).items() if n > 1]
+        if twice:
+            problems.append(Problem("error", f"{path}:{line}", f"the line has the column {twice[0]!r} twice"))
+        else:
+            named.append((line, {names[key]: value for key, value in record.items()}))
+    return named, list(dict.fromkeys(names.values())), problems
 
 
 def _json_record(raw: str) -> dict[str, str]:
@@ -311,7 +321,7 @@ def _json_record(raw: str) -> dict[str, str]:
         raise UserError("the line is not a JSON object of column and value; give one on each line")
     bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
     if bad is not None:
-        what = "the label cannot be read" if bad == "label" else f"the value of {bad!r} cannot be read"
+        what = "the label cannot be read" if bad.strip().lower() == "label" else f"the value of {bad!r} cannot be read"
         raise UserError(f"{what}: give text or a number, not a list or object")
     record = {k: _json_cell(v) for k, v in value.items()}
     for k, v in record.items():

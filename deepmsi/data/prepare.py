@@ -111,12 +111,20 @@ def _start(folder: Path, options: PrepareOptions) -> None:
         raise UserError(f"{file}: the file is damaged; remove {folder} and prepare again") from error
     if not isinstance(theirs, dict) or theirs.get("format") != FORMAT or theirs.get("version") != VERSION:
         raise UserError(f"{folder}: the folder was prepared by another version; choose another one")
-    before = theirs.get("options", {})
+    before = _told(theirs.get("options", {}))
     changed = [f"{name}={before.get(name)!r}" for name, value in mine["options"].items() if before.get(name) != value]
     if changed:
         raise UserError(
             f"{folder}: the folder was prepared with {', '.join(changed)}; choose another folder, or remove it"
         )
+
+
+def _told(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as they were recorded, by the rules of now: a relative path of an encoder is absolute."""
+    try:
+        return PrepareOptions(**options).model_dump()
+    except (TypeError, ValueError, UserError):
+        return options
 
 
 def _decode(

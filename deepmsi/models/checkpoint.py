@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import DeepMSIConfig, fixed_place, validated
+from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.encoders import PretrainedEncoder, save_encoder
 
 if TYPE_CHECKING:
@@ -50,9 +50,6 @@ def write(model: DeepMSI, folder: Path) -> None:
         "frozen": {name: _digest(encoder) for name, encoder in _frozen(model).items()},
         **model.config.model_dump(mode="json"),
     }
-    for name in config["frozen"]:
-        section = config[name.removesuffix("_encoder")]
-        section["encoder"] = fixed_place(section["encoder"])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})

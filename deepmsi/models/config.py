@@ -19,6 +19,7 @@ from deepmsi.errors import UserError
 MODALITIES = ("video", "text", "audio")
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
+OWN_ENCODERS = ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO)
 
 # A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
 Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -133,10 +134,10 @@ class _EncoderConfig(Section):
         default_factory=dict, description="sizes of an offline encoder, by the names of its constructor"
     )
 
-    @field_validator("features_from")
+    @field_validator("encoder", "features_from")
     @classmethod
     def _fixed(cls, name: str | None) -> str | None:
-        return fixed_place(name)
+        return name if name in OWN_ENCODERS else fixed_place(name)
 
     @property
     def present(self) -> bool:

@@ -311,7 +311,7 @@ class DeepMSI(
         elif not sizes:
             raise UserError(f"nothing was passed: this model reads {', '.join(self.modalities)}.")
         if labels is not None:
-            if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
+            if labels.dim() != 1 or labels.dtype != torch.int64:
                 raise UserError(f"labels is {list(labels.shape)} {labels.dtype}: give [utterances] int64.")
             sizes["labels"] = labels.shape[0]
         rows = next(iter(sizes.values()))

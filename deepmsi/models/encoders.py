@@ -57,7 +57,7 @@ class Utterance(Protocol):
 def context_strings(rows: Sequence[Utterance], context: int) -> list[str | None]:
     """Join each utterance with those before it in its dialogue: the encoder input of `text.context = n`.
 
-    Each utterance becomes a line `speaker: text`, in which its own line breaks are spaces; the utterance itself is
+    Each utterance becomes a line `speaker: text`, in which line breaks are spaces; the utterance itself is
     the last line. The order inside a dialogue is that of the rows, dialogues are told apart by (split, dialogue), and
     rows without text are passed over. Only earlier utterances are read, and no labels.
 
@@ -76,8 +76,8 @@ def context_strings(rows: Sequence[Utterance], context: int) -> list[str | None]
         if row.text is None:
             joined.append(None)
             continue
-        said = " ".join(row.text.splitlines())
-        line = f"{row.speaker}: {said}" if row.speaker else said
+        said = f"{row.speaker}: {row.text}" if row.speaker else row.text
+        line = " ".join(said.splitlines())
         history = before.setdefault((row.split, row.dialogue), []) if row.dialogue is not None else []
         joined.append("\n".join([*history[-context:], line]))
         history.append(line)

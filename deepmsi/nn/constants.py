@@ -162,7 +162,8 @@ class HoldsConstants(nn.Module):
 
     def kept(self) -> list[Tensor]:
         """Return the tensors that :meth:`fix` computed, but for buffers."""
-        return [tensor for held in vars(self).values() if isinstance(held, Fixed) for tensor in held.tensors()]
+        every = tree_leaves(list(vars(self).values()))
+        return [tensor for held in every if isinstance(held, Fixed) for tensor in held.tensors()]
 
     def train(self, mode: bool = True) -> Self:
         if mode:

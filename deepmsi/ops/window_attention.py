@@ -115,7 +115,7 @@ def head_scale_of(logit_scale: Tensor | None, held: Tensor | None = None) -> Ten
     What is ``held`` of it is taken where no gradient is wanted.
     """
     if logit_scale is None or (held is not None and not keeps_for_backward(logit_scale)):
-        return held
+        return None if held is None else held.detach()
     return logit_scale.reshape(-1).float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
@@ -167,7 +167,7 @@ def window_attention(
         cu_seqlens: Packed: offsets of the frames' rows [F + 1] int32; rows past the last are ignored, come out as zeros
             and get zero gradients.
         head_scale: exp(min(logit_scale, log 100)) [heads] float32, where it is at hand: kernels read it in the place of
-            ``logit_scale``, which is given too, where no gradient of that is wanted.
+            ``logit_scale``, which is given too, where no gradient of that is wanted. It has none itself.
         backend: ``reference``, ``triton``, ``cpp`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
 
     Returns:

@@ -47,27 +47,6 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def on_main_first(action: Callable[[], T]) -> T:
-    """Run an action in the first process, then in the others, which find its result on disk.
-
-    Raises:
-        UserError: what the first process raised, in all of them, so that none waits for one that has left.
-    """
-    rank, world = process_rank()
-    if world == 1:
-        return action()
-    sentence: list[str | None] = [None]
-    if rank == 0:
-        try:
-            result = action()
-        except UserError as error:
-            sentence = [str(error)]
-    dist.broadcast_object_list(sentence, src=0)
-    if sentence[0] is not None:
-        raise UserError(sentence[0])
-    return result if rank == 0 else action()
-
-
 def from_main(action: Callable[[], T]) -> T:
     """Run an action in the first process alone, and give its result to all.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from deepmsi.data.store import INDEX, STARTED, PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections
 from deepmsi.train.dataset import present_modalities
-from deepmsi.train.processes import from_main, on_main_first, process_rank
+from deepmsi.train.processes import from_main
 
 if TYPE_CHECKING:
     from deepmsi.data.manifest import Row
@@ -105,13 +106,20 @@ def open_shared(
     begun: str | None = None,
 ) -> PreparedData:
     """`open_data` for the processes of a group: what the first has prepared the others open, where they see it."""
-    first = from_main(lambda: prepared)
+    own: list[PreparedData] = []
 
-    def opened() -> PreparedData:
-        found = process_rank()[0] > 0 and not is_prepared(path) and is_prepared(first)
-        return open_data(first if found else path, options, prepared, names, exclude, begun)
+    def opened() -> tuple[Path, str]:
+        own.append(open_data(path, options, prepared, names, exclude, begun))
+        return prepared, own[0].fingerprint
 
-    return on_main_first(opened)
+    folder, fingerprint = from_main(opened)
+    if not own and not is_prepared(path) and is_prepared(folder):
+        # On a disk of this process's own other data may lie there.
+        with suppress(UserError):
+            own += [data for data in [PreparedData.open(folder)] if data.fingerprint == fingerprint]
+    if not own:
+        opened()
+    return own[0]
 
 
 def _first_change(rows: Sequence[Row], prepared: Path, begun: str) -> str | None:

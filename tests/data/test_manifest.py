@@ -67,8 +67,13 @@ def test_json_lines_under_other_names(tmp_path):
     assert (row.id, row.text, row.label, row.extra) == ("a", "so", "joy", {"Take": "2"})
     with pytest.raises(UserError, match=r"m\.json:1: the line is not a JSON object .*; give one on each line"):
         read_manifest(write(tmp_path / "m.json", '[{"id": "a", "text": "so"}]'))
-    with pytest.raises(UserError, match="the column 'text' stands in the header twice"):
-        read_manifest(write(tmp_path / "m.json", '{"id": "a", "text": "so", "Text": "no"}'))
+    lines = ['{"id": "a", "text": "so"}', '{"id": "b", "Text": "no"}']
+    assert [row.text for row in read_manifest(write(tmp_path / "manifest.json", "\n".join(lines))).rows] == ["so", "no"]
+    assert len(read_manifest(tmp_path).rows) == 2
+    with pytest.raises(UserError, match=r"m\.json:3: the line has the column 'text' twice"):
+        read_manifest(write(tmp_path / "m.json", "\n".join([*lines, '{"id": "c", "text": "so", "Text": "no"}'])))
+    with pytest.raises(UserError, match="the label cannot be read"):
+        read_manifest(write(tmp_path / "m.json", '{"id": "a", "text": "so", "Label": [1]}'))
 
 
 def test_melds_columns_in_json_lines(tmp_path):
@@ -103,6 +108,7 @@ BAD = {
     "label": ("id,text,label\na,x,j\x07y\n", r"m\.csv:2: the label .* cannot be read"),
     "nothing": ("id,text,label\na,,joy\n", r"m\.csv:2: the row 'a' has no video, no audio and no text"),
     "empty": ("  \n", r"m\.csv: the manifest is empty"),
+    "only-a-mark": ("\ufeff", r"m\.csv: the manifest is empty"),
     "header-only": ("id,text\n", r"m\.csv: the manifest has no rows"),
     "binary": ("id,text\n\0", r"m\.csv: this is a binary file"),
     "two": ("id,text\nd/a,x\n..,x\n", r"m\.csv:2: .*and 1 more: see deepmsi check"),

@@ -20,8 +20,8 @@ import torch
 
 from deepmsi.data import store
 from deepmsi.data.decode import decode_audio, decode_frames
-from deepmsi.data.prepare import PrepareOptions, prepare
-from deepmsi.data.store import PreparedData
+from deepmsi.data.prepare import FORMAT, VERSION, PrepareOptions, _start, prepare
+from deepmsi.data.store import STARTED, PreparedData
 from deepmsi.errors import UserError
 
 SMALL = PrepareOptions(frames=4, size=32)
@@ -132,6 +132,18 @@ def test_an_encoder_in_a_folder_is_recorded_by_its_absolute_path(tmp_path, monke
     assert options.audio_encoder == "org/wav2vec2", "a name of the hub"
     monkeypatch.chdir("org")
     assert options == PrepareOptions(text_encoder="./bert", audio_encoder="org/wav2vec2")
+
+
+def test_options_that_were_recorded_by_a_relative_path_are_the_same(tmp_path, monkeypatch):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "out" / "shards").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = PrepareOptions(text_encoder="bert")
+    started = {"format": FORMAT, "version": VERSION, "options": options.model_dump() | {"text_encoder": "bert"}}
+    (tmp_path / "out" / STARTED).write_text(json.dumps(started))
+    _start(tmp_path / "out", options)
+    with pytest.raises(UserError, match="was prepared with text_encoder="):
+        _start(tmp_path / "out", PrepareOptions())
 
 
 def test_workers_do_not_show(clips, prepared, tmp_path):

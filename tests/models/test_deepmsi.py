@@ -339,7 +339,12 @@ def test_compiles_whole(tiny, batch):
         ({}, {"text_features": torch.zeros(2, 12), "labels": torch.zeros(3, dtype=torch.long)}, "labels has 3"),
         *(
             ({}, {"text_features": torch.zeros(2, 12), "labels": labels}, r"give \[utterances\] int64")
-            for labels in (torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64))
+            for labels in (
+                torch.zeros(2),
+                torch.zeros(2, dtype=torch.int32),
+                torch.zeros(2, dtype=torch.uint8),
+                torch.zeros(2, 1, dtype=torch.int64),
+            )
         ),
         ({"text": {"encoder": "hashing"}}, {"input_ids": torch.zeros(2, dtype=torch.int64)}, "input_ids is .* longest"),
         ({"audio": {"encoder": "logmel"}}, {"input_values": torch.zeros(9)}, "input_values is .* longest"),

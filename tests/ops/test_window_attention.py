@@ -560,3 +560,29 @@ def test_opcheck(backend: str, device: str, form: str, dtype: torch.dtype) -> No
     if form == "strided":
         grad = grad.t().contiguous().t()
     torch.library.opcheck(backward, (grad, qkv, out, lse, table, scale, DEPTH**-0.5, positions, cu_seqlens, *sizes))
+
+
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_the_scale_of_heads_at_hand_is_that_of_their_logarithms(backend: str, device: str) -> None:
+    """It changes nothing, takes no gradient from the logarithms and has none."""
+    testing.need("window_attention", backend, device)
+    qkv, table = randn(2, 4, 4, 3 * 32, seed=1, device=device), randn(49, 2, seed=2, device=device)
+    logit_scale = torch.tensor([1.5, 9.0], device=device)  # the other is above the most
+    at_hand = logit_scale.clamp(max=math.log(100)).exp()
+
+    def run(**options: Any) -> Tensor:
+        return window_attention(qkv, 2, (4, 4), 4, 0, bias_table=table, backend=backend, **options)
+
+    expected = run(logit_scale=logit_scale)
+    assert run(logit_scale=logit_scale, head_scale=at_hand).equal(expected)
+    if backend != "reference":
+        assert not run(logit_scale=logit_scale, head_scale=2 * at_hand).equal(expected)
+    assert not run(logit_scale=logit_scale, head_scale=at_hand.requires_grad_()).requires_grad
+    logit_scale.requires_grad_()
+    run(logit_scale=logit_scale, head_scale=at_hand).sum().backward()
+    assert logit_scale.grad is not None
+    assert at_hand.grad is None
+    with pytest.raises(ValueError, match="head_scale is that of a logit_scale: give that, too"):
+        run(head_scale=at_hand)
+    with pytest.raises(ValueError, match=r"head_scale must be \[2\] float32, not \[3\]"):
+        run(logit_scale=logit_scale, head_scale=at_hand.new_ones(3))

@@ -19,6 +19,7 @@ from deepmsi.data.files import claimed
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
 from deepmsi.train.evaluate import evaluate
@@ -702,6 +703,17 @@ def test_a_run_is_not_resumed_with_another_manifest(edit, change: str, tmp_path:
     assert {path: path.stat().st_mtime_ns for path in (run / "prepared").rglob("*")} == prepared
     # The rows as they were are taken again.
     assert train(recipe, write_corpus(tmp_path / "raw", rows=12), run, resume=True)["complete"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_process_takes_no_other_data_for_the_first_ones(same: bool, tmp_path: Path, monkeypatch) -> None:
+    """What lies at the first process's path may be of another manifest, where each has a disk of its own."""
+    other, manifest = prepared_corpus(tmp_path / "other", rows=8), write_corpus(tmp_path / "raw", rows=12)
+    first = PreparedData.open(other).fingerprint if same else "of the first process"
+    monkeypatch.setattr(rows_module, "from_main", lambda action: (other, first))
+    opened = rows_module.open_shared(manifest, make_recipe().prepare, tmp_path / "own")
+    assert len(opened) == (8 if same else 12)
+    assert (tmp_path / "own").exists() is not same
 
 
 def test_frames_of_another_shape_are_refused(video_corpus: Path, tmp_path: Path) -> None:
