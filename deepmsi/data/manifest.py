@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -228,13 +229,12 @@ def decode_text(path: Path) -> str:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in data and not wide:
         raise UserError(f"{path}: this is a binary file, not a CSV or JSONL manifest")
-    try:
-        try:
-            text = data.decode("utf-16" if wide else "utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the manifest is neither UTF-8 nor cp1252; save it as UTF-8") from error
+    for encoding in ("utf-16",) if wide else ("utf-8-sig", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            break
+    else:
+        raise UserError(f"{path}: the manifest is neither UTF-8 nor cp1252; save it as UTF-8")
     if not text.strip():
         raise UserError(f"{path}: the manifest is empty")
     return text

@@ -177,15 +177,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _load(model: DeepMSI, weights: dict[str, Tensor], folder: Path) -> None:
     """Load strictly, and say in one sentence what does not fit."""
     expected = stored_state(model)
-    for name, tensor in weights.items():
-        if tensor.dim() == 0 and name in expected and expected[name].shape == (1,):
-            weights[name] = tensor.unsqueeze(0)  # λ was a scalar before
     problems = [f"it lacks {name}" for name in expected.keys() - weights.keys()]
     problems += [f"it has {name}, which this model has not" for name in weights.keys() - expected.keys()]
     problems += [
         f"{name} is {list(weights[name].shape)} where the configuration makes it {list(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
+        # λ was a scalar before, and its module reads one.
+        if name in weights and (weights[name].shape or (1,)) != (tensor.shape or (1,))
     ]
     if problems:
         more = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""

@@ -114,9 +114,10 @@ def open_shared(
 
     folder, fingerprint = from_main(opened)
     if not own and not is_prepared(path) and is_prepared(folder):
-        # On a disk of this process's own other data may lie there.
         with suppress(UserError):
-            own += [data for data in [PreparedData.open(folder)] if data.fingerprint == fingerprint]
+            found = PreparedData.open(folder)
+            if found.fingerprint == fingerprint:  # on a disk of this process's own other data may lie there
+                return found
     if not own:
         opened()
     return own[0]

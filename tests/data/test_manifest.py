@@ -116,6 +116,12 @@ BAD = {
 }
 
 
+def test_a_wide_table_that_is_cut_is_not_read_as_a_narrow_one(tmp_path):
+    (tmp_path / "m.csv").write_bytes("id,text\na,x\n".encode("utf-16")[:-1])
+    with pytest.raises(UserError, match=r"m\.csv: the manifest is neither UTF-8 nor cp1252; save it as UTF-8"):
+        read_manifest(tmp_path / "m.csv")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_table_gets_one_sentence(tmp_path, name):
     text, sentence = BAD[name]
