@@ -29,31 +29,41 @@ class Content:
     """
 
     def __init__(self, *parameters: Tensor) -> None:
-        self._facts = tuple(
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version, p.dtype, p.shape, p.stride())
-            for p in parameters
-        )
+        self._storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
+        self._facts = [_facts(p) for p in parameters]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Content) and self._facts == other._facts != ()
+        return isinstance(other, Content) and self._facts == other._facts != []
+
+    def holds(self, *parameters: Tensor) -> bool:
+        """Whether these are of this content."""
+        return [_facts(p) for p in parameters] == self._facts != []
 
     def __reduce__(self) -> tuple[type["Content"], tuple[()]]:
         return Content, ()
 
 
-def content_of(*parameters: Tensor) -> Content | None:
-    """Return the content of parameters, or None where nothing tells of it.
+def _facts(p: Tensor) -> tuple[Any, ...]:
+    return p.untyped_storage()._cdata, p.data_ptr(), p._version, p.dtype, p.shape, p.stride()
 
-    That is so of weights that are computed, of sparse ones, of those made in inference mode, under transforms, and of
+
+def shows_changes(*parameters: Tensor) -> bool:
+    """Whether anything tells when these parameters change.
+
+    Nothing does of weights that are computed, of sparse ones, of those made in inference mode, under transforms, and of
     those whose gradient waits for a step: that of a fused optimizer leaves no new version.
     """
     if backend.transforms():
-        return None
-    own = all(
-        type(p) is nn.Parameter and p.layout is torch.strided and not p.is_inference() and p.grad is None
-        for p in parameters
-    )
-    return Content(*parameters) if own else None
+        return False
+    for p in parameters:
+        if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_inference() or p.grad is not None:
+            return False
+    return True
+
+
+def content_of(*parameters: Tensor) -> Content | None:
+    """Return the content of parameters, or None where nothing tells when they change (:func:`shows_changes`)."""
+    return Content(*parameters) if shows_changes(*parameters) else None
 
 
 def recorded() -> bool:
@@ -84,7 +94,7 @@ def stands(content: Content | None, *parameters: Tensor) -> bool:
         return False
     if exporting():
         return _for_good and content is not None
-    return not recorded() and content is not None and content == content_of(*parameters)
+    return not recorded() and content is not None and shows_changes(*parameters) and content.holds(*parameters)
 
 
 class Fixed(Generic[Value]):
@@ -122,10 +132,9 @@ class Fixed(Generic[Value]):
         """
         if self._value is None or recorded() or self._dtype != autocast_type(parameters[0]):
             return None
-        content = content_of(*parameters)
-        if content is None:
+        if not shows_changes(*parameters):
             return None
-        if content != self._content or needs_grad(*parameters):
+        if self._content is None or not self._content.holds(*parameters) or needs_grad(*parameters):
             self.forget()
         return self._value
 

@@ -36,13 +36,17 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
     """
     casts = x.dtype != torch.float64 and autocasts(x.device.type)
     every = (*layers, *bare)
-    return (
-        unhooked(*every)
-        and all(type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm) for layer in every)
-        and all(layer.bias is not None for layer in layers)
-        and not any(is_traceable_wrapper_subclass(layer.weight) for layer in every)
-        and (casts or all(layer.weight.dtype == x.dtype for layer in every))
-    )
+    if not unhooked(*every):
+        return False
+    for layer in every:
+        if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm):
+            return False
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is None or (bias is None and layer not in bare) or is_traceable_wrapper_subclass(weight):
+            return False
+        if not casts and weight.dtype != x.dtype:
+            return False
+    return True
 
 
 def unhooked(*modules: nn.Module) -> bool:
@@ -50,14 +54,18 @@ def unhooked(*modules: nn.Module) -> bool:
 
     Tools that bring weights from elsewhere for a call put another ``forward`` on the module.
     """
-    return not _has_any_global_hook() and not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for module in modules
-    )
+    if _has_any_global_hook():
+        return False
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True
 
 
 def usual_bias(network: nn.Module) -> bool:

@@ -74,9 +74,10 @@ def are_offsets(cu_seqlens: Tensor) -> bool:
 
 def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> None:
     """Raise unless the others lie where x does: a kernel reads their addresses."""
+    device = x.device
     for other, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {x.device}: move it")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {device}: move it")
 
 
 def check_packed(op: str, packed: Sequence[Tensor], count: int) -> None:
