@@ -103,6 +103,11 @@ def _at_most(channels: int, fact: str = "channels", rows: str = "rows") -> Calla
     return limit
 
 
+def _narrow_outputs(facts: dict[str, int]) -> str | None:
+    """Refuse what the projection of cells does not hold or give: rows of one type, whole ones of what comes out."""
+    return _one_type(facts) or _at_most(256, "outputs", "rows of what comes out")(facts)
+
+
 def _narrow_windows(facts: dict[str, int]) -> str | None:
     """Refuse what the attention half's kernels do not hold: whole rows, and windows and heads of one tile."""
     if facts.get("window", 0) > 8:
@@ -132,7 +137,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
-    ("project_cells", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _at_most(256, "outputs", "rows of what comes out")),
+    ("project_cells", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_outputs),
     ("residual_norm", "cpp"): Kernel(_DOUBLES, ("cuda",), _at_most(2048)),
     ("residual_norm", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096)),
     ("residual_mlp", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
+Model = TypeVar("Model", bound=nn.Module)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,19 +183,21 @@ def step_memory(
     )
 
 
-def _hollow(model: DeepMSI, mode: Any, device: torch.device) -> DeepMSI:
-    """A copy in training mode whose tensors have no content and lie on a device."""
-    hollow: dict[int, Any] = {}
+def without_content(model: Model, mode: Any, device: torch.device | str, *shared: Any) -> Model:
+    """Return a copy whose tensors have no content and lie on a device; what is ``shared`` is not copied."""
+    copies: dict[int, Any] = {id(one): one for one in shared}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())
         with mode:
             fake = fake.to(device)
-        hollow[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    # They hold no tensors, and copying a vocabulary takes long.
-    for processor in (model.text_processor, model.audio_processor):
-        hollow[id(processor)] = processor
-    twin = copy.deepcopy(model, hollow)
-    twin.train()
+        copies[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(model, copies)
+
+
+def _hollow(model: DeepMSI, mode: Any, device: torch.device) -> DeepMSI:
+    """A copy in training mode whose tensors have no content and lie on a device."""
+    # The processors hold no tensors, and copying a vocabulary takes long.
+    twin = without_content(model, mode, device, model.text_processor, model.audio_processor).train()
     # The model itself, not its parts, would join its loss with other processes' in training.
     twin.training = twin.contrast.gather = False
     if twin.video is not None:

@@ -17,7 +17,7 @@ from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bia
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, needs_grad, without_autocast
+from deepmsi.ops._arguments import autocast, autocasts, needs_grad, without_autocast
 from deepmsi.ops.window_attention import head_scale_of
 
 
@@ -73,13 +73,14 @@ def frame_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
 
 
 def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Return norm(x). CUDA's autocast norms a float32 copy of x: x is kept, and backward makes that copy again."""
-    narrow = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
-    if not (narrow and torch.is_autocast_enabled(x.device.type)):
+    """Return norm(x) in the type of x, on every device: CUDA's autocast would norm a float32 copy and give float32."""
+    if not (x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and autocasts("cuda")):
         return norm(x)
-    wide = x.float()
-    with remade(wide, Source(Tensor.float, (x,))):
-        return norm(wide)
+    if not plain(x, norm):
+        return norm(x).to(x.dtype)
+    with without_autocast("cuda"):
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        return nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def adding(norm: nn.LayerNorm, like: Tensor, scale: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -344,7 +345,7 @@ class Compression(nn.Module):
         y = tokens if self.norm is None else normed(self.norm, tokens)
         source = None
         if self.norm is not None and self.norm.weight.requires_grad and unhooked(self.norm):
-            source = Source(self.norm, (tokens,))
+            source = Source(partial(normed, self.norm), (tokens,))
         if not gate.requires_grad:  # it is 1, and there for its gradient
             return y
         with remade(y, source):

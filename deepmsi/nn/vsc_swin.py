@@ -53,7 +53,8 @@ class VSCSwin(nn.Module):
 
     A compressing block computes ``x ← x + LN(attn(x))``; ``(y, gate) = VSC(x, g)``; ``x ← gate · LN(y)``;
     ``x ← x + LN(mlp(x))``. The frame's feature is the mean over its tokens after the last norm. Parameters have timm's
-    names; a compression's own are ``layers.{i}.blocks.{j}.compress.*``.
+    names; a compression's own are ``layers.{i}.blocks.{j}.compress.*``. Under autocast the tokens between the blocks
+    are in its type on every device; under CUDA's, timm's are in float32.
 
     Args:
         img_size: Side of the square frames, in pixels.

@@ -358,11 +358,11 @@ _register(
 
 # --- project_cells
 # Forward: x [F, H, W, A, B, c], read where it lies, a weight of its type or in float32, which is rounded, and vectors
-# of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and rounds it, and
-# gives y in the widest type of weight and norm. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0,
-# C]. Rows past the last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x
-# lies as x does, and is empty where it is not wanted, as are those of weight and bias where both are frozen; those of
-# the bias and of the norm are in float32.
+# of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and rounds it; y
+# is of the weight's type. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the
+# last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and
+# is empty where it is not wanted, as are those of weight and bias where both are frozen; those of the bias and of the
+# norm are in float32.
 
 _CELLS_FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
@@ -382,8 +382,7 @@ def _cells_fake_forward_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, norm
 
 def _cells_fake_forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
     rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
-    wide = torch.promote_types(torch.promote_types(weight.dtype, norm_weight.dtype), rest[0].dtype)
-    return x.new_empty((rows, channels), dtype=wide), weight.new_empty((rows if rest[-1] else 0, channels))
+    return weight.new_empty((rows, channels)), weight.new_empty((rows if rest[-1] else 0, channels))
 
 
 def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:

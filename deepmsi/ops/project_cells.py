@@ -10,7 +10,6 @@ from deepmsi.ops._arguments import (
     autocast,
     autocast_layers,
     autocast_type,
-    autocasts,
     check_devices,
     check_floating,
     check_packed,
@@ -40,8 +39,8 @@ def project_cells(
 
     x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first.
 
-    The product is in the type of x and the weight, under autocast in its type; the norm is in the widest type of its
-    arguments. y has the type of the product; under a GPU's autocast, as torch's norm gives it, that of the norm.
+    The product is in the type of x and the weight, under autocast in its type, and so is y; the norm is in the widest
+    type of its arguments.
 
     Equivalent to: ``layer_norm(linear(x.flatten(3), weight, bias))``.
 
@@ -102,8 +101,6 @@ def project_cells(
     weight, bias = cast
     if chosen == "triton":
         arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
-        y = torch.ops.deepmsi.project_cells_triton_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
-    else:
-        with without_autocast(x.device.type):
-            y = reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps)
-    return y if x.device.type == "cuda" and autocasts("cuda") else y.to(dtype)
+        return torch.ops.deepmsi.project_cells_triton_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
+    with without_autocast(x.device.type):
+        return reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps).to(dtype)

@@ -104,13 +104,12 @@ def project_cells_fwd(
     eps: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [R, C] in the widest type of weight and norm, and in the weight's what the norm reads, or [0, C]."""
+    """Return y [R, C] and what the norm reads [R, C], or [0, C], both in the type of the weight."""
     with torch.cuda.device_of(x):
         x = x if x.stride(5) == 1 or x.shape[5] == 1 else x.contiguous()
         frames, height, width, down, across, inner = x.shape
         rows, channels = frames * height * width, weight.shape[0]
-        wide = torch.promote_types(torch.promote_types(weight.dtype, norm_weight.dtype), norm_bias.dtype)
-        y = x.new_empty((rows, channels), dtype=wide)
+        y = x.new_empty((rows, channels), dtype=weight.dtype)
         branch = x.new_empty((rows if with_grad else 0, channels), dtype=weight.dtype)
         if rows:
             _forward_kernel[(triton.cdiv(rows, _ROWS),)](

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepmsi
 from deepmsi.errors import UserError
+from deepmsi.models.memory import without_content
 from deepmsi.testing import PLACES, assert_within_budget, generator, need, randn, relative_error
 
 timm = pytest.importorskip("timm")
@@ -210,6 +212,21 @@ def test_autocast_and_compile() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(frames), expected, rtol=1e-4, atol=1e-4)
     assert relative_error(low, expected) < 0.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks tensors of a GPU that is not there")
+@pytest.mark.parametrize("fused", [False, True], ids=["timm", "fused"])
+def test_under_a_gpu_s_autocast_tokens_are_in_timm_s_type(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: fused)  # to deepmsi, which has kernels there
+    model = build("swinv2_tiny_window8_256", img_size=64).float()
+    mode, seen = FakeTensorMode(), []
+    twin = without_content(deepmsi.fuse(model) if fused else model, mode, "cuda")
+    for block in (*twin.layers[0].blocks, *twin.layers[1].blocks):
+        block.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    with mode, torch.autocast("cuda", torch.float16):
+        twin(torch.empty(2, 3, 64, 64, device="cuda"))
+    assert seen == [torch.float32] * 4
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,5 @@
 """The recompute switch: the gradients of `none` in every position, random draws included, for fewer kept bytes."""
 
-import copy
 import gc
 from contextlib import nullcontext
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import deepmsi
 from deepmsi import backend
 from deepmsi.errors import UserError
-from deepmsi.models.memory import _Live, saved_bytes
+from deepmsi.models.memory import _Live, saved_bytes, without_content
 from deepmsi.nn import VSCSwin, recompute, swin_blocks
 from deepmsi.nn.recompute import CHUNK_FRAMES
 from deepmsi.nn.swin_blocks import Mlp
@@ -209,29 +209,18 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
 
 
-def without_content(model: VSCSwin, mode: FakeTensorMode) -> VSCSwin:
-    """Return a copy whose tensors have no content and lie on a GPU."""
-    hollow: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(tensor.detach())
-        with mode:
-            fake = fake.to("cuda")
-        hollow[id(tensor)] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, hollow)
-
-
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on tensors of a GPU that is not there")
 
 
 @no_gpu
 @pytest.mark.parametrize("position", ["none", "light"])
 def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
-    """CUDA's autocast norms in float32, and adds up there: what is kept of a block is in 16 bits all the same."""
+    """CUDA's autocast norms in float32: what is kept of a block is in 16 bits all the same."""
     as_on_a_gpu(monkeypatch)
     model = build("none", embed_dim=64).train().float()
     model.recompute = position
     mode = FakeTensorMode()
-    twin = without_content(model, mode)
+    twin = without_content(model, mode, "cuda")
     kept: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in (*twin.parameters(), *twin.buffers())}
     sizes = {torch.float16: 0, torch.float32: 0}
 
@@ -250,6 +239,27 @@ def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch,
 
 
 @no_gpu
+@pytest.mark.parametrize("kernels", [False, True], ids=["layers", "kernels"])
+@pytest.mark.parametrize("schedule", ["none", "released", "two stages"])
+def test_under_a_gpu_s_autocast_tokens_are_in_its_type(
+    monkeypatch: pytest.MonkeyPatch, schedule: str, kernels: bool
+) -> None:
+    """Half of what float32 moves between blocks; torch's norms would give that on CUDA, though not on a CPU."""
+    as_on_a_gpu(monkeypatch)
+    model = build(schedule, embed_dim=32).train().float()
+    mode, seen = FakeTensorMode(), []
+    twin = without_content(model, mode, "cuda")
+    for block in (block for stage in twin.stages() for block in stage.each()):
+        block.register_forward_pre_hook(lambda _, given: seen.append(given[0].x.dtype))
+    with mode, torch.autocast("cuda", torch.float16), deepmsi.use_backend("auto" if kernels else "reference"):
+        frames = torch.empty(3, 3, 32, 32, device="cuda")
+        guide = None if model.guide_dim is None else torch.empty(3, model.guide_dim, device="cuda")
+        out = twin(frames, guide)
+    assert set(seen) == {torch.float16}
+    assert out.dtype == torch.float32
+
+
+@no_gpu
 def test_the_kept_bytes_where_a_gpu_s_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 utterances of 15 frames in bfloat16: fused halves keep less than layers apart, and `light` less than they."""
     as_on_a_gpu(monkeypatch)
@@ -259,7 +269,7 @@ def test_the_kept_bytes_where_a_gpu_s_kernels_run(monkeypatch: pytest.MonkeyPatc
     for position in ("none", *POSITIONS):
         model.recompute = position
         mode = FakeTensorMode()
-        twin = without_content(model, mode)
+        twin = without_content(model, mode, "cuda")
         with mode, saved_bytes(twin) as saved:
             frames = torch.empty(240, 3, 256, 256, dtype=torch.uint8, device="cuda")
             guide = torch.empty(240, model.guide_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
