@@ -23,10 +23,10 @@ from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import run_tasks, usable_cpus
 from deepmsi.data.shards import Source, Task, read_record
-from deepmsi.data.store import FORMAT, INDEX, STARTED, VERSION, PreparedData
+from deepmsi.data.store import FORMAT, INDEX, STARTED, VERSION, PreparedData, PreparedRow
 from deepmsi.errors import UserError
 
-__all__ = ["PrepareOptions", "prepare"]
+__all__ = ["PrepareOptions", "encoder_notes", "expected_rows", "prepare"]
 
 FAILURES = "failures.csv"
 _ROWS_PER_SHARD = 16  # a kill loses at most this many clips per worker
@@ -82,6 +82,32 @@ def prepare(
             ) from error
         _finish(manifest, folder, options, [media, texts, sounds])
     return PreparedData.open(folder)
+
+
+def expected_rows(manifest: Manifest, options: PrepareOptions) -> list[PreparedRow]:
+    """Rows as ``prepare`` leaves them where all that they name can be read; no file is opened.
+
+    A video counts as sound, too: whether it has some, its file alone tells.
+    """
+    rows = []
+    for row in manifest.rows:
+        sound = row.audio or row.video
+        there = {
+            "frames": row.frames or row.video,
+            "audio": sound,
+            "text_features": row.text_features or (options.text_encoder and row.text),
+            "audio_features": row.audio_features or (options.audio_encoder and sound),
+        }
+        rows.append(PreparedRow(**_index_row(row, {kind: () for kind, has in there.items() if has}, Path())))
+    return rows
+
+
+def encoder_notes(options: PrepareOptions) -> dict[str, dict[str, Any]]:
+    """The notes of those encoders of the options that `deepmsi finetune` made, by modality."""
+    from deepmsi.models.finetuned import read_notes
+
+    named = {"text": options.text_encoder, "audio": options.audio_encoder}
+    return {modality: asdict(found) for modality, name in named.items() if name and (found := read_notes(name))}
 
 
 def _check_options(manifest: Manifest, options: PrepareOptions) -> None:
@@ -216,15 +242,12 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
             f"{manifest.path}: none of the {len(manifest.rows)} rows could be prepared; the first reason: "
             f"{listed[0]['reason']} (all are in {folder / FAILURES})"
         )
-    from deepmsi.models.finetuned import read_notes
-
-    named = {"text": options.text_encoder, "audio": options.audio_encoder}
-    notes = {modality: found for modality, name in named.items() if name and (found := read_notes(name))}
+    notes = encoder_notes(options)
     content = {
         "format": FORMAT,
         "version": VERSION,
         "options": options.model_dump(),
-        **({"encoders": {modality: asdict(found) for modality, found in notes.items()}} if notes else {}),
+        **({"encoders": notes} if notes else {}),
         "feature_dims": dims,
         "rows": rows,
         "shards": shards,
@@ -258,7 +281,7 @@ def _settle_dims(
     return dims
 
 
-def _index_row(row: Row, slots: Mapping[str, list[int]], base: Path) -> dict[str, Any]:
+def _index_row(row: Row, slots: Mapping[str, Sequence[int]], base: Path) -> dict[str, Any]:
     def relative(path: Path | None) -> str | None:
         return None if path is None else Path(os.path.relpath(path, base)).as_posix()
 

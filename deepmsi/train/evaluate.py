@@ -25,10 +25,11 @@ from deepmsi.train.memory import training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import open_shared, select_rows
+from deepmsi.train.rows import Selection, open_shared, select_rows
 
 if TYPE_CHECKING:
-    from deepmsi.data.store import PreparedData
+    from deepmsi.data.store import PreparedData, PreparedRow
+    from deepmsi.models.config import DeepMSIConfig
     from deepmsi.models.deepmsi import DeepMSI
 
 METRICS, PREDICTIONS, RECIPE, RUN = "metrics.json", "predictions.csv", "recipe.yaml", "run.json"
@@ -74,7 +75,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
             if (section := getattr(model.config, name)).encoder == "features"
         }
         options = recipe.prepare.model_copy(update=encoders)
-        prepared = open_shared(data, options, folder, model.config.names, recipe.exclude_labels)
+        prepared = open_shared(data, options, folder, lambda rows: _select(rows, model.config, recipe, drop))
         result, predictions = evaluate_model(model, recipe, prepared, drop)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:
@@ -101,7 +102,7 @@ def evaluate_model(
     config = model.config
     _check_left(config.modalities, drop)
     check_data(data, config)
-    selection = select_rows(data.rows, config, config.names, recipe.exclude_labels, drop, data.failures)
+    selection = _select(data.rows, config, recipe, drop, data.failures)
     for sentence in selection.notes():
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
@@ -119,6 +120,16 @@ def evaluate_model(
     result["left_out"] = selection.left_out
     ids = [data.rows[i].id for i in selection.indices]
     return result, prediction_rows(ids, selection.classes, logits, config.names)
+
+
+def _select(
+    rows: Sequence[PreparedRow],
+    config: DeepMSIConfig,
+    recipe: Recipe,
+    drop: Sequence[str],
+    failures: Sequence[Mapping[str, str]] = (),
+) -> Selection:
+    return select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures)
 
 
 def prediction_rows(

@@ -107,13 +107,18 @@ class ProtocolSettings(Section):
 class RowLike(Protocol):
     """What a protocol reads of a row (`deepmsi.data.store.PreparedRow` has it)."""
 
-    id: str
-    label: str | None
-    speaker: str | None
-    dialogue: str | None
-    split: str | None
-    extra: dict[str, str]
-
+    @property
+    def id(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def speaker(self) -> str | None: ...
+    @property
+    def dialogue(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def extra(self) -> dict[str, str]: ...
     @property
     def has_video(self) -> bool: ...
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +57,7 @@ def open_data(
     path: Path,
     options: PrepareOptions,
     prepared: Path,
-    names: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
+    check: Callable[[Sequence[PreparedRow]], object],
     begun: str | None = None,
 ) -> PreparedData:
     """Open a prepared folder, or prepare a manifest first.
@@ -67,33 +66,30 @@ def open_data(
         path: a prepared folder, a manifest, or a release's folder that `read_manifest` knows.
         options: for a manifest.
         prepared: where a manifest is prepared; what lies there already is continued.
-        names, exclude: the classes and the labels left out: a manifest with another label is refused before its
-            clips are decoded. None admits every label.
+        check: given the rows of a manifest as they will be where all their files can be read, refuses before these are
+            decoded what would be refused after.
         begun: fingerprint of the data of the run that is continued: a manifest whose rows differ from what was
             prepared for it is refused before its clips are decoded, too.
 
     Raises:
-        UserError: neither, no label at all, an unknown one, other rows, or nothing in it could be prepared.
+        UserError: neither, no label at all, other rows, what `check` refuses, or nothing in it could be prepared.
     """
     if not path.exists():
         raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
     if is_prepared(path):
         return PreparedData.open(path)
     from deepmsi.data.manifest import read_manifest
-    from deepmsi.data.prepare import prepare
+    from deepmsi.data.prepare import expected_rows, prepare
 
-    rows = read_manifest(path).rows
-    if all(row.label is None for row in rows):
+    manifest = read_manifest(path)
+    if all(row.label is None for row in manifest.rows):
         raise UserError(f"{path}: no row has a label: training and evaluation read them from the column 'label'.")
-    if names is not None:
-        for row in rows:
-            if row.label is not None and row.label not in exclude:
-                check_label(row.id, row.label, names)
-    if begun is not None and (change := _first_change(rows, prepared, begun)):
+    if begun is not None and (change := _first_change(manifest.rows, prepared, begun)):
         raise UserError(
             f"{prepared.parent} was begun with other data ({change} {path}): resume it with the same, or give another "
             "directory."
         )
+    check(expected_rows(manifest, options))
     return prepare(path, prepared, options)
 
 
@@ -101,15 +97,14 @@ def open_shared(
     path: Path,
     options: PrepareOptions,
     prepared: Path,
-    names: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
+    check: Callable[[Sequence[PreparedRow]], object],
     begun: str | None = None,
 ) -> PreparedData:
     """`open_data` for the processes of a group: what the first has prepared the others open, where they see it."""
     own: list[PreparedData] = []
 
     def opened() -> tuple[Path, str]:
-        own.append(open_data(path, options, prepared, names, exclude, begun))
+        own.append(open_data(path, options, prepared, check, begun))
         return prepared, own[0].fingerprint
 
     folder, fingerprint = from_main(opened)

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from deepmsi._version import __version__
 from deepmsi.data.files import claimed, leaving_no_empty
-from deepmsi.data.store import PreparedData
+from deepmsi.data.prepare import encoder_notes
+from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.vision import check_vision
@@ -55,7 +56,7 @@ from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import open_shared, select_rows
+from deepmsi.train.rows import Selection, open_shared, select_rows
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
@@ -147,24 +148,24 @@ class _Run:
         if "video" in recipe.modalities:
             check_vision(recipe.vision)  # before anything is decoded
         begun = None if started is None else started["data"]["fingerprint"]
-        self.data = open_shared(data, recipe.prepare, out / "prepared", recipe.labels, recipe.exclude_labels, begun)
+        self.single = recipe.protocol.name == "split-column"
+
+        def check(there: Sequence[PreparedRow]) -> None:
+            _, rows, _, chosen = _lay_out(recipe, plan, there, folds)
+            _check_encoders(recipe, encoder_notes(recipe.prepare), data, self._left(chosen, rows))
+
+        self.data = open_shared(data, recipe.prepare, out / "prepared", check, begun)
         self.recipe = recipe = _fit_to_data(recipe, self.data)
         if auto_batch and started is not None:
             self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
         check_data(self.data, recipe)
-        self.selection = select_rows(
-            self.data.rows, recipe, recipe.labels, recipe.exclude_labels, failures=self.data.failures
+        self.selection, self.rows, self.folds, self.chosen = _lay_out(
+            recipe, plan, self.data.rows, folds, self.data.failures
         )
         for sentence in self.selection.notes():
             note(sentence)
-        self.rows = [self.data.rows[i] for i in self.selection.indices]
-        self.folds = self._make_folds(recipe if plan is None else plan)
-        self.chosen = _choose_folds(self.folds, folds)
-        self.single = recipe.protocol.name == "split-column"
-        _check_selection(recipe, self.folds)
         self._say_what_is_not_learned()
-        left = [fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()]
-        _check_encoders(recipe, self.data, {fold.name: self._ids(fold)["test"] for fold in left})
+        _check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:
             _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
@@ -248,15 +249,13 @@ class _Run:
         seed_torch(derive_seed(seed, "weights"))
         return DeepMSI(config)
 
-    def _make_folds(self, plan: Recipe) -> list[Fold]:
-        if plan is self.recipe:
-            return make_folds(plan.protocol, self.rows, plan.seed)
-        whole = select_rows(self.data.rows, plan, plan.labels, plan.exclude_labels)
-        folds = make_folds(plan.protocol, [self.data.rows[i] for i in whole.indices], plan.seed)
-        return restrict_folds(folds, whole.indices, self.selection.indices)
-
     def _folder(self, fold: Fold) -> Path:
         return fold_folder(self.out, fold.name, self.single)
+
+    def _left(self, chosen: Sequence[Fold], rows: Sequence[PreparedRow]) -> dict[str, list[str]]:
+        """The ids of the rows that each fold still to run will report."""
+        left = [fold for fold in chosen if not (self._folder(fold) / FOLD).is_file()]
+        return {fold.name: [rows[i].id for i in fold.test] for fold in left}
 
     def _speed(self) -> dict[str, float] | None:
         """Utterances trained on per second, and the peaks of this process's memory."""
@@ -374,19 +373,13 @@ class _Run:
         whole: bool = False,
     ) -> tuple[DeepMSI, FitResult, str]:
         """Train on a part, with the number of epochs found as the recipe says; `whole` leaves no row out."""
-        settings, protocol = self.recipe.train, self.recipe.protocol
-        selection = settings.selection
-        if selection == "auto":
-            selection = "inner-validation" if dev is None else "dev"
-        if selection in ("last", "dev"):
-            part = _Part(train, dev)
-            model, result = self._fit_part(name, folder, part, seed, keep_best=selection == "dev" and dev is not None)
-            return model, result, "the recipe" if selection == "last" else DEV
-        repeats = settings.inner_repeats if selection == "inner-folds" else 1
-        parts = inner_folds(self.rows, train, protocol, settings.inner_folds, repeats, self.recipe.seed)
-        if selection == "inner-validation":
-            parts = parts[:1]
-        if selection == "inner-validation" and not whole:
+        settings = self.recipe.train
+        parts = _inner_parts(self.recipe, self.rows, train, dev)
+        if not parts:
+            last = settings.selection == "last"
+            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=not last)
+            return model, result, "the recipe" if last else DEV
+        if settings.selection != "inner-folds" and not whole:
             part = _Part(parts[0].train, parts[0].test)
             model, result = self._fit_part(name, folder, part, seed, keep_best=True)
             return model, result, "an inner validation part"
@@ -587,27 +580,67 @@ def _with_batch_of(recipe: Recipe, started: Recipe) -> Recipe:
     return Recipe.model_validate(plain)
 
 
-def _check_selection(recipe: Recipe, folds: Sequence[Fold]) -> None:
+def _lay_out(
+    recipe: Recipe,
+    plan: Recipe | None,
+    there: Sequence[PreparedRow],
+    wanted: Sequence[str | int] | None,
+    failures: Sequence[Mapping[str, str]] = (),
+) -> tuple[Selection, list[PreparedRow], list[Fold], list[Fold]]:
+    """Choose the rows that take part and the folds over them, of which the last returned are those to run.
+
+    Raises:
+        UserError: the rows do not allow it, down to the parts that choose the number of epochs.
+    """
+    selection = select_rows(there, recipe, recipe.labels, recipe.exclude_labels, failures=failures)
+    rows = [there[i] for i in selection.indices]
+    if plan is None:
+        folds = make_folds(recipe.protocol, rows, recipe.seed)
+    else:
+        whole = select_rows(there, plan, plan.labels, plan.exclude_labels)
+        folds = make_folds(plan.protocol, [there[i] for i in whole.indices], plan.seed)
+        folds = restrict_folds(folds, whole.indices, selection.indices)
     if recipe.train.selection == "dev" and any(fold.dev is None for fold in folds):
         raise UserError(
             "train.selection is dev, and there is no dev part beside the reported one: set it to "
             "inner-validation, inner-folds or last."
         )
+    chosen = _choose_folds(folds, wanted)
+    for fold in chosen:
+        _inner_parts(recipe, rows, fold.train, fold.dev)
+    if recipe.protocol.name != "split-column" and recipe.protocol.final_fit:
+        _inner_parts(recipe, rows, np.arange(len(rows)), None)
+    return selection, rows, folds, chosen
 
 
-def _check_encoders(recipe: Recipe, data: PreparedData, reported: dict[str, list[str]]) -> None:
-    """Refuse features whose encoder saw rows that are to be reported."""
+def _inner_parts(
+    recipe: Recipe, rows: Sequence[PreparedRow], train: NDArray[np.int64], dev: NDArray[np.int64] | None
+) -> list[Fold]:
+    """The parts of a training part that choose its number of epochs; none where the recipe or a dev part does."""
+    settings = recipe.train
+    if settings.selection in ("last", "dev") or (settings.selection == "auto" and dev is not None):
+        return []
+    all_parts = settings.selection == "inner-folds"
+    repeats = settings.inner_repeats if all_parts else 1
+    parts = inner_folds(rows, train, recipe.protocol, settings.inner_folds, repeats, recipe.seed)
+    return parts if all_parts else parts[:1]
+
+
+def _check_encoders(
+    recipe: Recipe, encoders: Mapping[str, Mapping[str, Any]], data: Path, reported: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse features whose encoder, of which these are the notes, saw rows that are to be reported."""
     if recipe.protocol.seen_features:
         return
     for name in ("text", "audio"):
-        if getattr(recipe, name).encoder != "features" or name not in data.encoders:
+        if getattr(recipe, name).encoder != "features" or name not in encoders:
             continue
-        notes = data.encoders[name]
+        notes = encoders[name]
         seen = set(notes["seen"])
         for fold, ids in reported.items():
             if known := [row_id for row_id in ids if row_id in seen]:
                 raise UserError(
-                    f"The {name} features of {data.path} come from an encoder that was trained on {len(known)} of the "
+                    f"The {name} features of {data} come from an encoder that was trained on {len(known)} of the "
                     f"{len(ids)} rows that fold {fold!r} reports ({known[0]!r}): take the encoder that deepmsi "
                     f"finetune made for that fold (this one is of {notes['fold']!r}), or set "
                     "protocol.seen_features=true, and the figures are marked as leaking."

@@ -85,6 +85,10 @@ def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_fol
     run, settings = tmp_path / "run", recipe({"encoder": "features"})
     with pytest.raises(UserError, match=r"trained on \d+ of the \d+ rows that fold '02' reports .* of '01'\)"):
         train(settings, features["01"], run, folds=["02"])
+    of_first = recipe({"encoder": "features", "features_from": str(tuned / "folds" / "01" / "encoder")})
+    with pytest.raises(UserError, match=r"trained on \d+ of the \d+ rows that fold '02' reports"):
+        train(of_first, path, tmp_path / "run-of-first", folds=["02"])
+    assert not (tmp_path / "run-of-first").exists()  # told before the clips were decoded
     for name in splits:
         result = train(settings, features[name], run, folds=[name])
     assert result["complete"]

@@ -655,6 +655,43 @@ def test_data_that_do_not_allow_the_recipe(edit, changes: dict, sentence: str, t
     assert "\n" not in str(caught.value)
 
 
+def _no_speaker(table: list[dict[str, str]]) -> None:
+    table[5]["speaker"] = ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "changes", "sentence"),
+    [
+        (None, {}, "has no split"),
+        (_one_label, {"protocol": "group-kfold"}, "one class only"),
+        (_rare_label, {"protocol": "leave-one-out"}, "the class 'awe' is in its test part"),
+        (_no_speaker, {"protocol": "leave-one-speaker-out"}, "Row 'r005' has no speaker"),
+        (None, {"protocol": {"name": "group-kfold", "folds": 9}}, "2 groups, too few for 9 folds"),
+        (None, {"protocol": {"name": "group-kfold", "folds": 2, "held_out": ["video"]}}, "No row has video"),
+        (None, {"protocol": {"name": "group-kfold", "folds": 2}}, "There is no fold '7'"),
+        (None, {"protocol": "leave-one-out", "train": {"selection": "dev"}}, "there is no dev part"),
+        (None, {"protocol": "leave-one-out", "drop": "text,audio", "vision": {"backbone": "small"}}, "none of video"),
+    ],
+)
+def test_what_a_manifest_tells_is_refused_before_its_clips_are_decoded(
+    edit, changes: dict, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepmsi.data.prepare.prepare", lambda *_: pytest.fail("the clips were decoded"))
+    manifest = write_corpus(tmp_path / "raw", rows=12, edit=edit)
+    with pytest.raises(UserError, match=sentence):
+        train(make_recipe(**changes), manifest, tmp_path / "run", folds=[7] if "fold '7'" in sentence else None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_choose_the_epochs_are_made_before_the_first_fold(tmp_path: Path) -> None:
+    """Of three rows of three classes no part can be spared: that showed at the first fit, in a run begun."""
+    data = prepared_corpus(tmp_path, rows=6)
+    recipe = make_recipe(protocol={"name": "stratified-kfold", "folds": 2}, train={"selection": "inner-folds"})
+    with pytest.raises(UserError, match="training part of 3 rows cannot be split into 4 inner folds"):
+        train(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_directories_that_are_refused(finished: Path, split_corpus: Path, corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(train={"epochs": 2})
     with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
@@ -711,7 +748,7 @@ def test_another_process_takes_no_other_data_for_the_first_ones(same: bool, tmp_
     other, manifest = prepared_corpus(tmp_path / "other", rows=8), write_corpus(tmp_path / "raw", rows=12)
     first = PreparedData.open(other).fingerprint if same else "of the first process"
     monkeypatch.setattr(rows_module, "from_main", lambda action: (other, first))
-    opened = rows_module.open_shared(manifest, make_recipe().prepare, tmp_path / "own")
+    opened = rows_module.open_shared(manifest, make_recipe().prepare, tmp_path / "own", list)
     assert len(opened) == (8 if same else 12)
     assert (tmp_path / "own").exists() is not same
 
