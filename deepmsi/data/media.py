@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import av
 
 from deepmsi.errors import UserError
 
 StreamType = Literal["video", "audio"]
+
+# How Matroska and WebM begin, and the part that holds all their content.
+_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 class NoStreamError(UserError):
@@ -116,13 +119,13 @@ def check_file(path: Path) -> None:
         size = path.stat().st_size
         if size == 0:
             raise UserError(f"{path}: the file is empty")
-        box = _broken_box(path, size)
+        part = _broken_part(path, size)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except OSError as error:
         raise UserError(f"{path}: the file cannot be read ({error.strerror})") from error
-    if box:
-        raise UserError(f"{path}: the file is truncated, it ends inside its {box!r} part; copy it again")
+    if part:
+        raise UserError(f"{path}: the file is truncated, it ends inside its {part!r} part; copy it again")
 
 
 def streams_of(container: Any, kind: StreamType) -> list[Any]:
@@ -143,23 +146,54 @@ def as_seconds(value: float) -> Fraction:
     return Fraction(value).limit_denominator(1_000_000)
 
 
-def _broken_box(path: Path, size: int) -> str | None:
-    """Name the top-level box of an MP4 or QuickTime file that runs past the end, if one does."""
+def _broken_part(path: Path, size: int) -> str | None:
+    """Name the top-level part of an MP4, QuickTime or Matroska file that runs past the end, if one does."""
     with path.open("rb") as file:
-        if file.read(8)[4:8] not in (b"ftyp", b"moov", b"mdat", b"styp", b"wide", b"skip", b"free"):
-            return None
-        at = 0
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            if length == 0:  # "to the end of the file"
-                return None
-            if length < 8 or not kind.isascii():  # bytes after the last box, which players ignore
-                return None
-            if at + length > size:
-                return kind.decode("ascii", "replace")
-            at += length
+        head = file.read(8)
+        if head.startswith(_EBML):
+            return _broken_segment(file, size)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"styp", b"wide", b"skip", b"free"):
+            return _broken_box(file, size)
     return None
+
+
+def _broken_box(file: BinaryIO, size: int) -> str | None:
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length == 0:  # "to the end of the file"
+            return None
+        if length < 8 or not kind.isascii():  # bytes after the last box, which players ignore
+            return None
+        if at + length > size:
+            return kind.decode("ascii", "replace")
+        at += length
+    return None
+
+
+def _broken_segment(file: BinaryIO, size: int) -> str | None:
+    """FFmpeg reads a Matroska file as far as it goes, and takes its length from a header that tells of the whole."""
+    file.seek(len(_EBML))
+    header = _ebml_length(file)
+    if header is None:
+        return None
+    file.seek(header, os.SEEK_CUR)
+    if file.read(len(_SEGMENT)) != _SEGMENT:
+        return None
+    length = _ebml_length(file)
+    return "Segment" if length is not None and file.tell() + length > size else None
+
+
+def _ebml_length(file: BinaryIO) -> int | None:
+    """Read the length of a part, whose first byte tells how many it has; None where a stream left it open."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    width = 9 - first[0].bit_length()
+    most = (1 << 7 * width) - 1
+    length = int.from_bytes(first + file.read(width - 1), "big") & most
+    return None if length == most else length

@@ -257,6 +257,24 @@ def test_bad_file_gets_one_sentence(tmp_path, clip_writer, name):
         assert "bad.mp4" in str(caught.value)
 
 
+def test_a_cut_matroska_file_is_refused(tmp_path, clip_writer):
+    """FFmpeg reads what is there, and tells of the length that the whole had; only an open length allows that."""
+    clip = clip_writer(tmp_path / "a.mkv", sound=2.0)
+    data = clip.read_bytes()
+    whole = probe(clip).duration
+    clip.write_bytes(data[: len(data) // 2])
+    for read in (probe, lambda p: decode_frames(p, 3), decode_audio):
+        with pytest.raises(UserError, match=r"a\.mkv: the file is truncated, it ends inside its 'Segment' part"):
+            read(clip)
+    at = data.index(b"\x18\x53\x80\x67") + 4
+    streamed = data[:at] + b"\x01" + 7 * b"\xff" + data[at + 8 :]
+    clip.write_bytes(streamed[: len(data) // 2])
+    assert len(decode_audio(clip)) < 16000 * whole - 4000
+    clip.write_bytes(data[: at + 3])
+    with pytest.raises(UserError, match=r"a\.mkv"):
+        probe(clip)
+
+
 def test_tags_in_another_code_page(tmp_path, clip_writer):
     """A title in Latin-1, as old AVI files have it, is no reason to refuse the clip."""
     clip = clip_writer(tmp_path / "a.avi", codec="mpeg4")
