@@ -40,6 +40,11 @@ COLUMNS = ("id", *PATH_COLUMNS, "text", *NAME_COLUMNS, "start", "end", "side", "
 _SEPARATORS = ",;\t"
 # A line of Excel's above the header.
 _EXCEL_SEPARATOR = re.compile(r'\s*"?sep=([^"\r\n])"?[ \t]*\r?\n', re.IGNORECASE)
+_CSV_ERRORS = {
+    "field limit": f"a cell is longer than {csv.field_size_limit():,} characters; is its closing quote missing?",
+    "unexpected end": "a quote is opened and never closed",
+    "expected after": "a quoted cell goes on behind its closing quote; write a quote inside of it twice",
+}
 # MELD went through cp1252 once: its UTF-8 copies hold C1 controls where cp1252 has quotes and dashes.
 _C1_TO_CP1252 = {c: bytes([c]).decode("cp1252") for c in range(0x80, 0xA0) if c not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
 
@@ -266,7 +271,8 @@ def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
             else:
                 records.append((at, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: the line cannot be read as CSV ({error})") from error
+        said = next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), str(error))
+        raise UserError(f"{path}:{line}: the line cannot be read as CSV: {said}") from error
     return records, header, problems
 
 

@@ -14,7 +14,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
 from deepmsi.train.evaluate import check_format
-from deepmsi.train.metrics import SUMMARY, Scores
+from deepmsi.train.metrics import SUMMARY, Scores, label_of_column
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData
@@ -202,7 +202,7 @@ def _read_predictions(path: Path, missing: list[str]) -> list[ScoredRow]:
     for cells in reader:
         if cells["label"] and cells["predicted"]:
             probabilities = {
-                name: value
+                label_of_column(name): value
                 for name, cell in cells.items()
                 if name is not None and name not in fixed and (value := _probability(cell)) is not None
             }

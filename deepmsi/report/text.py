@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from deepmsi.train.metrics import label_columns
+
 
 class Prediction(Protocol):
     """What `DeepMSI.predict` returns per clip or window, as far as it is printed here."""
@@ -117,7 +119,8 @@ def render_timeline(predictions: Sequence[Prediction]) -> str:
     writer = csv.writer(table, lineterminator="\n")
     labels = next((list(item.probabilities) for item in predictions if item.probabilities), [])
     several = len({item.clip for item in predictions}) > 1
-    writer.writerow([*(["clip"] if several else []), "start", "end", "label", *labels])
+    own = ("clip", "start", "end", "label")
+    writer.writerow(label_columns(own if several else own[1:], labels))
     for item in predictions:
         writer.writerow(
             [

@@ -22,7 +22,7 @@ from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.memory import training_device
-from deepmsi.train.metrics import compute_metrics
+from deepmsi.train.metrics import compute_metrics, label_columns
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import Selection, open_shared, select_rows
@@ -144,9 +144,8 @@ def prediction_rows(
 
 
 def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """Write `predictions.csv`; a label that has the name of another column gets its column as p(label)."""
-    header = ["id", "label", "predicted"]
-    header += [f"p({name})" if name in header else name for name in names]
+    """Write `predictions.csv`, whose columns `label_columns` names."""
+    header = label_columns(("id", "label", "predicted"), names)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())

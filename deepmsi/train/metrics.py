@@ -223,6 +223,20 @@ def compare_predictions(
     return result
 
 
+def label_columns(own: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The header of a table with a column for each label behind its own: one of a name that is taken is p(label).
+
+    A label that looks like that already is so, too: `label_of_column` finds every label again.
+    """
+    taken = [label in own or label_of_column(label) != label for label in labels]
+    return [*own, *(f"p({label})" if known else label for label, known in zip(labels, taken, strict=True))]
+
+
+def label_of_column(column: str) -> str:
+    """The label whose probabilities a column of `label_columns` holds."""
+    return column[2:-1] if column.startswith("p(") and column.endswith(")") else column
+
+
 def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
     """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
 

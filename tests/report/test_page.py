@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from deepmsi.errors import UserError
+from deepmsi.models.predict import Prediction
 from deepmsi.report import figures, report
 from deepmsi.report.collect import collect, worst_errors
+from deepmsi.report.text import render_timeline
+from deepmsi.train.evaluate import prediction_rows, write_predictions
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -211,6 +214,19 @@ def test_the_marks_of_thirty_classes_differ() -> None:
         assert f"fill: {mark.colour}" in svg[0]
         assert f"fill: {mark.colour}" not in svg[1]  # hollow
         assert f"stroke: {mark.colour}" in svg[1]
+
+
+def test_labels_that_have_the_name_of_a_column(make_run) -> None:
+    """They were one column with the table's own, or with another label's."""
+    labels = ("id", "p(id)", "start")
+    run = make_run()
+    rows = prediction_rows(["a", "b"], np.array([0, 1]), np.log([[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]), labels)
+    write_predictions(run / "predictions.csv", rows, labels)
+    assert (run / "predictions.csv").read_text().splitlines()[0] == "id,label,predicted,p(id),p(p(id)),start"
+    scored = collect(run).predictions
+    assert [(row.id, row.predicted, row.confidence) for row in scored] == [("a", "id", 0.5), ("b", "p(id)", 0.7)]
+    window = Prediction("a.mp4", "id", dict(zip(labels, (0.5, 0.3, 0.2), strict=True)), 0.0, 1.0, ("video",))
+    assert render_timeline([window]).splitlines()[0] == "start,end,label,id,p(p(id)),p(start)"
 
 
 def test_worst_errors_are_wrong_and_most_confident(make_run) -> None:
