@@ -72,12 +72,21 @@ def fit(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     return canvas
 
 
+def scale(frames: np.ndarray, size: int) -> np.ndarray:
+    """Scale frames ``[T, 3, S, S]`` uint8 that were stored larger to the side that a model reads."""
+    return _interpolate(torch.from_numpy(np.array(frames)), size, size).numpy()
+
+
 def _resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
     tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if tensor.shape[1:] != (height, width):
-        # The uint8 kernel works in fixed point, so its bits depend on neither thread count nor vector width.
-        tensor = F.interpolate(tensor[None], (height, width), mode="bilinear", antialias=True)[0]
-    return tensor.contiguous().numpy()
+    return _interpolate(tensor[None], height, width)[0].contiguous().numpy()
+
+
+def _interpolate(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if pictures.shape[2:] == (height, width):
+        return pictures
+    # The uint8 kernel works in fixed point, so its bits depend on neither thread count nor vector width.
+    return F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:

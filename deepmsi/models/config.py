@@ -50,6 +50,12 @@ class VisionConfig(Section):
     frames: int = Field(15, ge=1, description="frames per utterance, T")
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
     resize: Literal["crop", "squash", "pad"] = "crop"
+    stored_size: int | None = Field(
+        None,
+        ge=8,
+        description="side at which frames are cut before they are scaled to image_size, as training data of that size "
+        "were; null cuts them at image_size",
+    )
     face: bool = Field(False, description="frames are cropped to the largest face before resizing")
     face_model: str | None = Field(
         None, description="path of the YuNet .onnx file that finds the face; prediction on files reads it, too"
@@ -99,6 +105,8 @@ class VisionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
+        if self.stored_size is not None and self.stored_size < self.image_size:
+            raise ValueError(f"stored_size is {self.stored_size}, smaller than image_size, {self.image_size}")
         if self.options and self.backbone not in ("small", "none"):
             raise ValueError(f"options belong to the backbone 'small', not to {self.backbone!r}")
         for name, value in self.options.items():

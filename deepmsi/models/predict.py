@@ -172,6 +172,7 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
     """Decode one window. In a timeline a stream may end before the recording: what is left decides."""
     from deepmsi.data.decode import EmptyCutError, decode_frames, decode_pcm
     from deepmsi.data.face import shared_detector
+    from deepmsi.data.geometry import scale
     from deepmsi.data.store import as_waveform
 
     vision, audio = model.config.vision, model.config.audio
@@ -189,17 +190,16 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
     frames = waveform = None
     if window.has_video:
         face = vision.face and shared_detector(vision.face_model)  # missing for one, missing for all
-        frames = attempt(
-            lambda: decode_frames(
-                window.clip,
-                vision.frames,
-                start=cut[0],
-                end=cut[1],
-                size=vision.image_size,
-                resize=vision.resize,
-                face=face,
+
+        def cut_frames() -> np.ndarray:
+            size = vision.stored_size or vision.image_size
+            start, end = cut
+            frames = decode_frames(
+                window.clip, vision.frames, start=start, end=end, size=size, resize=vision.resize, face=face
             )
-        )
+            return scale(frames, vision.image_size)
+
+        frames = attempt(cut_frames)
     if window.has_audio:
         waveform = attempt(
             lambda: as_waveform(decode_pcm(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from deepmsi.data.geometry import scale
 from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections
@@ -193,11 +194,7 @@ class UtteranceDataset(Dataset[Example]):
         stored = self.data.frames(i)
         if stored is None:
             raise UserError(f"{self.data.path}: the frames of row {self.data.rows[i].id!r} are gone.")
-        frames = torch.from_numpy(np.array(stored))
-        size = self.config.vision.image_size
-        if frames.shape[-1] != size:
-            resized = torch.nn.functional.interpolate(frames.float(), (size, size), mode="bilinear", antialias=True)
-            frames = resized.round_().clamp_(0, 255).to(torch.uint8)
+        frames = torch.from_numpy(scale(stored, self.config.vision.image_size))
         if rng is not None and self.augment is not None:
             frames = augment_frames(frames, self.augment, rng)
         return frames

@@ -198,7 +198,7 @@ class Recipe(ModelSections):
             self.vision.__dict__["face_model"] = self.prepare.face_model
         own: dict[str, Any] = {
             "frames": self.vision.frames,
-            "size": self.vision.image_size,
+            "size": self.vision.stored_size or self.vision.image_size,
             "resize": self.vision.resize,
             "face": self.vision.face,
             "face_model": self.vision.face_model,

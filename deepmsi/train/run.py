@@ -561,6 +561,10 @@ def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
             if found != getattr(recipe.vision, key):
                 note(f"The frames were prepared with {key}={found}: the model keeps that in place of the recipe's.")
             plain["vision"][key] = found
+        stored, read = data.options.size, recipe.vision.image_size
+        if stored >= read:  # smaller ones are refused
+            plain["prepare"]["size"] = stored
+            plain["vision"]["stored_size"] = stored if stored > read else None
     plain["prepare"] = {
         **plain["prepare"],
         **{key: plain["vision"][key] for key in CUT},

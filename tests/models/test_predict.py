@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from deepmsi.data.decode import decode_frames, decode_pcm
-from deepmsi.data.prepare import prepare
+from deepmsi.data.prepare import PrepareOptions, prepare
 from deepmsi.data.store import as_waveform
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction, load_run
 from deepmsi.report.text import render_subtitles, render_timeline
+from deepmsi.train.dataset import UtteranceDataset
 
 RATE = 16000
 
 
-def write_clip(path, seconds=2.0, video=True, audio=True, audio_seconds=None):
+def write_clip(path, seconds=2.0, video=True, audio=True, audio_seconds=None, stripes=0):
     """A real file: moving grey steps at 10 frames per second, and a tone that rises."""
     with av.open(str(path), "w") as container:
         if video:
@@ -28,6 +29,7 @@ def write_clip(path, seconds=2.0, video=True, audio=True, audio_seconds=None):
         if video:
             for k in range(round(10 * seconds)):
                 picture = np.full((48, 64, 3), 40 + 8 * (k % 20), dtype=np.uint8)
+                picture[:, ::5] += np.uint8(stripes)
                 for packet in stream.encode(av.VideoFrame.from_ndarray(picture)):
                     container.mux(packet)
             for packet in stream.encode():
@@ -74,6 +76,20 @@ def test_a_clip_is_predicted_as_its_arrays_are(model, tmp_path):
     assert found.end == pytest.approx(2.0, abs=0.2)
     assert found.modalities == ("video", "text", "audio")
     assert found.to_dict()["label"] == found.label
+
+
+def test_frames_that_were_stored_larger_are_predicted_alike(tiny, tmp_path):
+    """They are scaled twice, so that one scaling from the file gave other pixels."""
+    clip = write_clip(tmp_path / "a.mp4", stripes=50)
+    (tmp_path / "m.csv").write_text("id,video,label\na,a.mp4,joy\n")
+    sections = {"text": {"encoder": "none"}, "audio": {"encoder": "none"}}
+    model = tiny(vision={"stored_size": 47}, **sections).eval()
+    data = prepare(tmp_path / "m.csv", tmp_path / "p", PrepareOptions(frames=2, size=47), workers=0, progress=False)
+    (example,) = UtteranceDataset(data, [0], [0], model.config)
+    assert not np.array_equal(example.frames, decode_frames(clip, 2, size=32))
+    expected = model(example.frames[None]).logits.double().softmax(1)[0].tolist()
+    (found,) = model.predict([clip])
+    assert list(found.probabilities.values()) == pytest.approx(expected, abs=1e-7)
 
 
 def test_batches_mix_what_clips_have(model, tmp_path):

@@ -123,6 +123,18 @@ def test_the_model_keeps_how_its_frames_were_cut(video_corpus: Path) -> None:
         assert section.model_dump(include=set(cut)) == cut
 
 
+@pytest.mark.parametrize(("stored", "kept"), [(64, None), (96, 96)])
+def test_frames_are_cut_for_prediction_as_they_were_stored(
+    stored: int, kept: int | None, video_corpus: Path, tmp_path: Path
+) -> None:
+    data = PreparedData.open(video_corpus)
+    data.options = data.options.model_copy(update={"size": stored})
+    recipe = _fit_to_data(make_recipe(**VIDEO), data)
+    assert (recipe.vision.stored_size, recipe.prepare.size) == (kept, stored)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     ("workers", "kill", "corrupt", "average"),
     [(0, 2, False, None), (2, 3, True, 0.9)],
