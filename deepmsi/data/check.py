@@ -6,12 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
-from deepmsi.data.manifest import Manifest, Problem, Row, count_labels, scan_manifest
+from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
 from deepmsi.data.release import count_differences, read_release
@@ -87,6 +88,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
         findings += [replace(found, where=where, id=row.id) for found in _row_findings(row, looked)]
     findings += _length_findings(manifest, looked)
     findings += _duplicates(manifest)
+    findings += _column_findings(manifest)
     findings += _label_findings(manifest)
     for sentence in count_differences(manifest.rows):
         findings.append(Problem("warning", str(manifest.path), sentence))
@@ -256,6 +258,18 @@ def _digest(path: Path) -> str:
         return str(path)
 
 
+def _column_findings(manifest: Manifest) -> Iterable[Problem]:
+    """Point out columns that nothing reads and whose name is like that of one that is read and not there."""
+    absent = [name for name in COLUMNS if name not in manifest.columns]
+    for column in manifest.columns if manifest.kind == "table" else ():
+        if column not in COLUMNS:
+            names = (column.lower(), column.lower().partition("_")[0])
+            near = [match for name in names for match in get_close_matches(name, absent, n=1, cutoff=0.7)]
+            if near:
+                sentence = f"nothing reads the column {column!r}; did you mean {near[0]!r}?"
+                yield Problem("warning", str(manifest.path), sentence)
+
+
 def _label_findings(manifest: Manifest) -> Iterable[Problem]:
     where = str(manifest.path)
     labels = Counter(row.label for row in manifest.rows if row.label is not None)
@@ -265,6 +279,8 @@ def _label_findings(manifest: Manifest) -> Iterable[Problem]:
     elif unlabelled:
         rows = f"{unlabelled} row{'s have' if unlabelled > 1 else ' has'}"
         yield Problem("warning", where, f"{rows} no label and will be left out of training")
+    if len(labels) == 1:
+        yield Problem("warning", where, f"every label is {min(labels)!r}, and a classifier needs two or more")
     spelled: dict[str, str] = {}
     for label in sorted(labels):
         if labels[label] == 1:

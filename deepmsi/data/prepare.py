@@ -42,9 +42,10 @@ def prepare(
 ) -> PreparedData:
     """Prepare the clips of a manifest into the folder ``out``, or continue where an earlier run stopped.
 
-    A clip that fails is listed in ``out/failures.csv`` with its reason and stops no other; its row stays with
-    the modalities that it has left, and is left out where it has none. Shards that an earlier run made are read to
-    their ends and held against their digests (about a second for a GB); those that do not fit are made again.
+    A clip that fails is listed in ``out/failures.csv`` with its reason and stops no other; its row stays with the
+    modalities that it has left, and is left out where it has none. Where every clip fails, nothing is prepared.
+    Shards that an earlier run made are read to their ends and held against their digests (about a second for a GB);
+    those that do not fit are made again.
 
     Args:
         manifest_path: what ``read_manifest`` takes.
@@ -58,7 +59,7 @@ def prepare(
 
     Raises:
         UserError: a bad manifest, other options than the folder's, a full disk (what is done is kept),
-            nothing that could be prepared.
+            not one file of a manifest that names files could be read.
     """
     options = options or PrepareOptions()
     manifest = read_manifest(manifest_path)
@@ -237,9 +238,10 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
     writer.writeheader()
     writer.writerows(listed)
     write_bytes(folder / FAILURES, table.getvalue().encode("utf-8"))
-    if not rows:
+    clips = stages[0].outcomes
+    if clips and not any(outcome.slots for outcome in clips.values()):  # whatever their texts: these are wrong paths
         raise UserError(
-            f"{manifest.path}: none of the {len(manifest.rows)} rows could be prepared; the first reason: "
+            f"{manifest.path}: none of the {len(clips)} clips could be prepared; the first reason: "
             f"{listed[0]['reason']} (all are in {folder / FAILURES})"
         )
     notes = encoder_notes(options)

@@ -122,7 +122,7 @@ RELEASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "all clips corrupt and no text": (
         "iemocap",
         corrupt_sounds,
-        "none of the 10 rows could be prepared",
+        "none of the 10 clips could be prepared",
     ),
 }
 

@@ -257,6 +257,27 @@ def test_check(tmp_path, clip_writer):
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 8
 
 
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("id,text,Labels", "m.csv: nothing reads the column 'Labels'; did you mean 'label'?"),
+        ("id,text,video_path", "m.csv: nothing reads the column 'video_path'; did you mean 'video'?"),
+        ("id,text,text_2", None),
+        ("id,text,session", None),
+    ],
+)
+def test_check_points_out_a_column_that_is_misspelt(tmp_path, header, told):
+    report = check(write(tmp_path / "m.csv", f"{header}\na,well,x\n"), workers=1)
+    assert [w.where.rpartition("/")[2] + ": " + w.sentence for w in report.warnings if "reads" in w.sentence] == (
+        [told] if told else []
+    )
+
+
+def test_check_points_out_a_single_label(tmp_path):
+    report = check(write(tmp_path / "m.csv", "id,text,label\na,well,joy\nb,so,joy\n"), workers=1)
+    assert [w.sentence for w in report.warnings] == ["every label is 'joy', and a classifier needs two or more"]
+
+
 def test_check_finds_nothing_wrong_with_real_data(shared_data):
     report = check(shared_data / "ravdess" / "manifest.csv")
     assert report.problems == ()
