@@ -63,8 +63,8 @@ def prepare(
     """
     options = options or PrepareOptions()
     manifest = read_manifest(manifest_path)
-    _check_options(manifest, options)
     folder = Path(out)
+    _check_options(manifest, options, finished=(folder / INDEX).exists())
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,10 +111,14 @@ def encoder_notes(options: PrepareOptions) -> dict[str, dict[str, Any]]:
     return {modality: asdict(found) for modality, name in named.items() if name and (found := read_notes(name))}
 
 
-def _check_options(manifest: Manifest, options: PrepareOptions) -> None:
+def _check_options(manifest: Manifest, options: PrepareOptions, finished: bool) -> None:
     for name, encoder in (("text", options.text_encoder), ("audio", options.audio_encoder)):
         if encoder and any(getattr(row, f"{name}_features") for row in manifest.rows):
             raise UserError(f"{manifest.path}: the manifest brings {name}_features, so {name}_encoder must be left out")
+        if encoder and not finished:  # it is read when all clips are decoded
+            from deepmsi.models.encoders import check_encoder
+
+            check_encoder(name, encoder)
     if options.face:
         from deepmsi.data.face import shared_detector
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, AudioConfig, TextConfig
+from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, OWN_ENCODERS, AudioConfig, TextConfig
 from deepmsi.models.finetuned import read_notes
 from deepmsi.models.offline import (
     HashingTextEncoder,
@@ -354,6 +354,21 @@ def build_audio_encoder(config: AudioConfig, saved: Path | None = None) -> tuple
     return PretrainedAudioEncoder(model, config.finetune), processor
 
 
+def check_encoder(modality: str, name: str) -> None:
+    """Read an encoder's configuration, to find out early whether it can be had.
+
+    Args:
+        modality: "text" or "audio".
+        name: what a section's `encoder` may be.
+
+    Raises:
+        UserError: it cannot, or it is an encoder-decoder.
+    """
+    if name not in OWN_ENCODERS:
+        key = f"{modality}.encoder"
+        _read_config(_source(name, key), key)
+
+
 def build_feature_encoder(
     modality: str, name: str, sample_rate: int = 16000
 ) -> tuple[nn.Module, Callable[[Any], dict[str, Tensor]]]:
@@ -469,12 +484,9 @@ def _sentence(source: str, key: str, part: str) -> Iterator[None]:
 
 def _load_model(source: str, key: str, weights: bool) -> PreTrainedModel:
     """Load an encoder with its weights, or only its architecture where they follow from a checkpoint."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    with _sentence(source, key, "configuration"):
-        config = AutoConfig.from_pretrained(source, local_files_only=_is_local(source))
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{key}: {source} is an encoder-decoder: give an encoder such as BERT or wav2vec 2.0.")
+    config = _read_config(source, key)
     _settle(config)
     with _sentence(source, key, "model"):
         if not weights:
@@ -495,6 +507,16 @@ def _load_model(source: str, key: str, weights: bool) -> PreTrainedModel:
             "they belong to another architecture than its configuration names."
         )
     return model
+
+
+def _read_config(source: str, key: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with _sentence(source, key, "configuration"):
+        config = AutoConfig.from_pretrained(source, local_files_only=_is_local(source))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{key}: {source} is an encoder-decoder: give an encoder such as BERT or wav2vec 2.0.")
+    return config
 
 
 def _settle(config: PretrainedConfig) -> None:

@@ -34,6 +34,7 @@ from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
+from deepmsi.models.encoders import check_encoder
 from deepmsi.models.vision import check_vision
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
@@ -153,6 +154,8 @@ class _Run:
         def check(there: Sequence[PreparedRow]) -> None:
             _, rows, _, chosen = _lay_out(recipe, plan, there, folds)
             _check_encoders(recipe, encoder_notes(recipe.prepare), data, self._left(chosen, rows))
+            for name in ("text", "audio"):
+                check_encoder(name, getattr(recipe, name).encoder)
 
         self.data = open_shared(data, recipe.prepare, out / "prepared", check, begun)
         self.recipe = recipe = _fit_to_data(recipe, self.data)

@@ -424,6 +424,7 @@ def test_features_of_frozen_encoders(clips, prepared, tmp_path, monkeypatch):
     from deepmsi.models import encoders
 
     built = []
+    monkeypatch.setattr(encoders, "check_encoder", lambda modality, name: None)
     monkeypatch.setattr(encoders, "build_text_encoder", lambda c: (_Encoder(), lambda t: _pad([s.encode() for s in t])))
     monkeypatch.setattr(encoders, "build_audio_encoder", lambda c: built.append(c) or (_Encoder(), _pad))
     options = PrepareOptions(frames=4, size=32, text_encoder="some/bert", audio_encoder="some/wav2vec2")
@@ -454,6 +455,13 @@ def test_features_of_frozen_encoders(clips, prepared, tmp_path, monkeypatch):
     reasons = [f["reason"] for f in broken.failures if f["modality"] == "text"]
     assert len(reasons) == 20
     assert "the text encoder some/bert gives features that are not finite" in reasons[0]
+
+
+def test_an_encoder_that_cannot_be_had_is_told_before_anything_is_decoded(clips, tmp_path):
+    for modality in ("text", "audio"):
+        with pytest.raises(UserError, match=rf"{modality}\.encoder: there is no folder \./absent"):
+            run(clips / "m.csv", tmp_path / "out", PrepareOptions(**{f"{modality}_encoder": "./absent"}))
+        assert not (tmp_path / "out").exists()
 
 
 def test_encoder_and_features_of_the_manifest_exclude_each_other(tmp_path):

@@ -683,6 +683,7 @@ def _no_speaker(table: list[dict[str, str]]) -> None:
         (None, {"protocol": {"name": "group-kfold", "folds": 2}}, "There is no fold '7'"),
         (None, {"protocol": "leave-one-out", "train": {"selection": "dev"}}, "there is no dev part"),
         (None, {"protocol": "leave-one-out", "drop": "text,audio", "vision": {"backbone": "small"}}, "none of video"),
+        (None, {"protocol": "leave-one-out", "text": {"encoder": "./absent"}}, r"there is no folder \./absent"),
     ],
 )
 def test_what_a_manifest_tells_is_refused_before_its_clips_are_decoded(
