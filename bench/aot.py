@@ -191,6 +191,12 @@ def _norm(dtype: torch.dtype, channels: int) -> Tensor:
     return ops.residual_norm(x, branch, weight, bias, row_scale=scale, backend="triton").float().sum()
 
 
+def _bias(dtype: torch.dtype, window: int, heads: int) -> Tensor:
+    coordinates = torch.zeros((2 * window - 1) ** 2, 2)
+    weights = [torch.zeros(*size, dtype=dtype, requires_grad=True) for size in ((512, 2), (512,), (heads, 512))]
+    return ops.position_bias(coordinates, *weights, backend="triton").sum()
+
+
 # op, case, the call, and whether every push compiles it
 CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("vsc_compress", "dense 256 x 384", lambda d: _vsc(d, False, 256, 384), True),
@@ -205,6 +211,9 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("dilated_causal_conv1d", "16 x 15 of 1024", lambda d: _conv(d, 16, None), True),
     ("cross_modal_contrastive", "16 x 256", lambda d: _contrastive(d, 16, 256), True),
     ("cross_modal_contrastive", "4096 x 256", lambda d: _contrastive(d, 4096, 256), True),
+    ("position_bias", "window 8, 12 heads", lambda d: _bias(d, 8, 12), True),
+    ("position_bias", "window 16, 24 heads", lambda d: _bias(d, 16, 24), False),
+    ("position_bias", "window 8, 48 heads", lambda d: _bias(d, 8, 48), False),
     ("residual_norm", "384 channels", lambda d: _norm(d, 384), True),
     ("residual_norm", "4096 channels", lambda d: _norm(d, 4096), False),
     ("residual_mlp", "96 channels", lambda d: _mlp(d, False, 96), True),

@@ -45,6 +45,7 @@ BENCHES = (
     "residual_mlp",
     "residual_window_attention",
     "residual_norm",
+    "position_bias",
 )
 
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
-from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
+from deepmsi.nn.fusing import bias_table, bias_weights, fuses, fuses_attention, plain, unhooked
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
 from deepmsi.ops.window_attention import head_scale_of
 
@@ -169,8 +169,9 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             return
         buffers = (cast(Tensor, attn.relative_coords_table), cast("Tensor | None", attn.k_bias))
         constants = _BlockConstants(*buffers, Fixed(), Fixed(), Fixed(), LaidOut(), LaidOut())
-        if usual_bias(attn.cpb_mlp):
-            constants.table.fix(self._bias_table, *attn.cpb_mlp.parameters())
+        weights = bias_weights(attn.cpb_mlp)
+        if weights is not None:
+            constants.table.fix(self._bias_table, *weights)
         if attn.q_bias is not None:
             constants.qkv_bias.fix(self._qkv_bias, attn.q_bias, attn.v_bias)
         constants.head_scale.fix(lambda: head_scale_of(attn.logit_scale), attn.logit_scale)
@@ -253,12 +254,11 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
 
     def _bias_table(self) -> Tensor:
         attn: Any = self.attn
-        held = self.constants
-        if held is not None and held.coordinates is attn.relative_coords_table and usual_bias(attn.cpb_mlp):
-            fixed = held.table.of(*attn.cpb_mlp.parameters())
-            if fixed is not None:
-                return fixed
-        return 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
+        held, coordinates, weights = self.constants, attn.relative_coords_table, bias_weights(attn.cpb_mlp)
+        if weights is None:
+            return 16 * attn.cpb_mlp(coordinates).view(-1, attn.num_heads).sigmoid()
+        fixed = held.table.of(*weights) if held is not None and held.coordinates is coordinates else None
+        return bias_table(coordinates.view(-1, 2), weights) if fixed is None else fixed
 
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self, x):

@@ -1,11 +1,14 @@
 """When modules may run as one kernel."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepmsi import backend
+from deepmsi.ops import position_bias
 from deepmsi.ops._arguments import autocast_type, autocasts
 
 
@@ -68,8 +71,21 @@ def unhooked(*modules: nn.Module) -> bool:
     return True
 
 
-def usual_bias(network: nn.Module) -> bool:
-    """Whether the bias of a Swin V2's positions follows from the parameters of its network alone, as it was built."""
+def bias_weights(network: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what the bias of a Swin V2's positions follows from alone, or None of a network not as it was built."""
     if type(network) is not nn.Sequential or [type(part) for part in network] != [nn.Linear, nn.ReLU, nn.Linear]:
-        return False
-    return unhooked(network, *network)
+        return None
+    hidden, out = cast(nn.Linear, network[0]), cast(nn.Linear, network[2])
+    weights = (hidden.weight, hidden.bias, out.weight)
+    own = hidden.bias is not None and out.bias is None and not any(map(is_traceable_wrapper_subclass, weights))
+    return weights if own and unhooked(network, *network) else None
+
+
+def bias_table(coordinates: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the position bias of every offset [P, heads]: on the reference where a backend that is set has no kernel.
+
+    Of coordinates [P, 2] and the :func:`bias_weights` of a network.
+    """
+    hidden, _, out = weights
+    runs = backend.fuses("position_bias", hidden.device.type, hidden.dtype, heads=out.shape[0])
+    return position_bias(coordinates, *weights, backend=None if runs else "reference")

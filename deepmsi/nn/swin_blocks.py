@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepmsi.backend import resolve
 from deepmsi.nn.constants import Content, Fixed, HoldsConstants, LaidOut, content_of, stands
-from deepmsi.nn.fusing import fuses, fuses_attention, plain, unhooked, usual_bias
+from deepmsi.nn.fusing import bias_table, bias_weights, fuses, fuses_attention, plain, unhooked
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
@@ -163,32 +163,24 @@ class WindowAttention(HoldsConstants):
 
         In float32 or wider; a network in the place of its own gives it in its type.
         """
-        if not usual_bias(self.cpb_mlp):
-            coordinates = self.coordinate_bits.view(torch.float32).to(next(self.cpb_mlp.parameters()).dtype)
+        coordinates, weights = self.coordinate_bits.view(torch.float32), bias_weights(self.cpb_mlp)
+        if weights is None:
             with without_autocast(coordinates.device.type):
-                return 16 * self.cpb_mlp(coordinates).sigmoid()
-        hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
-        weights = (hidden.weight, hidden.bias, out.weight)
+                return 16 * self.cpb_mlp(coordinates.to(next(self.cpb_mlp.parameters()).dtype)).sigmoid()
         if self.fixed_table is not None and stands(self._fixed_from, *weights):
             return self.fixed_table
         if self._fixed_from is not None and needs_grad(*weights):
             self._fixed_from = None  # what follows may change them unseen
-        wide = torch.float64 if hidden.weight.dtype == torch.float64 else torch.float32
-        with without_autocast(self.coordinate_bits.device.type):
-            coordinates = self.coordinate_bits.view(torch.float32).to(wide)
-            raised = nn.functional.linear(coordinates, hidden.weight.to(wide), hidden.bias.to(wide)).relu()
-            return 16 * nn.functional.linear(raised, out.weight.to(wide)).sigmoid()
+        return bias_table(coordinates, weights)
 
     def fix(self) -> None:
         self.forget()
         self._laid_out.fix_layers("residual_window_attention", self.qkv, self.proj)
         self._qkv_bias.fix(self.qkv_bias, self.q_bias, self.v_bias)
         self._head_scale.fix(lambda: head_scale_of(self.logit_scale), self.logit_scale)
-        if not usual_bias(self.cpb_mlp):
-            return
-        self.fixed_table = self.bias_table()
-        hidden, out = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
-        self._fixed_from = content_of(hidden.weight, hidden.bias, out.weight)
+        weights = bias_weights(self.cpb_mlp)
+        if weights is not None:
+            self.fixed_table, self._fixed_from = self.bias_table(), content_of(*weights)
 
     def forget(self) -> None:
         self.fixed_table = self._fixed_from = None

@@ -440,6 +440,48 @@ def _packed_fake(weight: Tensor, halves: bool) -> Tensor:
     return weight.new_empty(sizes, dtype=torch.bfloat16 if narrow else torch.float32)
 
 
+# --- position_bias
+# Forward: coordinates [P, 2] and weights [D, 2], [D] and [heads, D] of any floating type each; the table [P, heads] is
+# float32. Backward reads the table, and coordinates get no gradient.
+
+_BIAS_FORWARD = "(Tensor coordinates, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight) -> Tensor"
+_BIAS_BACKWARD = (
+    "(Tensor grad_table, Tensor coordinates, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, "
+    "Tensor table) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _bias_fake_forward(coordinates: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, out_weight: Tensor) -> Tensor:
+    return out_weight.new_empty((coordinates.shape[0], out_weight.shape[0]), dtype=torch.float32)
+
+
+def _bias_fake_backward(grad_table: Tensor, coordinates: Tensor, *rest: Tensor) -> Any:
+    return tuple(weight.new_empty(weight.shape) for weight in rest[:3])
+
+
+def _bias_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output)
+
+
+def _bias_gradient(bwd: Any, ctx: Any, grad_table: Tensor | None) -> tuple[Any, ...]:
+    if grad_table is None:
+        return (None,) * 4
+    return None, *bwd(grad_table, *ctx.saved_tensors)
+
+
+_register(
+    "position_bias",
+    _BIAS_FORWARD,
+    _BIAS_BACKWARD,
+    _bias_fake_forward,
+    _bias_fake_backward,
+    _bias_setup_context,
+    _bias_gradient,
+    backends=("triton",),
+)
+
+
 # --- residual_norm
 # Forward: rows x and branch [R, C] and all else of any floating type; y has the type of x. Backward: the gradient of x
 # is that of y. row_scale [R] gets none.

@@ -1,6 +1,7 @@
 """fuse: timm's Swin models keep their weights, outputs and gradients; padding, dropout and refusals."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -251,17 +252,20 @@ def test_under_autocast_a_block_runs_on_the_kernels_of_its_stream(stream: torch.
 @pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
 def test_in_bfloat16_it_is_as_near_as_timm_is(autocast: bool) -> None:
     exact = build("swinv2_tiny_window8_256", img_size=64)
-    frames = randn(2, 3, 64, 64, seed=2)
-    wanted, grads = gradients(exact, frames.double())
     kept = torch.float32 if autocast else torch.bfloat16
-    sides = []
-    for model in (copy.deepcopy(exact).to(kept), deepmsi.fuse(copy.deepcopy(exact).to(kept))):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out, found = gradients(model, frames.to(kept))
-        assert all(grad.dtype == kept for grad in found.values())
-        errors = {name: (found[name].double() - grad).norm() / grad.norm() for name, grad in grads.items()}
-        sides.append({"output": (out.double() - wanted).norm() / wanted.norm(), **errors})
-    timms, ours = sides
+    models = copy.deepcopy(exact).to(kept), deepmsi.fuse(copy.deepcopy(exact).to(kept))
+    timms, ours = Counter[str](), Counter[str]()
+    # Of several batches, for a gradient that nearly cancels, as a logit scale's may, is off by chance.
+    for seed in (2, 3, 4):
+        frames = randn(2, 3, 64, 64, seed=seed)
+        wanted, grads = gradients(exact, frames.double())
+        for model, errors in zip(models, (timms, ours), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out, found = gradients(model, frames.to(kept))
+            assert all(grad.dtype == kept for grad in found.values())
+            found["output"] = out
+            for name, value in {"output": wanted, **grads}.items():
+                errors[name] += float((found[name].double() - value).norm() / value.norm()) / 3
     for name, error in ours.items():
         assert error < 2 * timms[name] + 2**-8, (name, error, timms[name])
 

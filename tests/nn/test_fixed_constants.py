@@ -328,6 +328,17 @@ def test_a_bias_network_that_is_not_timms_own_is_called() -> None:
 
 
 @torch.no_grad()
+def test_a_bias_network_whose_last_layer_has_a_bias_is_called() -> None:
+    model, inputs = compressing()
+    expected = fix_constants(model)(*inputs)
+    network = model.layers[0].blocks[0].attn.cpb_mlp
+    network[2].bias = nn.Parameter(torch.zeros(network[2].out_features))
+    torch.testing.assert_close(model(*inputs), expected)
+    network[2].bias += torch.arange(network[2].out_features)
+    assert not torch.allclose(model(*inputs), expected, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_another_input_size_has_other_tables() -> None:
     model, _ = fused()
     fix_constants(model)

@@ -59,6 +59,14 @@ def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[...
             return ops.dilated_causal_conv1d(x, weight, bias, 2, backend=backend)
 
         return [x, weight, bias], run
+    if op == "position_bias":
+        coordinates = testing.randn(49, 2, seed=1, device=device)
+        weights = [testing.randn(*size, seed=2, device=device) for size in ((40, 2), (40,), (3, 40))]
+
+        def run(*weights: Tensor) -> Tensor:
+            return ops.position_bias(coordinates, *weights, backend=backend)
+
+        return weights, run
     if op == "residual_norm":
         x, branch = (testing.randn(300, 40, seed=s, device=device) for s in (1, 2))
         weight, bias = (testing.randn(40, seed=s, device=device) for s in (3, 4))
