@@ -148,7 +148,7 @@ def position_bias_bwd(
     hidden_bias: Tensor,
     out_weight: Tensor,
     table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of hidden_weight [D, 2], hidden_bias [D] and out_weight [heads, D], each in its type."""
     heads, units = out_weight.shape
     weights = (hidden_weight, hidden_bias, out_weight)
