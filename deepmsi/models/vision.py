@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
 from deepmsi.nn import TCN, KeptTokens, VSCSwin, fix_constants
+from deepmsi.nn.swin_blocks import normalised
 
 if TYPE_CHECKING:
     from deepmsi.models.graphs import VideoGraphs
@@ -97,7 +98,7 @@ class VideoBranch(nn.Module):
             return pixel_values.to(dtype)
         if pixel_values.dtype != torch.uint8:
             raise UserError(f"the frames are {pixel_values.dtype}: give uint8 pixels, or float already normalised.")
-        return ((pixel_values.float() / 255 - self.mean) / self.std).to(dtype)
+        return normalised(pixel_values, self.mean, self.std).to(dtype)
 
     def forward(
         self, pixel_values: Tensor, guide: Tensor | None, return_kept: bool = False

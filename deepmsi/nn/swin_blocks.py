@@ -72,6 +72,15 @@ def frame_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], row, right=True)
 
 
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (pixels / 255 - mean) / std of uint8 pixels [F, 3, S, S] in float32 or wider.
+
+    In one pass over them: mean and std, of one number a channel or a position, take the divisions.
+    """
+    mean, std = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mean, std))
+    return torch.addcmul(-mean / std, pixels, 1 / (255 * std))
+
+
 def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return norm(x) in the type of x, on every device: CUDA's autocast would norm a float32 copy and give float32."""
     if not (x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and autocasts("cuda")):
@@ -522,7 +531,7 @@ class PatchEmbed(HoldsConstants):
     def _normalised(self, frames: Tensor) -> Tensor:
         assert self.pixel_mean is not None
         assert self.pixel_std is not None
-        return ((frames.float() / 255 - self.pixel_mean) / self.pixel_std).to(self.proj.weight.dtype)
+        return normalised(frames, self.pixel_mean, self.pixel_std).to(self.proj.weight.dtype)
 
     def _holds(self) -> bool:
         weights = (self.proj.weight, cast(Tensor, self.proj.bias))

@@ -1,10 +1,12 @@
 """What the video branch does around its backbone: the small one's sizes, statistics of each pixel position."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmsi import DeepMSI, DeepMSIConfig
 from deepmsi.models.config import VisionConfig
@@ -45,6 +47,32 @@ def test_pixel_statistics_standardise_every_position(mirrored: bool) -> None:
     expected = (seen.double() / 255).std(0, correction=0) + 0.025
     torch.testing.assert_close(video.std.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(video.normalize(seen).mean(0), torch.zeros(3, 32, 32), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["of channels", "of positions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_normalising_passes_over_the_pixels_once_and_once_to_cast(statistics: bool, dtype: torch.dtype) -> None:
+    video = branch(pixel_statistics=statistics).to(dtype)
+    pixels = torch.stack(videos()).flatten(0, 1)
+    expected = (pixels.double() / 255 - video.mean.double()) / video.std.double()
+    with Passes(pixels.numel()) as passes:
+        found = video.normalize(pixels)
+    assert found.dtype == dtype
+    assert passes.count == (2 if dtype == torch.bfloat16 else 1)
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operations that write so many elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += isinstance(out, Tensor) and out.numel() == self.size
+        return out
 
 
 def test_a_still_background_stays_still() -> None:
