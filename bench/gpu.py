@@ -7,6 +7,12 @@ dropped, and said. `--steps build,bench` takes some steps, in the order given. T
 every part, pytest-benchmark's records), `results.md` and one log a step. The exit code is 0 where every part passed or
 cannot exist on this machine, and 1 otherwise.
 
+The step `bench` measures, in this order: the whole model at 16 x 15 frames in bfloat16 (training step and inference, as
+they are and as CUDA graphs, also of one utterance; the memory of a step with Adam for each `recompute`), the video
+branch and the model against what a user would take instead (16 x 15 frames first), the next frame of a stream and one
+image, every operation. `compile` measures the video branch at 16 x 15 frames against timm's and the batched one under
+torch.compile, then every operation. The whole model needs pydantic.
+
 `--device cpu --smallest` goes the same way with everything small, on a machine without a GPU.
 """
 
@@ -37,6 +43,8 @@ STEPS = ("build", "test", "sanitize", "bench", "compile")
 LEAST = 20.0  # seconds under which no part is begun
 GRACE = 15.0  # seconds that an interrupted part gets: pytest-xdist waits for its processes before it writes
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Of the whole model, with their limits in seconds.
+MODEL = {"step": 200, "model": 200, "latency": 60}
 BENCHES = (
     "vsc_compress",
     "window_attention",
@@ -134,31 +142,26 @@ def sanitizing(options: argparse.Namespace) -> list[Part]:
 
 
 def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
-    """The model and its captured step first, where nothing is compiled, and every operation.
+    """What most depends on comes first, should the time run out.
 
-    They are what most depends on, should the time run out. A compiled baseline is the same beside each backend.
+    A compiled baseline is the same beside each backend.
     """
     command = [*PYTEST, "--benchmark-only", "--device", options.device]
     command += ["--smallest"] if options.smallest else []
-    command += ["--compile", *(["-k", "triton"] if options.device == "cuda" else [])] if compiled else []
-    names = BENCHES[:1] if options.smallest else BENCHES if compiled else ("model", *BENCHES)
-    step, limit = ("compile", 150) if compiled else ("bench", 120)
-    parts = [Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names]
-    if options.device == "cuda" and not compiled:
-        # What it measures stands in the log.
-        captured = [
-            sys.executable,
-            "bench/captured_step.py",
-            "--utterances",
-            "2" if options.smallest else "16",
-            "--turns",
-            "20",
+    model, names = [], BENCHES[:1] if options.smallest else BENCHES
+    if compiled:
+        command += ["--compile"]
+        if options.device == "cuda" and not options.smallest:
+            chosen = [*command, "-k", "video and released-16", "bench/bench_model.py"]
+            model = [Part("compile", "model", chosen, 280)]
+        command += ["-k", "triton"] if options.device == "cuda" else []
+    elif not options.smallest:
+        model = [
+            Part("bench", name, [*command, f"bench/bench_{name}.py"], limit, refusal="could not import 'pydantic'")
+            for name, limit in MODEL.items()
         ]
-        parts.insert(0, Part(step, "captured step", captured, 200, refusal="No module named 'pydantic'"))
-    if options.device == "cuda" and compiled and not options.smallest:
-        model = [*PYTEST, "--benchmark-only", "--device", "cuda", "--compile", "-k", "video and released-16"]
-        parts.insert(0, Part(step, "model", [*model, "bench/bench_model.py"], 200))
-    return parts
+    step, limit = ("compile", 150) if compiled else ("bench", 120)
+    return [*model, *(Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names)]
 
 
 def parts(options: argparse.Namespace, arch: str) -> Iterator[Part]:

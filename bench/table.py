@@ -71,6 +71,8 @@ def rows(document: dict[str, Any]) -> list[dict[str, str]]:
         if "peak_bytes" in info:
             found = [info["peak_bytes"][side] / 2**20 for side in sides if side in info["peak_bytes"]]
             row["peak memory"] = " / ".join(f"{float(f'{size:.3g}'):g}" for size in found) + " MiB"
+            if info.get("held_bytes") is not None:
+                row["peak memory"] += f" above {info['held_bytes'] / 2**20:.3g} held"
         if "share_of_floor" in info:
             row["share of floor"] = f"{info['share_of_floor']:.0%}"
         table.append(row)

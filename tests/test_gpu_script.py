@@ -1,5 +1,6 @@
 """The script for a machine with a GPU goes its whole way on one without: parts, limits, budget, results."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import Part, read_tests, run
+from gpu import BENCHES, Part, benching, read_tests, run
 
 from deepmsi import testing
 
@@ -43,6 +44,16 @@ def test_every_step_runs_and_is_written_down(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} <= {
         "results.json", "results.md", "build.log", "test.log", "sanitize.log", "bench.log",
     }  # fmt: skip
+
+
+def test_what_most_depends_on_is_measured_first() -> None:
+    """On a GPU: the whole model, the video branch, latency, then what each of them is made of."""
+    options = argparse.Namespace(device="cuda", smallest=False)
+    names = {compiled: [part.name for part in benching(options, compiled)] for compiled in (False, True)}
+    assert names[False] == ["step", "model", "latency", *BENCHES]
+    assert names[True] == ["model", *BENCHES]
+    measured = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
+    assert set(names[False]) == measured - {"compression", "input"}  # for which the time there is too short
 
 
 def test_what_it_builds_is_what_it_runs(tmp_path: Path) -> None:
