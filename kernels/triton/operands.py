@@ -4,8 +4,13 @@ Kernels that hold whole rows take their columns in two parts, each a power of tw
 and one part of 128 or 256 would multiply a third more.
 """
 
+import os
+
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @triton.jit
@@ -40,3 +45,11 @@ def in_two(channels: int) -> dict[str, int]:
 def stages(channels: int) -> int:
     """Return how many turns' operands of so many columns lie in shared memory at once, by what smaller cards have."""
     return 2 if channels <= 192 else 1
+
+
+def operands_in_registers() -> bool:
+    """Whether the current GPU multiplies what lies in registers, warp by warp: Ampere, Ada, Blackwell's GeForce.
+
+    Hopper's tensor cores and those of large Blackwells read operands from shared memory.
+    """
+    return not _INTERPRET and driver.active.get_current_target().arch // 10 in (8, 12)

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, stages, tile, vector
+from deepmsi._triton.operands import in_two, narrowed, operands_in_registers, stages, tile, vector
 from deepmsi._triton.residual_norm import (
     add_normed,
     add_projected,
@@ -504,11 +504,13 @@ def _fused_gradients(
     _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
     if not wants_layers:
         return (grad_x,)
-    blocks, parts = triton.cdiv(rows, _SUMMED_ROWS), triton.cdiv(layer.hidden, layer.summed_units)
-    chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, parts))
+    blocks, units = triton.cdiv(rows, _SUMMED_ROWS), layer.summed_units
+    chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, triton.cdiv(layer.hidden, units)))
+    if channels > 128 and operands_in_registers():
+        units = 32  # the sums of 64 would not fit beside them; the chunks stay as they are
     sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
     bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
-    _fused_grad_weights_kernel[(chunks * parts,)](
+    _fused_grad_weights_kernel[(chunks * triton.cdiv(layer.hidden, units),)](
         grad_branch,
         *operands,
         sums[0],
@@ -518,7 +520,7 @@ def _fused_gradients(
         layer.frames,
         blocks,
         chunks,
-        **layer.constants(_SUMMED_ROWS, layer.summed_units),
+        **layer.constants(_SUMMED_ROWS, units),
     )
     grad_fc1, grad_fc2 = (part.sum(0).to(layer.dtype) for part in sums)
     return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()

@@ -97,6 +97,16 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
     assert_budget(backend, device, dtype, *CASES[name])
 
 
+@pytest.mark.parametrize(("backend", "device"), [("triton", "cpu")])
+def test_fewer_hidden_channels_at_a_time_keep_the_error_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str
+) -> None:
+    """As GPUs take them whose products read registers."""
+    testing.need("residual_mlp", backend, device, torch.float16)
+    monkeypatch.setattr("deepmsi._triton.residual_mlp.operands_in_registers", lambda: True)
+    assert_budget(backend, device, torch.float16, *CASES["stage_2"])
+
+
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
 @pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=[f"cpp-cpu-{t}" for *_, t in ON_THE_CPU])
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
