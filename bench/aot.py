@@ -1,11 +1,11 @@
 """Compile every Triton kernel as its operator launches it, for GPUs that need not be here, and read what it takes.
 
-The operators themselves run on tensors of the CPU with the launches taken down instead of made; each launch is then
-compiled for every target, a process for each core. It fails where a kernel needs more shared memory than the GPU has,
-where a spill is not in `aot_budget.json` or exceeds it, where warps that have no rows of a product left compute it once
-more, where TensorFloat-32 stands in the PTX of a float32 call, and where an operation with a Triton kernel has no case
-here. `python bench/aot.py` writes `results/aot.json` and `results/aot.md`; `--quick` is for every push, and fails where
-the record lacks a kernel.
+The operators themselves run on tensors of the CPU with the launches taken down instead of made, in one type and as
+autocast mixes two; each launch is then compiled for every target, a process for each core. It fails where a kernel
+needs more shared memory than the GPU has, where a spill is not in `aot_budget.json` or exceeds it, where warps that
+have no rows of a product left compute it once more, where TensorFloat-32 stands in the PTX of a float32 call, and where
+an operation with a Triton kernel has no case here. `python bench/aot.py` writes `results/aot.json` and
+`results/aot.md`; `--quick` is for every push, and fails where the record lacks a kernel.
 """
 
 import argparse
@@ -39,6 +39,18 @@ RESULTS = Path(__file__).parent / "results"
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 # Kernels whose warps may compute a product more than once: four of them read weights for a tile of 16 x 16.
 REPEATS = {("dilated_causal_conv1d", "_forward_kernel"): 2, ("dilated_causal_conv1d", "_grad_x_kernel"): 2}
+
+
+@dataclass(frozen=True)
+class Types:
+    """The type of products, and that of the rows and norms beside them, which a GPU's autocast leaves in float32."""
+
+    products: torch.dtype
+    rows: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.products != self.rows
 
 
 @dataclass(frozen=True)
@@ -96,8 +108,8 @@ class _Target:
         return 0
 
 
-def _vsc(dtype: torch.dtype, packed: bool, rows: int, channels: int) -> Tensor:
-    x = torch.zeros(2 * rows, channels, dtype=dtype, requires_grad=True)
+def _vsc(types: Types, packed: bool, rows: int, channels: int) -> Tensor:
+    x = torch.zeros(2 * rows, channels, dtype=types.products, requires_grad=True)
     guide = torch.zeros(2, channels, requires_grad=True)
     if packed:
         cu = torch.tensor([0, rows, 2 * rows], dtype=torch.int32)
@@ -107,11 +119,11 @@ def _vsc(dtype: torch.dtype, packed: bool, rows: int, channels: int) -> Tensor:
     return out.tokens.float().sum() + out.gate.float().sum()
 
 
-def _window(dtype: torch.dtype, packed: bool, side: int, window: int, depth: int, shift: int | None = None) -> Tensor:
+def _window(types: Types, packed: bool, side: int, window: int, depth: int, shift: int | None = None) -> Tensor:
     shift = window // 2 if shift is None else shift
     heads = 3
     shape = (2 * side * side,) if packed else (2, side, side)
-    qkv = torch.zeros(*shape, 3 * heads * depth, dtype=dtype, requires_grad=True)
+    qkv = torch.zeros(*shape, 3 * heads * depth, dtype=types.products, requires_grad=True)
     table = torch.zeros((2 * window - 1) ** 2, heads, requires_grad=True)
     scale = torch.zeros(heads, requires_grad=True)
     where: dict[str, Tensor] = {}
@@ -124,18 +136,18 @@ def _window(dtype: torch.dtype, packed: bool, side: int, window: int, depth: int
     return out.float().sum()
 
 
-def _contrastive(dtype: torch.dtype, size: int, dim: int) -> Tensor:
-    a = torch.zeros(size, dim, dtype=dtype, requires_grad=True)
-    b = torch.zeros(size, dim, dtype=dtype, requires_grad=True)
+def _contrastive(types: Types, size: int, dim: int) -> Tensor:
+    a = torch.zeros(size, dim, dtype=types.products, requires_grad=True)
+    b = torch.zeros(size, dim, dtype=types.products, requires_grad=True)
     return ops.cross_modal_contrastive(a, b, torch.zeros(size, dtype=torch.int64), backend="triton")
 
 
-def _conv(dtype: torch.dtype, batch: int, count: int | None) -> Tensor:
+def _conv(types: Types, batch: int, count: int | None) -> Tensor:
     """Two convolutions of a block, at the last positions that the next one reads or at all of them."""
     channels = 1024
-    x = torch.zeros(batch, 15, channels, dtype=dtype, requires_grad=True)
-    weight = torch.zeros(3, channels, channels, dtype=dtype, requires_grad=True)
-    residual = torch.zeros(batch, 15 if count is None else count, channels, dtype=dtype, requires_grad=True)
+    x = torch.zeros(batch, 15, channels, dtype=types.products, requires_grad=True)
+    weight = torch.zeros(3, channels, channels, dtype=types.products, requires_grad=True)
+    residual = torch.zeros(batch, 15 if count is None else count, channels, dtype=types.products, requires_grad=True)
     seed = torch.zeros((), dtype=torch.int64)
     out = causal_conv_rows(
         x, weight, weight[0, 0], count=count, relu=True, residual=residual, seed=seed, dropout=0.3, backend="triton"
@@ -143,51 +155,63 @@ def _conv(dtype: torch.dtype, batch: int, count: int | None) -> Tensor:
     return out.float().sum()
 
 
-def _mlp(dtype: torch.dtype, packed: bool, channels: int) -> Tensor:
+def _row_scale(types: Types, x: Tensor, trained: bool) -> Tensor | None:
+    """Return what stochastic depth multiplies the rows of a training step by; the others train without it."""
+    return torch.zeros_like(x[..., 0]) if types.mixed and trained else None
+
+
+def _mlp(types: Types, packed: bool, channels: int, trained: bool = True) -> Tensor:
     rows, hidden = 256, 4 * channels
-    vectors = (hidden, channels, channels, channels)
-    fc1_bias, fc2_bias, *norm = (torch.zeros(size, dtype=dtype, requires_grad=True) for size in vectors)
-    fc1, fc2 = (torch.zeros(size, dtype=dtype) for size in ((hidden, channels), (channels, hidden)))
-    x = torch.zeros(rows, channels, dtype=dtype, requires_grad=True)
+    shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+    layers = [torch.zeros(*shape, dtype=types.products, requires_grad=trained) for shape in shapes]
+    norm = [torch.zeros(channels, dtype=types.rows, requires_grad=trained) for _ in range(2)]
+    x = torch.zeros(rows, channels, dtype=types.rows, requires_grad=trained)
     cu = torch.tensor([0, rows], dtype=torch.int32) if packed else None
-    return ops.residual_mlp(x, fc1, fc1_bias, fc2, fc2_bias, *norm, cu_seqlens=cu, backend="triton").float().sum()
+    scale = _row_scale(types, x, trained)
+    return ops.residual_mlp(x, *layers, *norm, row_scale=scale, cu_seqlens=cu, backend="triton").float().sum()
 
 
-def _attention(dtype: torch.dtype, packed: bool, channels: int, shift: int) -> Tensor:
+def _attention(types: Types, packed: bool, channels: int, shift: int, trained: bool = True) -> Tensor:
     side, heads = 16, channels // 32
-    shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), *((channels,),) * 3)
-    weights = [torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    x = torch.zeros(2, side, side, channels, dtype=dtype, requires_grad=True)
-    table, scale = torch.zeros(15**2, heads, requires_grad=True), torch.zeros(heads, requires_grad=True)
+    shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
+    layers = [torch.zeros(*shape, dtype=types.products, requires_grad=trained) for shape in shapes]
+    norm = [torch.zeros(channels, dtype=types.rows, requires_grad=trained) for _ in range(2)]
+    x = torch.zeros(2, side, side, channels, dtype=types.rows, requires_grad=trained)
+    table, scale = (torch.zeros(*shape, requires_grad=trained) for shape in ((15**2, heads), (heads,)))
     where: dict[str, Any] = {"bias_table": table, "logit_scale": scale, "backend": "triton"}
     if packed:
         x = x.flatten(0, 2)
         where["positions"] = torch.arange(side * side, dtype=torch.int32).repeat(2)
         where["cu_seqlens"] = torch.tensor([0, side * side, 2 * side * side], dtype=torch.int32)
-    return ops.residual_window_attention(x, *weights, heads, (side, side), 8, shift, **where).float().sum()
+    where["row_scale"] = _row_scale(types, x, trained)
+    return ops.residual_window_attention(x, *layers, *norm, heads, (side, side), 8, shift, **where).float().sum()
 
 
-def _cells(dtype: torch.dtype, kind: str, channels: int) -> Tensor:
-    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, in float32, or packed rows of them."""
-    cu = None
+def _cells(types: Types, kind: str, channels: int, trained: bool = True) -> Tensor:
+    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, or packed rows of them.
+
+    In training a copy of tokens in the type of products is read, for backward keeps it.
+    """
+    cu, tokens = None, types.products if trained else types.rows
     if kind == "packed":
-        x = torch.zeros(1, 1, 100, 1, 1, 2 * channels, dtype=dtype, requires_grad=True)
+        x = torch.zeros(1, 1, 100, 1, 1, 2 * channels, dtype=tokens, requires_grad=trained)
         cu = torch.tensor([0, 90], dtype=torch.int32)
     elif kind == "patches":
-        x = torch.zeros(1, 3, 8, 4, 8, 4, dtype=dtype).permute(0, 2, 4, 1, 3, 5)
+        x = torch.zeros(1, 3, 8, 4, 8, 4, dtype=types.products).permute(0, 2, 4, 1, 3, 5)
     else:
-        x = torch.zeros(1, 8, 2, 8, 2, channels // 2, requires_grad=True).permute(0, 1, 3, 4, 2, 5)
+        x = torch.zeros(1, 8, 2, 8, 2, channels // 2, dtype=tokens, requires_grad=trained).permute(0, 1, 3, 4, 2, 5)
     depth = x.shape[3] * x.shape[4] * x.shape[5]
-    weight = torch.zeros(channels, depth, dtype=dtype, requires_grad=True)
-    norm = [torch.zeros(channels, requires_grad=True) for _ in range(2)]
+    weight = torch.zeros(channels, depth, dtype=types.products, requires_grad=trained)
+    norm = [torch.zeros(channels, dtype=types.rows, requires_grad=trained) for _ in range(2)]
     operator = torch.ops.deepmsi.project_cells_triton_fwd
-    return operator(x, weight, weight[:, 0] if kind == "patches" else None, *norm, cu, 1e-5, True)[0].sum()
+    return operator(x, weight, weight[:, 0] if kind == "patches" else None, *norm, cu, 1e-5, trained)[0].sum()
 
 
-def _norm(dtype: torch.dtype, channels: int) -> Tensor:
-    x, branch = (torch.zeros(256, channels, dtype=dtype, requires_grad=True) for _ in range(2))
-    weight, bias = (torch.zeros(channels, dtype=dtype, requires_grad=True) for _ in range(2))
-    scale = torch.zeros(256, dtype=dtype)
+def _norm(types: Types, channels: int) -> Tensor:
+    x = torch.zeros(256, channels, dtype=types.rows, requires_grad=True)
+    branch = torch.zeros(256, channels, dtype=types.products, requires_grad=True)
+    weight, bias = (torch.zeros(channels, dtype=types.rows, requires_grad=True) for _ in range(2))
+    scale = torch.zeros(256, dtype=types.rows)
     return ops.residual_norm(x, branch, weight, bias, row_scale=scale, backend="triton").float().sum()
 
 
@@ -198,13 +222,15 @@ def _bias(dtype: torch.dtype, window: int, heads: int) -> Tensor:
 
 
 # op, case, the call, and whether every push compiles it
-CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
+CASES: tuple[tuple[str, str, Callable[[Types], Tensor], bool], ...] = (
     ("vsc_compress", "dense 256 x 384", lambda d: _vsc(d, False, 256, 384), True),
     ("vsc_compress", "packed 256 x 384", lambda d: _vsc(d, True, 256, 384), False),
     ("vsc_compress", "packed 4096 x 1024", lambda d: _vsc(d, True, 4096, 1024), False),
     ("window_attention", "dense 16, window 8, head 32", lambda d: _window(d, False, 16, 8, 32), True),
     ("window_attention", "unshifted", lambda d: _window(d, False, 16, 8, 32, 0), True),
     ("window_attention", "packed 16, window 8, head 32", lambda d: _window(d, True, 16, 8, 32), False),
+    ("window_attention", "dense 10, window 5, head 32", lambda d: _window(d, False, 10, 5, 32), False),
+    ("window_attention", "dense 14, window 7, head 32", lambda d: _window(d, False, 14, 7, 32), False),
     ("window_attention", "dense 16, window 16, head 64", lambda d: _window(d, False, 16, 16, 64), False),
     ("dilated_causal_conv1d", "last step, 1 x 1 of 1024", lambda d: _conv(d, 1, 1), True),
     ("dilated_causal_conv1d", "last step, 8 x 8 of 1024", lambda d: _conv(d, 8, 8), False),
@@ -218,20 +244,31 @@ CASES: tuple[tuple[str, str, Callable[[torch.dtype], Tensor], bool], ...] = (
     ("residual_norm", "4096 channels", lambda d: _norm(d, 4096), False),
     ("residual_mlp", "96 channels", lambda d: _mlp(d, False, 96), True),
     ("residual_mlp", "packed, 192 channels", lambda d: _mlp(d, True, 192), True),
+    ("residual_mlp", "packed, 192 channels, inference", lambda d: _mlp(d, True, 192, False), False),
+    ("residual_mlp", "96 channels, inference", lambda d: _mlp(d, False, 96, False), False),
     ("residual_mlp", "64 channels", lambda d: _mlp(d, False, 64), False),
     ("residual_mlp", "128 channels", lambda d: _mlp(d, False, 128), False),
     ("residual_mlp", "256 channels", lambda d: _mlp(d, False, 256), False),
     ("residual_mlp", "packed, 384 channels", lambda d: _mlp(d, True, 384), True),
     ("residual_window_attention", "96 channels", lambda d: _attention(d, False, 96, 0), True),
     ("residual_window_attention", "shifted, 192 channels", lambda d: _attention(d, False, 192, 4), True),
+    ("residual_window_attention", "96 channels, inference", lambda d: _attention(d, False, 96, 0, False), False),
     ("residual_window_attention", "128 channels", lambda d: _attention(d, False, 128, 0), False),
     ("residual_window_attention", "packed, 256 channels", lambda d: _attention(d, True, 256, 4), False),
     ("project_cells", "patches of 4 x 4, 96 channels", lambda d: _cells(d, "patches", 96), True),
     ("project_cells", "2 x 2 tokens, 192 channels", lambda d: _cells(d, "tokens", 192), True),
+    ("project_cells", "2 x 2 tokens, 192 channels, inference", lambda d: _cells(d, "tokens", 192, False), True),
     ("project_cells", "2 x 2 tokens, 256 channels", lambda d: _cells(d, "tokens", 256), False),
     ("project_cells", "packed, 192 channels", lambda d: _cells(d, "packed", 192), False),
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": Types(torch.float32, torch.float32),
+    "bfloat16": Types(torch.bfloat16, torch.bfloat16),
+    "float16": Types(torch.float16, torch.float16),
+    "bfloat16 autocast": Types(torch.bfloat16, torch.float32),
+}
+# Under autocast the others are of one type, too.
+MIXING = ("project_cells", "residual_norm", "residual_mlp", "residual_window_attention")
 
 
 @contextlib.contextmanager
@@ -254,13 +291,15 @@ def launches(number: int, dtypes: tuple[str, ...]) -> list[Launch]:
     op, case, call, _ = CASES[number]
     made = []
     for name in dtypes:
-        if DTYPES[name] not in backend.KERNELS[op, "triton"].dtypes:
+        types = DTYPES[name]
+        if types.products not in backend.KERNELS[op, "triton"].dtypes or (types.mixed and op not in MIXING):
             continue
         taken: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         with _taking_down(taken):
-            loss = call(DTYPES[name])
+            loss = call(types)
             forward = len(taken)
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         for n, (kernel, args, kwargs) in enumerate(taken):
             direction = "forward" if n < forward else "backward"
             made.append(Launch(op, case, name, direction, kernel, args, kwargs))
@@ -272,7 +311,6 @@ def resources(launch: Launch, capability: int) -> tuple[str, Resources] | None:
 
     The string is equal for equal kernels, in any process.
     """
-    driver.set_active(_Target(capability))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         kernel = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
@@ -331,6 +369,7 @@ def compiled(number: int, dtypes: tuple[str, ...], capability: int) -> list[tupl
     """Compile one case for one target, in a process of its own."""
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
+    driver.set_active(_Target(capability))  # what is launched may depend on it, too
     found = (resources(launch, capability) for launch in launches(number, dtypes))
     return [one for one in found if one is not None]
 
@@ -371,12 +410,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what they take.")
     parser.add_argument("--op", choices=backend.OPS, help="one operation only; writes nothing")
     parser.add_argument("--targets", default="80,89,90,100", help="compute capabilities, by commas; 90 with --quick")
-    parser.add_argument("--quick", action="store_true", help="main cases, float32 and bfloat16; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="main cases, without float16; writes nothing")
     options = parser.parse_args()
     targets = [90] if options.quick else [int(t) for t in options.targets.split(",")]
     if unknown := [t for t in targets if t not in SHARED]:
         parser.error(f"--targets knows {sorted(SHARED)}, not {unknown}")
-    dtypes = ("float32", "bfloat16") if options.quick else tuple(DTYPES)
+    dtypes = ("float32", "bfloat16", "bfloat16 autocast") if options.quick else tuple(DTYPES)
     jobs = [
         (number, dtypes, target)
         for number, (op, _, _, always) in enumerate(CASES)

@@ -42,14 +42,17 @@ def in_two(channels: int) -> dict[str, int]:
     return {"BLOCK_C": first, "BLOCK_MORE": max(16, triton.next_power_of_2(channels - first))}
 
 
-def stages(channels: int) -> int:
-    """Return how many turns' operands of so many columns lie in shared memory at once, by what smaller cards have."""
-    return 2 if channels <= 192 else 1
-
-
 def operands_in_registers() -> bool:
     """Whether the current GPU multiplies what lies in registers, warp by warp: Ampere, Ada, Blackwell's GeForce.
 
     Hopper's tensor cores and those of large Blackwells read operands from shared memory.
     """
     return not _INTERPRET and driver.active.get_current_target().arch // 10 in (8, 12)
+
+
+def stages(channels: int, size: int = 2) -> int:
+    """Return how many turns' operands of so many columns lie in shared memory at once, by what smaller cards have.
+
+    They are of ``size`` bytes each. Cards of Hopper's kind have room for two turns of 192 columns in float32.
+    """
+    return 2 if channels * size <= 384 or (channels <= 192 and not operands_in_registers()) else 1

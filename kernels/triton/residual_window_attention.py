@@ -215,7 +215,7 @@ def residual_window_attention_fwd(
                 **in_two(channels),
                 **call.constants,
                 num_warps=call.warps(4),
-                num_stages=stages(channels),
+                num_stages=stages(channels, x.element_size()),
             )
         y = torch.empty_like(x)
         branch = attended.new_empty((rows if with_grad else 0, channels))
