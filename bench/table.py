@@ -118,7 +118,7 @@ def render(document: dict[str, Any]) -> str:
     head = [column for column in COLUMNS if any(column in row for row in table)]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row.get(column, "") for column in head) + " |" for row in table]
-    notes = [info["note"] for info in infos if "note" in info]
+    notes = dict.fromkeys(info["note"] for info in infos if "note" in info)
     return "\n".join(lines + (["", " ".join(notes)] if notes else []))
 
 
