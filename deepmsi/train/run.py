@@ -380,7 +380,8 @@ class _Run:
         parts = _inner_parts(self.recipe, self.rows, train, dev)
         if not parts:
             last = settings.selection == "last"
-            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=not last)
+            best = dev is not None and not last
+            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=best)
             return model, result, "the recipe" if last else DEV
         if settings.selection != "inner-folds" and not whole:
             part = _Part(parts[0].train, parts[0].test)
