@@ -154,8 +154,9 @@ class _Run:
         def check(there: Sequence[PreparedRow]) -> None:
             _, rows, _, chosen = _lay_out(recipe, plan, there, folds)
             _check_encoders(recipe, encoder_notes(recipe.prepare), data, self._left(chosen, rows))
-            for name in ("text", "audio"):
-                check_encoder(name, getattr(recipe, name).encoder)
+            for name in _present(rows, recipe):
+                if name != "video":
+                    check_encoder(name, getattr(recipe, name).encoder)
 
         self.data = open_shared(data, recipe.prepare, out / "prepared", check, begun)
         self.recipe = recipe = _fit_to_data(recipe, self.data)
@@ -380,8 +381,8 @@ class _Run:
         parts = _inner_parts(self.recipe, self.rows, train, dev)
         if not parts:
             last = settings.selection == "last"
-            best = dev is not None and not last
-            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=best)
+            scored = dev is not None and not last
+            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=scored)
             return model, result, "the recipe" if last else DEV
         if settings.selection != "inner-folds" and not whole:
             part = _Part(parts[0].train, parts[0].test)
@@ -541,12 +542,18 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
     return None
 
 
+def _present(rows: Sequence[PreparedRow], recipe: Recipe) -> list[str]:
+    """The modalities that the model reads of a row at least."""
+    there = [present_modalities(row, recipe) for row in rows]
+    return [name for k, name in enumerate(MODALITIES) if any(each[k] for each in there)]
+
+
 def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
     """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
     plain = recipe.model_dump(mode="json")
-    there = [any(each) for each in zip(*(present_modalities(row, recipe) for row in data.rows), strict=True)]
-    absent = [name for name, has in zip(MODALITIES, there, strict=True) if not has and name in recipe.modalities]
-    if absent and any(there):
+    there = _present(data.rows, recipe)
+    absent = [name for name in MODALITIES if name not in there and name in recipe.modalities]
+    if absent and there:
         note(f"No row has {' or '.join(absent)}: the model is built without.")
         plain["drop"] = [*recipe.drop, *absent]
     for name in ("text", "audio"):
