@@ -215,9 +215,9 @@ def _norm(types: Types, channels: int) -> Tensor:
     return ops.residual_norm(x, branch, weight, bias, row_scale=scale, backend="triton").float().sum()
 
 
-def _bias(dtype: torch.dtype, window: int, heads: int) -> Tensor:
-    coordinates = torch.zeros((2 * window - 1) ** 2, 2)
-    weights = [torch.zeros(*size, dtype=dtype, requires_grad=True) for size in ((512, 2), (512,), (heads, 512))]
+def _bias(types: Types, window: int, heads: int) -> Tensor:
+    coordinates, sizes = torch.zeros((2 * window - 1) ** 2, 2), ((512, 2), (512,), (heads, 512))
+    weights = [torch.zeros(*size, dtype=types.products, requires_grad=True) for size in sizes]
     return ops.position_bias(coordinates, *weights, backend="triton").sum()
 
 
