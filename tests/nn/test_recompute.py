@@ -218,7 +218,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on tensors
 @no_gpu
 @pytest.mark.parametrize("position", ["none", "light"])
 def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch, position: str) -> None:
-    """CUDA's autocast norms in float32: what is kept of a block is in 16 bits all the same."""
+    """CUDA's autocast norms in float32 by itself: what is kept of a block is in 16 bits."""
     as_on_a_gpu(monkeypatch)
     model = build("none", embed_dim=64).train().float()
     model.recompute = position
@@ -247,7 +247,7 @@ def test_autocast_on_a_gpu_keeps_no_wide_copies(monkeypatch: pytest.MonkeyPatch,
 def test_under_a_gpu_s_autocast_tokens_are_in_its_type(
     monkeypatch: pytest.MonkeyPatch, schedule: str, kernels: bool
 ) -> None:
-    """Half of what float32 moves between blocks; torch's norms would give that on CUDA, though not on a CPU."""
+    """In half the bytes of float32, which torch's norms give on CUDA, though not on a CPU."""
     as_on_a_gpu(monkeypatch)
     model = build(schedule, embed_dim=32).train().float()
     mode, seen = FakeTensorMode(), []
