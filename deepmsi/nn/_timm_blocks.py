@@ -258,7 +258,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         if weights is None:
             return 16 * attn.cpb_mlp(coordinates).view(-1, attn.num_heads).sigmoid()
         fixed = held.table.of(*weights) if held is not None and held.coordinates is coordinates else None
-        return bias_table(coordinates.view(-1, 2), weights) if fixed is None else fixed
+        return bias_table(coordinates.reshape(-1, 2), weights) if fixed is None else fixed
 
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self, x):

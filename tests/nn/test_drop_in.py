@@ -75,6 +75,12 @@ def test_inference_and_gradients_are_timms(case: str) -> None:
     assert_fused_equal(model, randn(2, 3, size, size, seed=2, dtype=torch.float64))
 
 
+def test_channels_last_is_timms() -> None:
+    """It permutes buffers of four dimensions, too: the coordinates of the position bias are one."""
+    model = build("swinv2_tiny_window8_256", img_size=64).to(memory_format=torch.channels_last)
+    assert_fused_equal(model, randn(1, 3, 64, 64, seed=2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize(
     "rates", [{"drop_path_rate": 0.4}, {"attn_drop_rate": 0.3, "proj_drop_rate": 0.2}], ids=["path", "attention"]
