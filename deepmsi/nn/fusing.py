@@ -44,7 +44,9 @@ def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bo
     for layer in every:
         if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm):
             return False
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        # FSDP and DataParallel lend a layer weights that are no parameters, for a call.
+        held = layer._parameters if "weight" in layer._parameters else layer.__dict__
+        weight, bias = held.get("weight"), held.get("bias")
         if weight is None or (bias is None and layer not in bare) or is_traceable_wrapper_subclass(weight):
             return False
         if not casts and weight.dtype != x.dtype:

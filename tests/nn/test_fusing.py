@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepmsi
+from deepmsi.nn.fusing import plain
 from deepmsi.nn.swin_blocks import WindowAttention
 from deepmsi.testing import need
 
@@ -77,3 +78,17 @@ def test_a_backend_that_has_no_kernel_of_it_leaves_it_to_the_reference(make: Cal
     with deepmsi.use_backend("cpp"):
         found = table()
     assert found.equal(table())
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_is_plain_whose_weights_are_lent_for_a_call(has_bias: bool) -> None:
+    """As FSDP and DataParallel do, with tensors that are no parameters."""
+    layer = nn.Linear(3, 2, bias=has_bias)
+    for name, parameter in list(layer.named_parameters()):
+        delattr(layer, name)
+        setattr(layer, name, parameter.view_as(parameter))
+    x = torch.zeros(1, 3)
+    assert plain(x, layer) is has_bias
+    assert plain(x, bare=(layer,))
+    layer.weight = layer.weight.double()
+    assert not plain(x, bare=(layer,))
