@@ -49,6 +49,11 @@ def span(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
+def mebibytes(size: int) -> str:
+    """Return a size with three significant digits."""
+    return f"{float(f'{size / 2**20:.3g}'):g}"
+
+
 def rows(document: dict[str, Any]) -> list[dict[str, str]]:
     """Return one row for each measurement: cells by column, without those that were not measured."""
     table = []
@@ -69,10 +74,10 @@ def rows(document: dict[str, Any]) -> list[dict[str, str]]:
         if "eager_s" in info:
             row["eager"] = " / ".join(span(info["eager_s"][side]) for side in sides if side in info["eager_s"])
         if "peak_bytes" in info:
-            found = [info["peak_bytes"][side] / 2**20 for side in sides if side in info["peak_bytes"]]
-            row["peak memory"] = " / ".join(f"{float(f'{size:.3g}'):g}" for size in found) + " MiB"
-            if info.get("held_bytes") is not None:
-                row["peak memory"] += f" above {info['held_bytes'] / 2**20:.3g} held"
+            found = [mebibytes(info["peak_bytes"][side]) for side in sides if side in info["peak_bytes"]]
+            row["peak memory"] = " / ".join(found) + " MiB"
+            if "held_bytes" in info:
+                row["peak memory"] += f" above {mebibytes(info['held_bytes'])} held"
         if "share_of_floor" in info:
             row["share of floor"] = f"{info['share_of_floor']:.0%}"
         table.append(row)
@@ -111,7 +116,8 @@ def render(document: dict[str, Any]) -> str:
     load = next(info["load"] for info in infos if "load" in info)
     lines = [f"{where}, load {load}.", ""]
     if any("eager_s" in info for info in infos):
-        lines[0] += " Rows with eager times are replays of CUDA graphs on both sides; the others are eager."
+        lines[0] += " Rows with eager times are replays of CUDA graphs on both sides; the others are eager, "
+        lines[0] += "unless their case says one graph."
     if any("eager_s" in info or "peak_bytes" in info for info in infos):
         lines[0] += " Where several sides have a number, ours is the first."
     table = rows(document)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu import BENCHES, Part, benching, read_tests, run
+from table import rows
 
 from deepmsi import testing
 
@@ -54,6 +55,14 @@ def test_what_most_depends_on_is_measured_first() -> None:
     assert names[True] == ["model", *BENCHES]
     measured = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
     assert set(names[False]) == measured - {"compression", "input"}  # for which the time there is too short
+
+
+def test_memory_is_written_in_full() -> None:
+    """A thousand MiB and more were told as 1.5e+03."""
+    sizes = {"peak_bytes": {"ours": 9_500 * 2**20}, "held_bytes": 1_504 * 2**20}
+    info = {"op": "DeepMSI", "case": "a step", "direction": "training_step", "p20_s": 1.0, "p80_s": 1.0, **sizes}
+    (row,) = rows({"benchmarks": [{"extra_info": info, "stats": {"median": 1.0}}]})
+    assert row["peak memory"] == "9500 MiB above 1500 held"
 
 
 def test_what_it_builds_is_what_it_runs(tmp_path: Path) -> None:
