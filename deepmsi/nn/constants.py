@@ -20,23 +20,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Content:
-    """What tells whether parameters hold what they held before; equal where they do.
+    """What tells whether parameters hold what they held before.
 
     A change in place shows in the version, another tensor in their place in the storage (while this refers to one, no
     other can lie where it lay) or in how it lies there. What torch does not count as a change stays unseen: what is
     done to ``parameter.data``, by numpy, by a collective and by another process, and by the step of a fused optimizer
-    whose gradients a compiled call asked for. A copy is of no parameters, and equals nothing.
+    whose gradients a compiled call asked for. A copy is of no parameters, and holds for none.
     """
 
     def __init__(self, *parameters: Tensor) -> None:
         self._storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
         self._facts = [_facts(p) for p in parameters]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Content) and self._facts == other._facts != []
-
     def holds(self, *parameters: Tensor) -> bool:
-        """Whether these are of this content."""
+        """Whether it is that of these."""
         return [_facts(p) for p in parameters] == self._facts != []
 
     def __reduce__(self) -> tuple[type["Content"], tuple[()]]:

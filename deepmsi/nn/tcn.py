@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from deepmsi.errors import UserError
-from deepmsi.nn.constants import content_of, recorded
+from deepmsi.nn.constants import Content, recorded, shows_changes
 from deepmsi.nn.fusing import unhooked
 from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
@@ -37,7 +37,7 @@ class TemporalBlock(nn.Module):
         self.conv2 = _weight_normed(outputs, outputs, kernel_size, dilation)
         self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
         self.dropout = nn.Dropout(dropout)
-        self._folded: dict[nn.Conv1d, tuple[Any, Tensor]] = {}
+        self._folded: dict[nn.Conv1d, tuple[torch.dtype | None, Content, Tensor]] = {}
 
     def forward(self, x: Tensor, seeds: Seeds = (None, None)) -> Tensor:
         """Map [B, T, Cin] to [B, T, Cout]."""
@@ -87,7 +87,7 @@ class TemporalBlock(nn.Module):
 
     def folded(self) -> list[Tensor]:
         """Return the weights that are kept folded for evaluation."""
-        return [weight for _, weight in self._folded.values()]
+        return [weight for *_, weight in self._folded.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}}
@@ -156,18 +156,18 @@ class TemporalBlock(nn.Module):
         if not in_use and needs_grad(*sources):
             self._folded.pop(conv, None)  # what follows may change them unseen
             in_use = True
-        if in_use or (content := content_of(*sources)) is None:
+        if in_use or not shows_changes(*sources):
             return (norm.original1, norm.original0) if norm is not None else (pack(*sources), None)
         device = sources[0].device.type
         narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
-        key = (narrowed, content)
         held = self._folded.get(conv)
-        if held is None or held[0] != key:
+        if held is None or held[0] != narrowed or not held[1].holds(*sources):
+            content = Content(*sources)
             # A tensor that was made in inference mode could not be saved for the gradient of x.
             with torch.inference_mode(False), torch.no_grad():
                 weight = fold_weight_norm(*sources) if norm is not None else pack(*sources)
-                held = self._folded[conv] = (key, autocast(weight))
-        return held[1], None
+                held = self._folded[conv] = (narrowed, content, autocast(weight))
+        return held[2], None
 
 
 def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepmsi import backend
 from deepmsi.errors import UserError
 from deepmsi.nn import VSCSwin, fix_constants, fuse
-from deepmsi.nn.constants import Fixed, content_of
+from deepmsi.nn.constants import Content, Fixed
 from deepmsi.testing import randn
 
 timm = pytest.importorskip("timm")
@@ -125,12 +125,12 @@ def test_a_weight_that_changes_is_seen(make: Callable[[], Made]) -> None:
 def test_weights_that_lie_where_others_lay_are_others() -> None:
     memory = np.zeros(1000, np.float32)
     parameter = nn.Parameter(torch.from_numpy(memory))
-    content = content_of(parameter)
-    assert content == content_of(parameter)
+    content = Content(parameter)
+    assert content.holds(parameter)
     parameter.data = torch.from_numpy(memory)
     assert (parameter.data_ptr(), parameter._version) == (memory.ctypes.data, 0)
-    assert content != content_of(parameter)
-    assert content != copy.deepcopy(content)
+    assert not content.holds(parameter)
+    assert not copy.deepcopy(Content(parameter)).holds(parameter)
 
 
 @MODELS
