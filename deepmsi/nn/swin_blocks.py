@@ -75,7 +75,8 @@ def frame_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
 def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return (pixels / 255 - mean) / std of uint8 pixels [F, 3, S, S] in float32 or wider.
 
-    In one pass over them: mean and std, of one number a channel or a position, take the divisions.
+    In one operation on them: mean and std, of one number a channel or a position, take the divisions. A GPU reads the
+    pixels as they are; a CPU makes a float32 copy of them first.
     """
     mean, std = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mean, std))
     return torch.addcmul(-mean / std, pixels, 1 / (255 * std))

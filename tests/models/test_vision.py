@@ -51,7 +51,7 @@ def test_pixel_statistics_standardise_every_position(mirrored: bool) -> None:
 
 @pytest.mark.parametrize("statistics", [False, True], ids=["of channels", "of positions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_normalising_passes_over_the_pixels_once_and_once_to_cast(statistics: bool, dtype: torch.dtype) -> None:
+def test_normalising_is_one_operation_on_the_pixels_and_one_to_cast(statistics: bool, dtype: torch.dtype) -> None:
     video = branch(pixel_statistics=statistics).to(dtype)
     pixels = torch.stack(videos()).flatten(0, 1)
     expected = (pixels.double() / 255 - video.mean.double()) / video.std.double()
