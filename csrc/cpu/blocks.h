@@ -8,13 +8,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <utility>
 
 #include "gemm.h"
-#include "tensors.h"
+#include "memory.h"
+#include "threads.h"
 
 namespace deepmsi {
 
@@ -50,59 +47,6 @@ inline const BlockKernels& block_kernels(DType stored) {
   return stored == DType::kBFloat16 ? halves : floats;
 }
 
-// Memory of working rows and packed weights, kept for the next call: a block asks for the same sizes at every
-// step, and the first touch of a page that the system hands out anew costs more than what is computed in it.
-class Memory {
- public:
-  static Memory& shared() {
-    static Memory& memory = *new Memory;  // threads may outlive static objects
-    return memory;
-  }
-
-  struct Piece {
-    int64_t bytes = 0;
-    std::unique_ptr<char[]> start;
-  };
-
-  // The smallest kept piece that fits and is not much too large, or a new one.
-  Piece take(int64_t bytes) {
-    if (bytes == 0) return {};
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = kept_.lower_bound(bytes);
-      if (found != kept_.end() && found->first <= bytes + bytes / 4) {
-        Piece piece{found->first, std::move(found->second)};
-        total_ -= piece.bytes;
-        kept_.erase(found);
-        return piece;
-      }
-    }
-    return {bytes, std::unique_ptr<char[]>(new char[bytes])};
-  }
-
-  void give_back(Piece piece) {
-    if (piece.bytes == 0 || piece.bytes > kMost) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    // The small ones go first: a large piece is the dearer one to have anew.
-    while (total_ + piece.bytes > kMost) {
-      total_ -= kept_.begin()->first;
-      kept_.erase(kept_.begin());
-    }
-    total_ += piece.bytes;
-    kept_.emplace(piece.bytes, std::move(piece.start));
-  }
-
- private:
-#ifdef __SANITIZE_ADDRESS__
-  static constexpr int64_t kMost = 0;  // so that no piece is read after its end
-#else
-  static constexpr int64_t kMost = int64_t{64} << 20;  // bytes that are kept
-#endif
-  std::mutex mutex_;
-  std::multimap<int64_t, std::unique_ptr<char[]>> kept_;
-  int64_t total_ = 0;
-};
-
 // Rows by where they start and how far apart they lie, for what only the kernels know the type of.
 struct Rows {
   char* start;
@@ -114,25 +58,6 @@ struct Rows {
 inline Rows rows_of(const Tensor& x, int64_t width) {
   return {static_cast<char*>(x.data_ptr()), width * static_cast<int64_t>(x.element_size())};
 }
-
-// Bytes that start at a cache line and hold anything.
-class Bytes {
- public:
-  explicit Bytes(int64_t count = 0)
-      : piece_(Memory::shared().take(count == 0 ? 0 : count + 64)),
-        start_(piece_.start.get() + (64 - reinterpret_cast<uintptr_t>(piece_.start.get()) % 64)) {}
-  Bytes& operator=(Bytes&& other) {
-    std::swap(piece_, other.piece_);
-    std::swap(start_, other.start_);
-    return *this;
-  }
-  ~Bytes() { Memory::shared().give_back(std::move(piece_)); }
-  char* data() const { return start_; }
-
- private:
-  Memory::Piece piece_;
-  char* start_;
-};
 
 // Working memory of floats.
 class Floats {
@@ -201,15 +126,14 @@ inline int64_t chunk_rows(const BlockKernels& k, int64_t width, int64_t weight) 
 template <typename Run>
 void over_rows(int64_t rows, const Run& run) {
   const int64_t tile = tile_rows();
-  torch::stable::parallel_for(0, tiles_of(rows), 1, [&](int64_t begin, int64_t end) {
-    run(begin * tile, std::min(end * tile, rows));
-  });
+  share_out(tiles_of(rows), kBlockRows / tile,
+            [&](int64_t begin, int64_t end) { run(begin * tile, std::min(end * tile, rows)); });
 }
 
 // Call run(row) for each of some rows.
 template <typename Run>
 void over_each_row(int64_t rows, const Run& run) {
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  share_out(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) run(row);
   });
 }
@@ -262,7 +186,7 @@ inline void pack_part(const BlockKernels& k, const Tensor& weight, bool transpos
   const void* start =
       static_cast<const char*>(weight.data_ptr()) + from * static_cast<int64_t>(weight.element_size());
   const auto pack = weight.scalar_type() == ScalarType::Float ? k.pack_floats : k.pack;
-  torch::stable::parallel_for(0, panels_of(k, part.columns), 1, [&](int64_t begin, int64_t end) {
+  share_out(panels_of(k, part.columns), 1, [&](int64_t begin, int64_t end) {
     pack(start, row, transposed, part.depth, part.columns, begin, end, out);
   });
 }
@@ -304,7 +228,7 @@ class Packed {
   }
   // The same on all threads, each of which takes some columns.
   void multiply_shared(int64_t rows, const void* a, float* c) const {
-    torch::stable::parallel_for(0, panels_of(k_, columns_), 1, [&](int64_t begin, int64_t end) {
+    share_out(panels_of(k_, columns_), 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * k_.panel, count = std::min(end * k_.panel, columns_) - first;
       k_.multiply(rows, count, depth_, a, at(first * k_.pitch(panel_depth_)), panel_depth_, false, c + first,
                   columns_);

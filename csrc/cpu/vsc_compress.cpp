@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "tensors.h"
+#include "memory.h"
+#include "threads.h"
 
 namespace deepmsi {
 namespace {
@@ -37,10 +38,9 @@ int64_t longest_frame(const std::vector<int64_t>& offset) {
 template <typename Arguments>
 void over_frames(void (*kernel)(const Arguments&, int64_t, int64_t, char*), const Arguments& arguments,
                  int64_t frames, int64_t scratch) {
-  torch::stable::parallel_for(0, frames, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> memory(scratch + 64);
-    char* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
-    kernel(arguments, begin, end, aligned);
+  share_out(frames, 1, [&](int64_t begin, int64_t end) {
+    const Bytes memory(scratch);
+    kernel(arguments, begin, end, memory.data());
   });
 }
 

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "tensors.h"
+#include "memory.h"
+#include "threads.h"
 #include "window_attention.h"
 
 namespace deepmsi {
@@ -115,9 +116,9 @@ struct WindowCall {
   template <typename Run>
   void parallel(int64_t count, bool backward, const Run& run) const {
     const int64_t bytes = kernels.scratch_bytes(w, backward);
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<char> memory(bytes + 64);
-      run(begin, end, memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64));
+    share_out(count, 1, [&](int64_t begin, int64_t end) {
+      const Bytes memory(bytes);
+      run(begin, end, memory.data());
     });
   }
 };

@@ -221,7 +221,7 @@ def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run((500,), 40, 200, True, "cpp", "cpu", dtype))
+            found.append(run((700,), 40, 200, True, "cpp", "cpu", dtype))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -182,15 +182,16 @@ def test_opcheck_of_rows_in_16_bits_beside_float32() -> None:
     torch.library.opcheck(operators.residual_window_attention_cpp_bwd.default, (y, x, *held, *others, True))
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS["shifted"], {**LAYOUTS["stage_1"], "frames": 3}], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
+def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype, layout: dict[str, Any]) -> None:
     need(dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(attention("cpp", "cpu", dtype, **LAYOUTS["shifted"]))
+            found.append(attention("cpp", "cpu", dtype, **layout))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[list[int], int, dict[str, Any]]] = {
     "temperature": ([50, 50], 40, {"temperature": 0.3, "threshold": 0.5}),
     "nothing_fused": ([30, 30], 16, {"fuse_threshold": 1.1}),
     "skewed": ([1, 130, 0, 7, 64], 20, {}),
+    "many_frames": ([5, 0, 33, 1, 64, 12, 7, 20, 3, 40, 9, 2, 31], 20, {}),
     "skewed_keep": ([1, 70, 0, 7], 20, {"keep": 6}),
     "skewed_capacity": ([3, 70, 0, 7], 20, {"keep": 6, "capacity": 9}),
     "empty_frames": ([0, 0], 8, {}),
@@ -379,7 +380,7 @@ def test_strided_input_gives_the_same(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
-@pytest.mark.parametrize("case", ["keep", "skewed"])
+@pytest.mark.parametrize("case", ["keep", "skewed", "many_frames"])
 def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: str, case: str) -> None:
     need(backend, device)
     before = torch.get_num_threads()
