@@ -1,4 +1,4 @@
-// What the registrations of the CPU's transformer blocks share: memory, packed weights, and rows over
+// What the registrations of the CPU's transformer blocks share: working rows, packed weights, and rows over
 // threads.
 //
 // A block works in chunks whose inner rows stay in cache. Inside a chunk, products run over tiles of rows on
@@ -299,9 +299,11 @@ class WeightGradient {
     if (wanted) std::fill_n(sums_, out * in, 0.0f);
   }
 
-  // Add grad_y [rows, out]^T x [rows, in], both operands.
+  // Add grad_y [rows, out]^T x [rows, in], both operands. In even shares: for each, all of x is laid out.
   void add(int64_t rows, const void* grad_y, const void* x) const {
-    over_rows(out_, [&](int64_t first, int64_t last) {
+    const int64_t tile = tile_rows();
+    torch::stable::parallel_for(0, tiles_of(out_), 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * tile, last = std::min(end * tile, out_);
       const Bytes scratch(k_.outer_scratch);
       k_.add_outer(last - first, in_, rows, static_cast<const char*>(grad_y) + first * bytes_of(k_.operand),
                    k_.pitch(out_), x, sums_ + first * in_, scratch.data());

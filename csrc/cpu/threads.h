@@ -10,7 +10,7 @@ namespace deepmsi {
 
 // Call run(begin, end) for ranges of [0, count), which do not depend on one another, on torch's threads.
 //
-// A thread takes the next range when it is free, of `least` or more, shorter ones towards the end: neither do
+// A thread takes the next range when it is free, some times `least`, shorter ones towards the end: neither do
 // threads run equally fast, beside others and on unlike cores, nor take equal ranges equal times. Few are cut
 // evenly.
 template <typename Run>
@@ -23,8 +23,8 @@ void share_out(int64_t count, int64_t least, const Run& run) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin = next.load(); begin < count;) {
-      const int64_t left = count - begin;
-      const int64_t end = begin + std::max(std::min(least, left), left / (2 * threads));
+      const int64_t parts = std::max<int64_t>((count - begin) / (2 * threads * least), 1);
+      const int64_t end = std::min(begin + parts * least, count);
       if (!next.compare_exchange_weak(begin, end)) continue;
       run(begin, end);
       begin = next.load();
