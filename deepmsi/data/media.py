@@ -16,6 +16,9 @@ StreamType = Literal["video", "audio"]
 
 # How Matroska and WebM begin, and the part that holds all their content.
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+# The parts of WAV and AVI that hold the content, and the length from which on it tells nothing: writers that could
+# not go back to fill it in left 0, 2 GiB less a few, or the most there is.
+_CONTENT, _OPEN = {b"data": b"", b"LIST": b"movi"}, 0x7FFF0000
 
 
 class NoStreamError(UserError):
@@ -147,11 +150,13 @@ def as_seconds(value: float) -> Fraction:
 
 
 def _broken_part(path: Path, size: int) -> str | None:
-    """Name the top-level part of an MP4, QuickTime or Matroska file that runs past the end, if one does."""
+    """Name the part of an MP4, QuickTime, Matroska, WAV or AVI file that runs past the end, if one does."""
     with path.open("rb") as file:
         head = file.read(8)
         if head.startswith(_EBML):
             return _broken_segment(file, size)
+        if head.startswith(b"RIFF"):
+            return _broken_chunk(file, size)
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"styp", b"wide", b"skip", b"free"):
             return _broken_box(file, size)
     return None
@@ -186,6 +191,20 @@ def _broken_segment(file: BinaryIO, size: int) -> str | None:
         return None
     length = _ebml_length(file)
     return "Segment" if length is not None and file.tell() + length > size else None
+
+
+def _broken_chunk(file: BinaryIO, size: int) -> str | None:
+    """FFmpeg reads WAV and AVI as far as they go; a length that counts the 44 bytes of WAV's header in is no cut."""
+    at = 12
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(12)
+        kind, length = head[:4], int.from_bytes(head[4:8], "little")
+        at += 8
+        if kind in _CONTENT and head[8:].startswith(_CONTENT[kind]):
+            return (_CONTENT[kind] or kind).decode() if length < _OPEN and at + length > size + 44 else None
+        at += length + length % 2
+    return None
 
 
 def _ebml_length(file: BinaryIO) -> int | None:

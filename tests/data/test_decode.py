@@ -275,6 +275,26 @@ def test_a_cut_matroska_file_is_refused(tmp_path, clip_writer):
         probe(clip)
 
 
+@pytest.mark.parametrize(("kind", "part"), [("audio", b"data"), ("video", b"movi")])
+def test_a_cut_wav_or_avi_file_is_refused(tmp_path, clip_writer, kind, part):
+    """A content that is longer than the file was cut; one whose length its writer left open, or took too large, not."""
+    if kind == "audio":
+        clip = clip_writer(tmp_path / "a.wav", (), sound=1.0)
+    else:
+        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        clip = clip_writer(tmp_path / "a.avi", codec="mpeg4", gop=1, paint=lambda k: noise)
+    data = clip.read_bytes()
+    half = data[: len(data) // 2]
+    clip.write_bytes(half)
+    for read in (probe, lambda p: decode_frames(p, 3), decode_audio):
+        with pytest.raises(UserError, match=f"the file is truncated, it ends inside its '{part.decode()}' part"):
+            read(clip)
+    at = data.index(part) + (4 if kind == "audio" else -4)
+    for length in (0, 0x7FFFF000, 0xFFFFFFFF, len(half) - (at + 4) + 44):
+        clip.write_bytes(half[:at] + length.to_bytes(4, "little") + half[at + 4 :])
+        try_decoding(clip, kind)
+
+
 def test_tags_in_another_code_page(tmp_path, clip_writer):
     """A title in Latin-1, as old AVI files have it, is no reason to refuse the clip."""
     clip = clip_writer(tmp_path / "a.avi", codec="mpeg4")
