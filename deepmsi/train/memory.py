@@ -28,6 +28,18 @@ def training_device(settings: TrainSettings) -> torch.device:
     return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_device(settings: TrainSettings) -> None:
+    """Refuse settings of a GPU where there is none.
+
+    Raises:
+        UserError: `device` or `precision` needs one.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, and torch finds no CUDA device: set train.device=cpu or auto.")
+    if settings.precision == "fp16" and training_device(settings).type == "cpu":
+        raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on the CPU.")
+
+
 def estimate(model: DeepMSI, recipe: Recipe, utterances: int) -> StepMemory | None:
     """The memory of one micro-batch as a recipe trains it; None where it cannot be known (`step_memory`)."""
     settings = recipe.train

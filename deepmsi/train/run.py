@@ -52,7 +52,7 @@ from deepmsi.train.evaluate import (
 from deepmsi.train.inference import predict_logits
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.losses import class_weights
-from deepmsi.train.memory import estimate, fit_batch, memory_sentence, room, training_device
+from deepmsi.train.memory import check_device, estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
@@ -146,6 +146,7 @@ class _Run:
         self.planned: tuple[DeepMSIConfig, int, DeepMSI] | None = None
         self.main = process_rank()[0] == 0
         started = from_main(lambda: _check_directory(out, resume or folds is not None))
+        check_device(recipe.train)
         if "video" in recipe.modalities:
             check_vision(recipe.vision)  # before anything is decoded
         begun = None if started is None else started["data"]["fingerprint"]
@@ -608,6 +609,9 @@ def _lay_out(
         UserError: the rows do not allow it, down to the parts that choose the number of epochs.
     """
     selection = select_rows(there, recipe, recipe.labels, recipe.exclude_labels, failures=failures)
+    weights, names = recipe.loss.class_weights, selection.names
+    if isinstance(weights, list) and len(weights) != len(names):
+        raise UserError(f"loss.class_weights has {len(weights)} weights for {len(names)} classes: {', '.join(names)}.")
     rows = [there[i] for i in selection.indices]
     if plan is None:
         folds = make_folds(recipe.protocol, rows, recipe.seed)

@@ -671,6 +671,11 @@ def _no_speaker(table: list[dict[str, str]]) -> None:
     table[5]["speaker"] = ""
 
 
+def _no_features(table: list[dict[str, str]]) -> None:
+    for row in table:
+        row["text_features"] = row["audio_features"] = ""
+
+
 @pytest.mark.parametrize(
     ("edit", "changes", "sentence"),
     [
@@ -683,7 +688,10 @@ def _no_speaker(table: list[dict[str, str]]) -> None:
         (None, {"protocol": {"name": "group-kfold", "folds": 2}}, "There is no fold '7'"),
         (None, {"protocol": "leave-one-out", "train": {"selection": "dev"}}, "there is no dev part"),
         (None, {"protocol": "leave-one-out", "drop": "text,audio", "vision": {"backbone": "small"}}, "none of video"),
+        (_no_features, {}, "they have none of text features, audio features"),
         (None, {"protocol": "leave-one-out", "text": {"encoder": "./absent"}}, r"there is no folder \./absent"),
+        (None, {"protocol": "leave-one-out", "loss": {"class_weights": [1, 2, 3, 4, 5]}}, "has 5 weights for"),
+        (None, {"protocol": "leave-one-out", "train": {"device": "cpu", "precision": "fp16"}}, "fp16 needs a GPU"),
     ],
 )
 def test_what_a_manifest_tells_is_refused_before_its_clips_are_decoded(
