@@ -2,6 +2,7 @@
 
 import errno
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_module_is_the_command() -> None:
     assert done.stderr.startswith("deepmsi: ")
     assert "nowhere.csv" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
+    """What a report shows as the command can be given again: it was `__main__.py train ...`."""
+    monkeypatch.setattr(sys, "argv", ["somewhere/__main__.py", "train"])
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    with pytest.raises(SystemExit):
+        runpy.run_module("deepmsi.__main__")
+    assert sys.argv == ["deepmsi", "train"]
 
 
 @pytest.mark.parametrize(
