@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepmsi.data.files import write_bytes
 from deepmsi.errors import UserError
 
 LABELS = ("neutral", "joy", "sadness", "anger", "surprise", "fear")
@@ -408,9 +409,7 @@ def encode_clip(path: Path, frames: NDArray[np.uint8], waveform: Array) -> None:
         sound.sample_rate, sound.pts, sound.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
         container.mux(audio.encode(sound))
         container.mux(audio.encode(None))
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    write_bytes(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -509,6 +508,4 @@ def _write_manifest(path: Path, rows: Sequence[tuple[ClipPlan, str]]) -> None:
     writer.writerow(["id", "video", "audio", "text", "label", "speaker", "split"])
     for plan, text in rows:
         writer.writerow([plan.id, f"clips/{plan.id}.mp4", "", text, plan.label, f"s{plan.speaker:02d}", plan.split])
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(table.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, table.getvalue().encode("utf-8"))

@@ -237,6 +237,7 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         with writing(target):
             yield staging
+            _open_to_all(staging)
             _sync(staging)
             _put(staging, target)
     finally:
@@ -256,6 +257,13 @@ def _put(staging: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(staging, target)
+
+
+def _open_to_all(folder: Path) -> None:
+    """Give the files the rights of others that their folder has: safetensors makes its own for one user alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _sync(folder: Path) -> None:

@@ -1,16 +1,17 @@
 """Fill the templates of a page and its Markdown twin, and write both."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from deepmsi.data.files import write_bytes
 
 
 def write_both(page: Path, name: str, context: Mapping[str, Any]) -> Path:
     """Write a page of the template `name` and, beside it, its Markdown twin; returns the page's path."""
     # The Markdown first: where the page is, its twin is.
-    _write(page.with_suffix(".md"), _render(f"{name}.md.j2", context))
-    _write(page, _render(f"{name}.html.j2", context))
+    write_bytes(page.with_suffix(".md"), _render(f"{name}.md.j2", context).encode("utf-8"))
+    write_bytes(page, _render(f"{name}.html.j2", context).encode("utf-8"))
     return page
 
 
@@ -44,9 +45,3 @@ def _markdown(value: Any) -> str:
     text = " ".join(str(value).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#!|~" else c for c in text)
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepmsi.data.files import leaving_no_empty
+from deepmsi.data.files import leaving_no_empty, write_bytes
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
@@ -148,27 +147,16 @@ def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence
     header = label_columns(("id", "label", "predicted"), names)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
+    write_bytes(path, text.getvalue().encode("utf-8"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON to a temporary name, then rename."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to a temporary name, then rename.
+    """Write JSON in the order of its keys, whole or not at all.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from None
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def read_run(run: Path) -> dict[str, Any]:

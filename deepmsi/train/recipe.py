@@ -11,6 +11,7 @@ from unicodedata import normalize
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from deepmsi.data.files import write_bytes
 from deepmsi.data.options import PrepareOptions
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections, Section, validated
@@ -238,9 +239,7 @@ class Recipe(ModelSections):
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_bytes(path, text.encode("utf-8"))
 
 
 def shipped_recipes() -> list[str]:

@@ -76,6 +76,12 @@ def test_a_failed_save_leaves_the_old_checkpoint(tiny, batch, saved, monkeypatch
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
+def test_others_read_a_model_as_they_read_its_folder(saved):
+    """safetensors makes its file for its owner alone, which shuts a group out of the model that it shares."""
+    rights = {path.name: oct(path.stat().st_mode & 0o777) for path in saved.iterdir()}
+    assert set(rights.values()) == {oct(saved.stat().st_mode & 0o666)}, rights
+
+
 def test_saving_over_a_file(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -109,6 +110,16 @@ def test_a_second_report_of_one_run_is_the_same(make_run) -> None:
     first = report(run).read_bytes()
     # matplotlib salts the ids of an SVG; the rest must agree
     assert re.sub(rb'base64,[^"]+', b"", first) == re.sub(rb'base64,[^"]+', b"", report(run).read_bytes())
+
+
+def test_a_full_disk_leaves_no_part_of_a_page(make_run, mount) -> None:
+    disk = mount("64k")
+    run = disk / "run"
+    shutil.copytree(make_run(), run)
+    before = {path.name for path in run.iterdir()}
+    with pytest.raises(UserError, match="the disk is full"):
+        report(run)
+    assert {path.name for path in run.iterdir()} <= before | {"report.md"}
 
 
 def test_untrusted_text_is_escaped(make_run) -> None:

@@ -466,7 +466,7 @@ def test_a_modality_that_only_the_test_part_has_is_told(tmp_path: Path, capsys: 
 
 
 def test_class_weights_of_another_number_of_classes(split_corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="class_weights has 2 weights for num_labels = 3"):
+    with pytest.raises(UserError, match="class_weights has 2 weights for 3 classes: anger, joy, sadness"):
         train(make_recipe(loss={"class_weights": [1, 2]}), split_corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
