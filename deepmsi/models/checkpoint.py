@@ -164,10 +164,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        # Only a file that is no safetensors file is looked at: the first bytes of one are any number.
+        # The first eight bytes of safetensors are any number; its header's brace comes behind them.
         with path.open("rb") as file:
-            magic = file.read(2)
-        if magic == b"PK" or magic[:1] == b"\x80":
+            head = file.read(9)
+        if head.startswith((b"PK", b"\x80")) and head[8:] != b"{":
             raise UserError(
                 f"{path} is a pickle under another name: pickled weights can run code and are never loaded."
             ) from None

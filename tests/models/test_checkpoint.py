@@ -169,6 +169,8 @@ def damage(folder: Path, how: str) -> None:
             weights.write_bytes(b"")
         case "garbled header":
             weights.write_bytes(b"\xff" * 64 + content[64:])
+        case "half-written, with the first byte of a pickle":
+            weights.write_bytes(b"\x80\x07\0\0\0\0\0\0{" + content[9:])
         case "no weights":
             weights.unlink()
         case "pickle beside":
@@ -210,6 +212,7 @@ def damage(folder: Path, how: str) -> None:
         ("half-written weights", "damaged or not written to its end"),
         ("empty weights", "damaged or not written to its end"),
         ("garbled header", "damaged or not written to its end"),
+        ("half-written, with the first byte of a pickle", "damaged or not written to its end"),
         ("no weights", "no model.safetensors"),
         ("pickle beside", "pytorch_model.bin where"),
         ("zip pickle renamed", "pickle under another name"),
