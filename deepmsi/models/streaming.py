@@ -130,14 +130,14 @@ class EmotionStream:
         Raises:
             UserError: there is no such stream.
         """
-        fresh = torch.zeros_like(self.seen, dtype=torch.bool)
-        if streams is None:
-            fresh[:] = True
-        elif (chosen := torch.as_tensor(streams, device=fresh.device)).numel():
-            try:
-                fresh[chosen] = True
-            except IndexError as error:
-                raise UserError(f"restart: there is no such stream: {streams} of {self.streams} streams.") from error
+        every = torch.arange(self.streams, device=self.seen.device)
+        chosen = every if streams is None else torch.as_tensor(streams, device=every.device)
+        if chosen.dtype == torch.bool:
+            fresh, known = chosen, chosen.shape == every.shape
+        else:  # no indexing: it counts negative numbers from the end, and a GPU stops at large ones
+            fresh, known = torch.isin(every, chosen), bool(torch.isin(chosen, every).all())
+        if not known:
+            raise UserError(f"restart: there is no such stream: {streams} of {self.streams} streams.")
         self.seen = self.seen.masked_fill(fresh, 0)
         self._forget(fresh)
 

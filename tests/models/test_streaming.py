@@ -1,5 +1,6 @@
 """Streams: equal at every frame to the model on all frames so far, under the words that hold now."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -125,8 +126,9 @@ def test_mistakes_are_told(tiny: Callable[..., DeepMSI], frames: Tensor) -> None
         stream.step(frames[:2, 0])
     with pytest.raises(UserError, match="2 utterances were given for 3 streams"):
         stream.hear(text_features=torch.zeros(2, 12))
-    with pytest.raises(UserError, match="no such stream: \\[3\\] of 3 streams"):
-        stream.restart([3])
+    for streams in ([3], [0, -1], -1, [True]):
+        with pytest.raises(UserError, match=f"no such stream: {re.escape(str(streams))} of 3 streams"):
+            stream.restart(streams)
     with pytest.raises(UserError, match=r"the frames are torch\.int64: give uint8"):
         stream.step(frames[:, 0].long())
     stream.model.train()
