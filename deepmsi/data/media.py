@@ -201,6 +201,8 @@ def _broken_chunk(file: BinaryIO, size: int) -> str | None:
         head = file.read(12)
         kind, length = head[:4], int.from_bytes(head[4:8], "little")
         at += 8
+        if min(kind) < 32:
+            return None  # no name, as where a file is filled up with zeros: that is FFmpeg's to tell
         if kind in _CONTENT and head[8:].startswith(_CONTENT[kind]):
             return (_CONTENT[kind] or kind).decode() if length < _OPEN and at + length > size + 44 else None
         at += length + length % 2
