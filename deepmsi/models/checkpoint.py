@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,10 +260,14 @@ def _put(staging: Path, target: Path) -> None:
 
 
 def _open_to_all(folder: Path) -> None:
-    """Give the files the rights of others that their folder has: safetensors makes its own for one user alone."""
+    """Give the files the rights of others that their folder has: safetensors makes its own for one user alone.
+
+    A file system that has one set of rights for all refuses, and a model is worth more than its rights.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(path.parent.stat().st_mode & 0o666)
+            with suppress(OSError):
+                path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _sync(folder: Path) -> None:

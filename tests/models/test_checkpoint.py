@@ -82,6 +82,15 @@ def test_others_read_a_model_as_they_read_its_folder(saved):
     assert set(rights.values()) == {oct(saved.stat().st_mode & 0o666)}, rights
 
 
+def test_a_file_system_that_has_one_set_of_rights_for_all_takes_a_model(tiny, tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    tiny().save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_saving_over_a_file(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
