@@ -16,9 +16,10 @@ StreamType = Literal["video", "audio"]
 
 # How Matroska and WebM begin, and the part that holds all their content.
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-# The parts of WAV and AVI that hold the content, and the length from which on it tells nothing: writers that could
-# not go back to fill it in left 0, 2 GiB less a few, or the most there is.
-_CONTENT, _OPEN = {b"data": b"", b"LIST": b"movi"}, 0x7FFF0000
+# The parts of WAV and AVI that hold the content, and the lengths of it that tell nothing: writers that could not go
+# back to fill it in left 0, 2 GiB less a few, or the most there is.
+_CONTENT = {b"data": b"", b"LIST": b"movi"}
+_OPEN = (range(1), range(0x7FFF0000, 0x80000000), range(0xFFFF0000, 0x100000000))
 
 
 class NoStreamError(UserError):
@@ -203,8 +204,14 @@ def _broken_chunk(file: BinaryIO, size: int) -> str | None:
         at += 8
         if min(kind) < 32:
             return None  # no name, as where a file is filled up with zeros: that is FFmpeg's to tell
+        if kind == b"RIFF":  # an AVI file goes on in another one, GiB by GiB
+            at += 4
+            continue
         if kind in _CONTENT and head[8:].startswith(_CONTENT[kind]):
-            return (_CONTENT[kind] or kind).decode() if length < _OPEN and at + length > size + 44 else None
+            if any(length in lengths for lengths in _OPEN):
+                return None
+            if at + length > size + 44:
+                return (_CONTENT[kind] or kind).decode()
         at += length + length % 2
     return None
 

@@ -234,6 +234,9 @@ def staged(target: Path) -> Iterator[Path]:
         staging.mkdir()
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}).") from None
+    if target.is_dir():
+        with suppress(OSError):  # as where one set of rights is for all
+            staging.chmod(target.stat().st_mode & 0o7777)
     try:
         with writing(target):
             yield staging
@@ -262,7 +265,7 @@ def _put(staging: Path, target: Path) -> None:
 def _open_to_all(folder: Path) -> None:
     """Give the files the rights of others that their folder has: safetensors makes its own for one user alone.
 
-    A file system that has one set of rights for all refuses, and a model is worth more than its rights.
+    A file system that has one set of rights for all refuses; a model is worth more than its rights.
     """
     for path in folder.rglob("*"):
         if path.is_file():

@@ -146,7 +146,8 @@ class _Run:
         self.planned: tuple[DeepMSIConfig, int, DeepMSI] | None = None
         self.main = process_rank()[0] == 0
         started = from_main(lambda: _check_directory(out, resume or folds is not None))
-        check_device(recipe.train)
+        if started is None:  # a run that only has to be joined needs no GPU
+            check_device(recipe.train)
         if "video" in recipe.modalities:
             check_vision(recipe.vision)  # before anything is decoded
         begun = None if started is None else started["data"]["fingerprint"]

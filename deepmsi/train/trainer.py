@@ -39,7 +39,7 @@ from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.losses import classification_loss, log_prior
-from deepmsi.train.memory import training_device
+from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.metrics import SUMMARY, compute_metrics
 from deepmsi.train.processes import barrier, from_main, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
@@ -614,6 +614,7 @@ def _collected_quickly() -> Iterator[None]:
 
 def _arguments(fit: Fit) -> TrainingArguments:
     settings = fit.recipe.train
+    check_device(settings)
     cpu = training_device(settings).type == "cpu"
     with warnings_of_transformers_off():
         arguments = TrainingArguments(

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepmsi.data.files import TEMPORARY
+
 
 class Bomb:
     """A pickle that leaves a trace when it is loaded."""
@@ -298,7 +300,7 @@ def test_full_disk_while_training(mistake, prepared, small_disk) -> None:
     words = ["--data", prepared, "--out", small_disk / "run", "--set", "train.epochs=1", "--set", "train.batch_size=8"]
     assert "the disk is full" in mistake("train", "demo", *words)
     assert not (small_disk / "run" / "model").exists()
-    assert not list(small_disk.rglob("*.part"))
+    assert not [*small_disk.rglob("*.part"), *small_disk.rglob(f"{TEMPORARY}*")]
 
 
 @pytest.mark.parametrize("kilobytes", [20, 60])

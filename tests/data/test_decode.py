@@ -297,6 +297,20 @@ def test_a_cut_wav_or_avi_file_is_refused(tmp_path, clip_writer, kind, part):
         try_decoding(clip, kind)
 
 
+def test_an_avi_file_that_is_cut_in_a_later_part_is_refused(tmp_path):
+    """An AVI file goes on in another RIFF at every GiB, which has its own content."""
+
+    def chunk(kind, content):
+        return kind + len(content).to_bytes(4, "little") + content
+
+    first = chunk(b"RIFF", b"AVI " + chunk(b"LIST", b"hdrl" + bytes(20)) + chunk(b"LIST", b"movi" + bytes(100)))
+    clip = tmp_path / "a.avi"
+    for kept, part in ((400, None), (250, "movi"), (len(first), None), (100, "movi")):
+        whole = first + chunk(b"RIFF", b"AVIX" + chunk(b"LIST", b"movi" + bytes(200)))
+        clip.write_bytes(whole[:kept])
+        assert media._broken_part(clip, clip.stat().st_size) == part
+
+
 def test_a_file_filled_up_with_zeros_is_not_gone_through(tmp_path, monkeypatch):
     """As downloads leave it: eight bytes at a time, gigabytes take minutes."""
     reads = []

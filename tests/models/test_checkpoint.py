@@ -82,6 +82,17 @@ def test_others_read_a_model_as_they_read_its_folder(saved):
     assert set(rights.values()) == {oct(saved.stat().st_mode & 0o666)}, rights
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another file"])
+@pytest.mark.parametrize("rights", [0o700, 0o770], ids=oct)
+def test_a_folder_keeps_its_rights_when_a_model_is_saved_in_it_again(tiny, saved, rights, beside):
+    saved.chmod(rights)
+    if beside:
+        (saved / "notes.txt").write_text("mine")
+    tiny(seed=5).save_pretrained(saved)
+    assert saved.stat().st_mode & 0o777 == rights
+    assert (saved / "model.safetensors").stat().st_mode & 0o777 == rights & 0o666
+
+
 def test_a_file_system_that_has_one_set_of_rights_for_all_takes_a_model(tiny, tmp_path, monkeypatch):
     def refused(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

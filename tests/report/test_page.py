@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepmsi.data.files import TEMPORARY
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction
 from deepmsi.report import figures, report
@@ -89,7 +90,7 @@ def test_page_is_whole_and_self_contained(make_run) -> None:
     assert f"{low:.2f} to {high:.2f}" in words
     for row in metrics["per_class"].values():
         assert f"{row['legacy_f1']:.3f}" in words
-    assert not list(run.glob("*.part"))
+    assert not [*run.glob("*.part"), *run.glob(f"{TEMPORARY}*")]
 
 
 def test_markdown_twin_tells_the_same(make_run) -> None:

@@ -263,9 +263,11 @@ def test_selection_keeps_the_best_epoch_and_patience_stops(split_corpus: Path, t
     assert fold["epochs"] == len(curve) < 12
     assert fold["epochs"] - fold["kept_epoch"] == 2
     assert curve[fold["kept_epoch"] - 1]["loss"] == min(event["loss"] for event in curve)
-    # A finished run that is resumed trains no further.
+    # A finished run that is resumed trains no further, and so needs no GPU.
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
-    train(recipe, split_corpus, run, resume=True)
+    for device in ("cpu", "cuda"):
+        settings = recipe.train.model_copy(update={"device": device})
+        train(recipe.model_copy(update={"train": settings}), split_corpus, run, resume=True)
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -659,7 +661,7 @@ def _no_labels(table: list[dict[str, str]]) -> None:
 def test_data_that_do_not_allow_the_recipe(edit, changes: dict, sentence: str, tmp_path: Path) -> None:
     import torch
 
-    if changes.get("train", {}).get("device") == "cuda" and torch.cuda.is_available():
+    if sentence in ("finds no CUDA device", "needs a GPU") and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     data = prepared_corpus(tmp_path, rows=12, edit=edit)
     with pytest.raises(UserError, match=sentence) as caught:

@@ -14,6 +14,7 @@ import yaml
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus, write_corpus
 
+from deepmsi.data.files import TEMPORARY
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.run import train
 
@@ -140,7 +141,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert Counter(row["id"] for row in table) == Counter(f"r{i:03d}" for i in range(35))
     hits = sum(row["label"] == row["predicted"] for row in table)
     assert metrics["accuracy"] == pytest.approx(hits / 35, abs=1e-12)
-    assert not [path.name for path in run.rglob("*.part")]
+    assert not [*run.rglob("*.part"), *run.rglob(f"{TEMPORARY}*")]
     # Both trained: an epoch of the two is half as many steps as it would be for one.
     history = [json.loads(line) for line in (run / "folds" / "01" / "history.jsonl").read_text().splitlines()]
     inner = 35 - metrics["folds"][0]["test"]
