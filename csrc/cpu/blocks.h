@@ -11,6 +11,7 @@
 
 #include "gemm.h"
 #include "memory.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace deepmsi {

@@ -10,9 +10,9 @@ namespace deepmsi {
 
 // Call run(begin, end) for ranges of [0, count), which do not depend on one another, on torch's threads.
 //
-// A thread takes the next range when it is free, some times `least`, shorter ones towards the end: neither do
-// threads run equally fast, beside others and on unlike cores, nor take equal ranges equal times. Few are cut
-// evenly.
+// A thread takes the next range when it is free, of a multiple of `least`, shorter ones towards the end:
+// threads do not run equally fast, beside others and on unlike cores, nor do equal ranges take equal times.
+// Where `count` is small, each thread gets an equal share.
 template <typename Run>
 void share_out(int64_t count, int64_t least, const Run& run) {
   const int64_t threads = torch::stable::get_num_threads();

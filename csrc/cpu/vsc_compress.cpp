@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "memory.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace deepmsi {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "memory.h"
+#include "tensors.h"
 #include "threads.h"
 #include "window_attention.h"
 

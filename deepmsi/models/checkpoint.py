@@ -235,7 +235,7 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}).") from None
     if target.is_dir():
-        with suppress(OSError):  # as where one set of rights is for all
+        with suppress(OSError):  # a file system may have one set of rights for all
             staging.chmod(target.stat().st_mode & 0o7777)
     try:
         with writing(target):

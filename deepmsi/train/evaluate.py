@@ -151,7 +151,7 @@ def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON in the order of its keys, whole or not at all.
+    """Write JSON whole or not at all, its keys in the order given.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
