@@ -28,32 +28,33 @@ def autocast(x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def autocast_layers(
+def type_of_layers(
     op: str, kind: torch.dtype, norms: tuple[Tensor, ...], **layers: Tensor | None
-) -> tuple[list[Any], torch.dtype, int]:
-    """Return the weights and biases of layers in their :func:`autocast_type`, that type, and the fact ``mixed``.
+) -> tuple[torch.dtype, int]:
+    """Return the :func:`autocast_type` of the weights and biases of layers, and the fact ``mixed``.
 
-    It is 1 where x, which is of ``kind``, is of another type, or a norm is of another one than that or float32. What is
-    None stays None.
+    It is 1 where x, which is of ``kind``, is of another type, or a norm is of another one than that or float32.
 
     Raises:
         ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.
     """
-    cast = [None if tensor is None else autocast(tensor) for tensor in layers.values()]
-    dtypes = {tensor.dtype for tensor in cast if tensor is not None}
+    dtypes = {autocast_type(tensor) for tensor in layers.values() if tensor is not None}
     if len(dtypes) != 1:
         raise ValueError(f"{op}: {', '.join(layers)} must be of one type")
     (dtype,) = dtypes
     if (dtype == torch.float64) != (kind == torch.float64):
         raise ValueError(f"{op}: float64 goes with float64 alone, not x in {kind} with weights in {dtype}")
     allowed = (dtype, torch.float32)
-    return cast, dtype, int(kind != dtype or any(norm.dtype not in allowed for norm in norms))
+    return dtype, int(kind != dtype or any(norm.dtype not in allowed for norm in norms))
 
 
-def unrounded(layers: Iterable[Tensor | None], cast: list[Any]) -> list[Any]:
-    """Return the layers in their autocast type, but float32 as it came: for kernels that round while they read it."""
-    pairs = zip(layers, cast, strict=True)
-    return [own if own is not None and own.dtype == torch.float32 else narrow for own, narrow in pairs]
+def autocast_layers(layers: Iterable[Tensor | None], backend: str) -> list[Any]:
+    """Return the layers in their autocast type, but float32 as it came for ``cpp``, which rounds while it reads.
+
+    What is None stays None.
+    """
+    stays = torch.float32 if backend == "cpp" else None
+    return [layer if layer is None or layer.dtype == stays else autocast(layer) for layer in layers]
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from deepmsi.ops._arguments import (
     check_packed,
     keeps_for_backward,
     shape,
-    unrounded,
+    type_of_layers,
     without_autocast,
 )
 from deepmsi.reference.project_cells import project_cells as reference
@@ -81,7 +81,7 @@ def project_cells(
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
     kind = autocast_type(x)
-    cast, dtype, mixed = autocast_layers(_OP, kind, (norm_weight, norm_bias), weight=weight, bias=bias)
+    dtype, mixed = type_of_layers(_OP, kind, (norm_weight, norm_bias), weight=weight, bias=bias)
     if kind != dtype:
         raise ValueError(f"{_OP}: x and weight must be of one type, not {kind} and {dtype}")
     chosen = resolve(_OP, backend, x.device.type, dtype, mixed=mixed, outputs=channels)
@@ -89,8 +89,8 @@ def project_cells(
     if chosen != "triton" or with_grad:
         # Triton's kernel rounds x while it reads it, but backward would keep it as it was.
         x = autocast(x)
+    weight, bias = autocast_layers((weight, bias), chosen)
     if chosen == "cpp":
-        weight, bias = unrounded((weight, bias), cast)
         if packed is not None and not with_grad:
             check_packed(_OP, (packed,), 1)
             weight = packed
@@ -98,7 +98,6 @@ def project_cells(
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies
         arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
         return torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
-    weight, bias = cast
     if chosen == "triton":
         arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
         return torch.ops.deepmsi.project_cells_triton_fwd(x, *arguments)[0].view(*x.shape[:3], channels)

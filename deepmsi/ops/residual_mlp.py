@@ -13,7 +13,7 @@ from deepmsi.ops._arguments import (
     check_packed,
     keeps_for_backward,
     shape,
-    unrounded,
+    type_of_layers,
     without_autocast,
 )
 from deepmsi.reference.residual_mlp import residual_mlp as reference
@@ -89,13 +89,13 @@ def residual_mlp(
     layers = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale, "cu_seqlens": cu_seqlens}
     check_devices(x, _OP, "x", **layers, **others)
-    cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
+    dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.detach().reshape(-1)
     chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
-    if chosen == "cpp":
-        cast = unrounded(layers.values(), cast)
-        scale = None if scale is None else scale.float()
+    cast = autocast_layers(layers.values(), chosen)
+    if chosen == "cpp" and scale is not None:
+        scale = scale.float()
     with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:

@@ -11,7 +11,7 @@ from deepmsi.ops._arguments import (
     check_packed,
     keeps_for_backward,
     shape,
-    unrounded,
+    type_of_layers,
     without_autocast,
 )
 from deepmsi.ops.window_attention import check_windows, head_scale_of, narrowed
@@ -103,11 +103,10 @@ def residual_window_attention(
         check_devices(x, _OP, "x", **{name: tensor})
     row_scale = None if row_scale is None else row_scale.detach()
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
-    cast, dtype, mixed = autocast_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
+    dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
-    if chosen == "cpp":
-        cast = unrounded(layers.values(), cast)
+    cast = autocast_layers(layers.values(), chosen)
     with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias, bias_table, logit_scale)
     qkv_weight, qkv_bias, proj_weight, proj_bias = cast
     if chosen == "cpp" and packed is not None and not with_grad:
