@@ -146,7 +146,8 @@ def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
 
     A compiled baseline is the same beside each backend.
     """
-    command = [*PYTEST, "--benchmark-only", "--device", options.device]
+    # Older versions of pytest take what follows "--device" for a path, and do not find bench's options then.
+    command = [*PYTEST, "--benchmark-only", f"--device={options.device}"]
     command += ["--smallest"] if options.smallest else []
     model, names = [], BENCHES[:1] if options.smallest else BENCHES
     if compiled:
