@@ -199,7 +199,8 @@ def inner_folds(
 ) -> list[Fold]:
     """Split a training part again, to choose the number of epochs inside it.
 
-    Rows that the protocol keeps together stay together; otherwise the split is stratified by label.
+    Rows that the protocol keeps together stay together, those that are never held out among them; otherwise the split
+    is stratified by label.
 
     Args:
         rows: all rows.
@@ -215,16 +216,22 @@ def inner_folds(
     candidates = np.array([i for i in train if _has(rows[i], settings.held_out)], dtype=np.int64)
     labels = [row.label for row in rows]
     always = np.setdiff1d(train, candidates)
-    groups = _inner_groups(settings, rows, candidates)
+    column = _inner_column(settings, rows, candidates)
+    # Rows that cannot be held out stay with their groups, too, so that a group does not choose by what it taught.
+    groups = None if column is None else {int(i): column_of(rows[i], column) for i in train}
     result = []
     for repeat in range(repeats):
         if groups is None:
             parts = _stratified_parts([labels[i] for i in candidates], folds, seed + repeat)
         else:
-            parts = _grouped_parts(groups, [labels[i] for i in candidates], folds, seed + repeat)
+            own = [str(groups[int(i)]) for i in candidates]
+            parts = _grouped_parts(own, [labels[i] for i in candidates], folds, seed + repeat)
         for k, part in enumerate(parts):
             test = np.sort(candidates[part])
             rest = np.union1d(np.setdiff1d(candidates, test), always)
+            if groups is not None:
+                held = {groups[int(i)] for i in test}
+                rest = np.array([i for i in rest if groups[int(i)] not in held], dtype=np.int64)
             if len(test) and {labels[i] for i in rest} == {labels[i] for i in train}:
                 result.append(Fold(f"inner-{repeat * folds + k + 1:02d}", rest, test))
     if not result:
@@ -445,18 +452,19 @@ def _groups(rows: Sequence[RowLike], column: str) -> list[str]:
     return groups
 
 
-def _inner_groups(settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices) -> list[str] | None:
+def _inner_column(settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices) -> str | None:
+    """The column whose groups inner folds keep together; None where they are stratified by label."""
     column = {
         "group-kfold": settings.group,
         "leave-one-speaker-out": "speaker",
         "leave-one-session-out": "session",
         "iemocap-session5": "session",
+        "split-column": "dialogue",
     }.get(settings.name)
-    for name in (column,) if column else ("dialogue",) if settings.name == "split-column" else ():
-        groups = [column_of(rows[i], name) for i in candidates]
-        if all(groups) and len(set(groups)) > 1:
-            return [str(group) for group in groups]
-    return None
+    if column is None:
+        return None
+    groups = [column_of(rows[i], column) for i in candidates]
+    return column if all(groups) and len(set(groups)) > 1 else None
 
 
 def _fold(name: str, rows: int, test: Indices) -> Fold:

@@ -92,6 +92,16 @@ def test_groups_stay_on_one_side(settings: dict, column: str) -> None:
             assert not set(inner.train) & set(fold.test)
 
 
+def test_rows_that_cannot_be_held_out_keep_to_their_group_in_inner_folds_too() -> None:
+    rows, settings = corpus(), ProtocolSettings(name="leave-one-speaker-out", held_out=["video"])
+    for row in rows[::4]:
+        row.has_video = False
+    for fold in make_folds(settings, rows, seed=0):
+        for inner in inner_folds(rows, fold.train, settings, 3, 1, seed=0):
+            assert all(rows[i].has_video for i in inner.test)
+            assert not {rows[i].speaker for i in inner.train} & {rows[i].speaker for i in inner.test}
+
+
 def test_sessions_stay_on_one_side() -> None:
     rows = corpus()
     folds = make_folds(ProtocolSettings(name="leave-one-session-out"), rows, seed=0)
