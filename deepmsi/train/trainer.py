@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -165,19 +166,23 @@ class _Step(nn.Module):
         self.focal_gamma = settings.focal_gamma
         self.register_buffer("log_prior", None if prior is None else torch.tensor(prior), persistent=False)
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, share: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """Compute the loss of a micro-batch, its classification part times `share` where that is given."""
         output = self.core(**batch)
         cross_entropy, loss = output.cross_entropy, output.loss
         if self.focal_gamma or self.log_prior is not None:
-            weights = self.core.config.loss
             cross_entropy = classification_loss(
                 output.logits,
                 batch["labels"],
                 weights=self.core.class_weights,
                 focal_gamma=self.focal_gamma,
                 log_prior=self.log_prior,
-                label_smoothing=weights.label_smoothing,
+                label_smoothing=self.core.config.loss.label_smoothing,
             )
+        if share is not None:
+            cross_entropy = cross_entropy * share
+        if cross_entropy is not output.cross_entropy:
+            weights = self.core.config.loss
             loss = weights.cross_entropy * cross_entropy + weights.contrastive * output.contrastive
         return {"loss": loss, "cross_entropy": cross_entropy, "contrastive": output.contrastive}
 
@@ -205,6 +210,7 @@ class UtteranceTrainer(Trainer):
         model.contrast.batch_size = settings.batch_size if self.world > 1 else None
         self.compression = CompressionLog(model, measure=settings.capacity_quantile is not None)
         self._micro = (-1, -1)
+        self._shares: list[Tensor] = []
         self._parts: dict[str, Tensor] = {}
         self._parts_count = 0
         super().__init__(
@@ -235,6 +241,20 @@ class UtteranceTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
 
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """The micro-batches of a step; how much each of them counts is noted on the way."""
+        samples, items = super().get_batch_samples(*arguments, **options)
+        self._shares = []
+        if len(samples) > 1:
+            # Each micro-batch's loss is a mean, and the Trainer takes the mean of those: a smaller one, or one of
+            # lighter classes, would count as much as the others, and of a single row class weights would cancel out.
+            weights = torch.tensor(self.core.config.loss.class_weights or [1.0] * self.core.config.num_labels)
+            sums = torch.stack([weights[batch["labels"]].sum() for batch in samples]).to(self.args.device)
+            if self.world > 1:
+                dist.all_reduce(sums)
+            self._shares = list((len(samples) * sums / sums.sum()).unbind())
+        return samples, items
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -244,6 +264,8 @@ class UtteranceTrainer(Trainer):
             micro = self._micro[1] + 1
         self._micro = (step, micro)
         seed_torch(derive_seed(self.fit.seed, "step", step, micro, self.rank), self.args.device)
+        if self._shares:
+            inputs = {**inputs, "share": self._shares[micro]}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if loss.device.type == "cpu":
             self._require_finite(float(loss))
@@ -269,7 +291,11 @@ class UtteranceTrainer(Trainer):
         if "loss" in logs:
             self._require_finite(logs["loss"])
             if self._parts_count:
-                logs.update({name: float(total) / self._parts_count for name, total in self._parts.items()})
+                means = torch.stack(list(self._parts.values())) / self._parts_count
+                if self.world > 1:  # each process has its rows' part, times their number, as of the loss itself
+                    dist.all_reduce(means)
+                    means /= self.world
+                logs.update(zip(self._parts, means.tolist(), strict=True))
             self._parts, self._parts_count = {}, 0
             logs.update(self.compression.take())
         super().log(logs, start_time)

@@ -99,6 +99,19 @@ def test_a_run_learns_and_records_what_made_it(split_corpus: Path, tmp_path: Pat
     assert DeepMSI.from_pretrained(run / "model").config.label_names == list(LABELS)
 
 
+def test_accumulated_gradients_are_those_of_the_whole_batch(split_corpus: Path, tmp_path: Path) -> None:
+    settings = {"loss": {"class_weights": [1.0, 5.0, 0.2]}, "fusion": {"dropout": 0.0, "modality_dropout": 0.0}}
+    losses = []
+    # 36 rows: the last step has 6 of them, one by one or as 5 and 1.
+    for size, accumulation in ((10, 1), (1, 10), (5, 2)):
+        run = tmp_path / str(size)
+        taken = {"batch_size": size, "accumulation": accumulation, "epochs": 2}
+        train(make_recipe(**settings, train=taken), split_corpus, run)
+        losses.append([event["loss"] for event in history(run)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         **VIDEO | {"train": {"epochs": 20, "batch_size": 4, "lr": 0.003, "checkpoint_every": 99}},

@@ -16,6 +16,7 @@ from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus, write_c
 
 from deepmsi.data.files import TEMPORARY
 from deepmsi.train.evaluate import evaluate
+from deepmsi.train.recipe import load_recipe
 from deepmsi.train.run import train
 
 pytestmark = pytest.mark.skipif(
@@ -106,6 +107,27 @@ def test_two_processes_evaluate_to_the_bits_of_one(rows: int, split_corpus: Path
     assert written["weighted_f1"] == pytest.approx(weighted, abs=1e-12)
     assert written["confusion_matrix"] == confusion_matrix(truth, predicted, labels=LABELS).tolist()
     assert rows == 1 or 0 < written["accuracy"] < 1
+
+
+def test_two_processes_that_accumulate_train_as_one_on_the_joined_batch(split_corpus: Path, tmp_path: Path) -> None:
+    """Five micro-batches of a row in each process; 6 of the 36 rows are left for the last step."""
+    recipe, losses = tmp_path / "small.yaml", []
+    for processes, sizes in ((1, {"batch_size": 10}), (2, {"batch_size": 1, "accumulation": 5})):
+        changes = {
+            "loss": {"class_weights": [1.0, 5.0, 0.2]},
+            "fusion": FEATURES["fusion"] | {"dropout": 0.0, "modality_dropout": 0.0},
+            "train": FEATURES["train"] | {"epochs": 1, "log_every": 1} | sizes,
+        }
+        recipe.write_text(yaml.safe_dump(FEATURES | changes))
+        run = tmp_path / str(processes)
+        if processes == 1:
+            train(load_recipe(recipe), split_corpus, run)
+        else:
+            torchrun("-m", "deepmsi", "train", recipe, "--data", split_corpus, "--out", run)
+        events = map(json.loads, (run / "history.jsonl").read_text().splitlines())
+        losses.append([(e["loss"], e["cross_entropy"]) for e in events if e["split"] == "train"])
+    assert len(losses[0]) == 4
+    assert losses[1] == [pytest.approx(pair, rel=1e-4) for pair in losses[0]]
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["with --out", "without"])
