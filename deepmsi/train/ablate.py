@@ -157,14 +157,17 @@ def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             "Lines of different n were scored on different rows: a row with none of a line's modalities is left out."
         )
     if seen := max((line.get("rows_seen_in_training") or 0 for line in lines), default=0):
-        sentences.append(f"Up to {seen} rows of a line were seen in training: its figures do not hold for new data.")
+        sentences.append(
+            f"Up to {seen} rows of a line trained the model or chose its epoch: its figures do not hold for new data."
+        )
     return sentences
 
 
 def _retrain(run: Path, data: Path, out: Path, settings: Mapping[str, str]) -> dict[str, Any]:
     overrides = [f"{key}={value}" for key, value in settings.items()]
     recipe = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
-    return train(recipe, data, out, resume=(out / "run.json").exists())
+    # The run's own folds, so that a line of fewer rows leaves out rows of these and is no other split.
+    return train(recipe, data, out, resume=(out / "run.json").exists(), plan=load_recipe(run / RECIPE))
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ RUN_FORMAT = 1
 def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a run's model on every labelled row of the data.
 
-    Where a launcher such as torchrun started several processes they share the rows, each of which is scored once;
-    all of them get the result, and the first writes it.
+    It runs in float32, as prediction does, whatever precision the run trained and scored its folds in. Where a launcher
+    such as torchrun started several processes they share the rows, each of which is scored once; all of them get the
+    result, and the first writes it.
 
     Args:
         run: a run directory of `train`.
@@ -48,7 +49,8 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         drop: modalities to hide: "text", "audio", "video".
 
     Returns:
-        What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read.
+        What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, and as
+        `rows_seen_in_training` how many rows trained the model or its encoders, or chose their epoch.
 
     Raises:
         UserError: no such run, a label that the run does not know, data that its model cannot read, no modality
@@ -83,7 +85,10 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
     seen = sum(row[0] in trained for row in predictions)
     result["rows_seen_in_training"] = seen
     if seen:
-        note(f"{seen} of {len(predictions)} rows have the id of a row that this run or its encoders trained on.")
+        note(
+            f"{seen} of {len(predictions)} rows have the id of a row that this run or its encoders trained on or chose "
+            "their epoch by."
+        )
     if out is not None and process_rank()[0] == 0:
         write_predictions(Path(out) / PREDICTIONS, predictions, model.config.names)
         write_json(Path(out) / METRICS, result)

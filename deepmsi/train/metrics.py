@@ -241,7 +241,8 @@ def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
     """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
 
     Raises:
-        UserError: the file is missing or no UTF-8, or it or a row lacks one of the columns id, label, predicted.
+        UserError: the file is missing or no UTF-8, it or a row lacks one of the columns id, label, predicted, or an id
+            is there twice.
     """
     file = path / "predictions.csv" if path.is_dir() else path
     try:
@@ -250,11 +251,17 @@ def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
             missing = {"id", "label", "predicted"} - set(reader.fieldnames or ())
             if missing:
                 raise UserError(f"{file} is no predictions file: it lacks the column {min(missing)!r}.")
-            rows = {row["id"]: (row["label"], row["predicted"]) for row in reader if row["label"]}
+            listed = [(row["id"], (row["label"], row["predicted"])) for row in reader if row["label"]]
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): evaluate the run first.") from None
     except (ValueError, csv.Error) as error:
         raise UserError(f"{file} cannot be read ({error}): write the predictions again.") from None
+    rows = dict(listed)
+    if len(rows) < len(listed):
+        raise UserError(
+            f"{file} has a row more than once, as folds that are repeated leave it: only runs that predicted each row "
+            "once are compared row by row."
+        )
     if short := [key for key, row in rows.items() if row[1] is None]:
         raise UserError(f"{file} is damaged: row {short[0]!r} has no prediction; write the predictions again.")
     return rows

@@ -1,7 +1,8 @@
 """A training run: data, protocol, folds, the choice of epochs, the kept model, and the record of all of it.
 
 RUN/
-  run.json            versions, seed, data fingerprint, command, protocol, rows left out, ids trained on
+  run.json            versions, seed, data fingerprint, command, protocol, rows left out, ids that trained the kept
+                      model or chose its epoch
   recipe.yaml         the resolved recipe
   splits.json         ids of every fold's parts
   metrics.json        scores of the protocol's held-out part;  predictions.csv  the rows behind them
@@ -473,7 +474,8 @@ class _Run:
         import transformers
 
         recipe = self.recipe
-        kept = self.folds[0].train if self.single else range(len(self.rows))
+        seen = self._ids(self.folds[0]) if self.single else {"train": [row.id for row in self.rows]}
+        chose = seen.get("dev", []) if recipe.train.selection in ("auto", "dev") else []
         return {
             "format": RUN_FORMAT,
             "deepmsi": __version__,
@@ -500,7 +502,7 @@ class _Run:
             },
             "memory": None if self.memory is None else asdict(self.memory),
             "labels": self.selection.names,
-            "trained_ids": [self.rows[i].id for i in kept],
+            "trained_ids": [*seen["train"], *chose],
             "started": _now(),
         }
 

@@ -100,7 +100,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     outcome = deepmsi("ablate", run, "--data", data)
     assert outcome.code == 0, outcome
     assert [line.split(" | ")[0] for line in outcome.out.splitlines()[2:5]] == ["| text", "| audio", "| text+audio"]
-    assert "18 rows of a line were seen in training" in outcome.out
+    assert "18 rows of a line trained the model" in outcome.out
     # Of a manifest the lines are the same, and it is prepared once.
     manifest, table = data.parent / "raw" / "manifest.csv", run / "ablation" / "ablation.json"
     lines = json.loads(table.read_text())
@@ -110,7 +110,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     assert deepmsi("report", run).code == 0
     text = (run / "report.md").read_text()
     assert "## Ablation" in text
-    assert "18 rows of a line were seen in training" in text
+    assert "18 rows of a line trained the model" in text
     assert "add --retrain" in mistake("ablate", run, "--data", data, "--keep", "0.5")
     assert "separated by commas" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "few")
     assert "has no video branch" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "4")

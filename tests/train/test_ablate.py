@@ -42,12 +42,24 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
     told = {
         "evaluate": [
             "Lines of different n were scored on different rows: a row with none of a line's modalities is left out.",
-            "Up to 36 rows of a line were seen in training: its figures do not hold for new data.",
+            "Up to 36 rows of a line trained the model or chose its epoch: its figures do not hold for new data.",
         ],
         "retrain": [f"Protocol: {lines[0].get('protocol')}."],
     }
     assert [line for line in table[2 + len(lines) :] if line] == told[mode]
     assert table[2].startswith("| text | ")
+
+
+def test_lines_are_trained_and_measured_on_the_folds_of_the_run(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    protocol = {"name": "stratified-kfold", "folds": 3, "final_fit": False}
+    train(make_recipe(protocol=protocol, train={"epochs": 1}), corpus, run)
+    ablate(run, corpus, mode="retrain", variants={})
+    folds, of_text = (json.loads((folder / "splits.json").read_text()) for folder in (run, run / "ablation" / "text"))
+    assert of_text.keys() == folds.keys()
+    for name, parts in of_text.items():
+        for part in ("train", "test"):
+            assert parts[part] == [row for row in folds[name][part] if int(row[1:]) % 5]  # the others have no text
 
 
 def test_variants_need_training(split_corpus: Path, tmp_path: Path) -> None:

@@ -145,10 +145,11 @@ def test_comparison_refuses_what_does_not_pair(tmp_path: Path) -> None:
     [
         (b"name,label\n", "lacks the column 'id'"),
         (b"id,label,predicted\nr1,joy\n", "row 'r1' has no prediction"),
+        (b"id,label,predicted\nr1,joy,joy\nr1,joy,fear\n", "a row more than once"),
         (b"id,label,predicted\nr1,joy,\xff\n", "cannot be read"),
         ("id,label,predicted\nr1,joy,joy\n".encode("utf-16"), "cannot be read"),
     ],
-    ids=["columns", "short", "bytes", "encoding"],
+    ids=["columns", "short", "repeated", "bytes", "encoding"],
 )
 def test_no_predictions_file(content: bytes, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(content)

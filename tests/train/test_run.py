@@ -99,6 +99,14 @@ def test_a_run_learns_and_records_what_made_it(split_corpus: Path, tmp_path: Pat
     assert DeepMSI.from_pretrained(run / "model").config.label_names == list(LABELS)
 
 
+@pytest.mark.parametrize(("selection", "seen"), [("auto", 48), ("inner-validation", 36), ("last", 36)])
+def test_rows_that_chose_the_epoch_are_told_as_seen(
+    selection: str, seen: int, split_corpus: Path, tmp_path: Path
+) -> None:
+    train(make_recipe(train={"epochs": 1, "selection": selection}), split_corpus, tmp_path / "run")
+    assert evaluate(tmp_path / "run", split_corpus)["rows_seen_in_training"] == seen
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(split_corpus: Path, tmp_path: Path) -> None:
     settings = {"loss": {"class_weights": [1.0, 5.0, 0.2]}, "fusion": {"dropout": 0.0, "modality_dropout": 0.0}}
     losses = []
