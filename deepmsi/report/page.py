@@ -71,6 +71,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "leaks": leak_of(facts.metrics or facts.made),
         "complete": (facts.metrics or {}).get("complete", True),
         "folds": _folds(facts.metrics),
+        "over_folds": _over_folds(facts.metrics),
         "curves": _curves(facts),
         "confusion": _confusion(facts.metrics),
         "per_class": _per_class(facts.metrics),
@@ -102,6 +103,7 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("recipe", recipe.get("name")),
         ("protocol", protocol),
         ("rows scored", metrics.get("n")),
+        ("rows known to training", made.get("both_sides")),
         ("rows left out", data.get("left_out")),
         ("text context", context_of(made) if "context" in made else None),
         ("seed", made.get("seed", recipe.get("seed"))),
@@ -155,6 +157,13 @@ def _folds(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Mean and standard deviation over folds or seeds, where the metrics carry them."""
     summary = (metrics or {}).get("over_folds") or {}
     return [{"name": NAMES[key], **summary[key]} for key in NAMES if key in summary]
+
+
+def _over_folds(metrics: Mapping[str, Any] | None) -> str:
+    """How the scores over folds differ from those above."""
+    repeats = (metrics or {}).get("repeats")
+    above = f"means over {repeats} repeats, each of all rows together" if repeats else "of all rows together"
+    return f"Here each fold counts once, whatever its rows; the scores above are {above}."
 
 
 def _curves(facts: RunFacts) -> list[dict[str, str]]:

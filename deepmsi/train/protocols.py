@@ -118,6 +118,10 @@ class RowLike(Protocol):
     @property
     def split(self) -> str | None: ...
     @property
+    def video(self) -> str | None: ...
+    @property
+    def audio(self) -> str | None: ...
+    @property
     def extra(self) -> dict[str, str]: ...
     @property
     def has_video(self) -> bool: ...
@@ -240,6 +244,23 @@ def inner_folds(
             "every class: set train.selection=last and a number of epochs."
         )
     return result
+
+
+def both_sides(rows: Sequence[RowLike], folds: Sequence[Fold]) -> str | None:
+    """Say how many reported rows have a speaker, a dialogue or a recording that their fold trains on, too.
+
+    A recording is a file that rows are cut from: their video, else their sound. Empty cells tell nothing.
+
+    Returns:
+        Such as "20 by their speaker, 4 by their dialogue, of 26"; None where there is no such row.
+    """
+    parts = []
+    for name in ("speaker", "dialogue", "recording"):
+        of = [row.video or row.audio if name == "recording" else column_of(row, name) for row in rows]
+        known = [{of[i] for i in fold.train} - {None} for fold in folds]
+        if count := sum(of[i] in there for fold, there in zip(folds, known, strict=True) for i in fold.test):
+            parts.append(f"{count} by their {name}")
+    return f"{', '.join(parts)}, of {sum(len(fold.test) for fold in folds)}" if parts else None
 
 
 def session_of(row: RowLike) -> str | None:

@@ -56,7 +56,7 @@ from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import check_device, estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
-from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
+from deepmsi.train.protocols import Fold, both_sides, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.rows import Selection, open_shared, select_rows
 from deepmsi.train.seeding import derive_seed, seed_torch
@@ -176,6 +176,9 @@ class _Run:
         if started is not None:
             _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
+        self.both_sides = both_sides(self.rows, self.folds)
+        if self.both_sides is not None:
+            note(f"Reported rows that training knows: {self.both_sides}.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
@@ -491,6 +494,7 @@ class _Run:
             "seed": recipe.seed,
             "protocol": recipe.protocol.title,
             "leaks": recipe.protocol.leaks,
+            "both_sides": self.both_sides,
             "context": recipe.text.context,
             "data": {
                 "path": str(data),

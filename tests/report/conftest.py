@@ -31,6 +31,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                 {
                     "format": 1,
                     "seed": 7,
+                    "both_sides": "9 by their speaker, of 40",
                     "deepmsi": "0.1.0",
                     "torch": "2.11",
                     "data": {"path": "/gone", "fingerprint": "abc123"},

@@ -101,6 +101,7 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     assert f"| accuracy | {metrics['accuracy']:.3f} |" in text
     first = metrics["confusion_matrix"][0]
     assert f"| joy | {' | '.join(map(str, first))} |" in text
+    assert "- rows known to training: 9 by their speaker, of 40\n" in text
     # every table has as many cells in each row as in its head
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") - line.count(r"\|") for line in table.splitlines()}) == 1
@@ -212,6 +213,23 @@ def test_an_ablation_stands_in_the_order_of_table_3(make_run) -> None:
     beside = text.partition("Table 3, IEMOCAP")[2]
     assert re.findall(r"^\| ([TAV+]+) \|", beside, re.MULTILINE) == ["T", "A", "V", "T+A", "T+V", "A+V", "T+A+V"]
     assert re.search(r"^\| T\+A \| – \| – \| – \| – \|", beside, re.MULTILINE)  # neither printed nor measured
+    assert "under its own protocol" in beside
+    (run / "ablation" / "ablation.json").write_text(json.dumps({"mode": "evaluate", "lines": lines}))
+    text = report(run).with_suffix(".md").read_text(encoding="utf-8")
+    assert "under its own protocol" not in text  # but on what it was given to evaluate
+
+
+@pytest.mark.parametrize(
+    ("repeats", "above"), [({}, "of all rows together"), ({"repeats": 2}, "means over 2 repeats, each of all rows")]
+)
+def test_means_over_folds_are_told_from_scores_of_all_rows(make_run, repeats: dict, above: str) -> None:
+    run = make_run()
+    metrics = json.loads((run / "metrics.json").read_text()) | repeats
+    metrics["over_folds"] = {"accuracy": {"mean": 0.5, "std": 0.1, "n": 4}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    path = report(run)
+    for text in (path.read_text(encoding="utf-8"), path.with_suffix(".md").read_text(encoding="utf-8")):
+        assert f"the scores above are {above}" in text
 
 
 def test_the_marks_of_thirty_classes_differ() -> None:

@@ -13,6 +13,7 @@ from deepmsi.train.protocols import (
     LEAKS,
     Fold,
     ProtocolSettings,
+    both_sides,
     inner_folds,
     make_folds,
     session_of,
@@ -28,6 +29,8 @@ class Row:
     speaker: str | None = None
     dialogue: str | None = None
     split: str | None = None
+    video: str | None = None
+    audio: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
     has_video: bool = True
     has_text: bool = True
@@ -90,6 +93,29 @@ def test_groups_stay_on_one_side(settings: dict, column: str) -> None:
             assert not {getattr(rows[i], column) for i in inner.train} & {getattr(rows[i], column) for i in inner.test}
             assert not set(inner.test) & set(fold.test)
             assert not set(inner.train) & set(fold.test)
+
+
+def test_reported_rows_that_training_knows_are_told() -> None:
+    rows = corpus(18)  # two speakers, four dialogues
+    for i, row in enumerate(rows):
+        row.video, row.audio = ("film.mp4", None) if i % 9 == 0 else (None, f"{i}.wav")
+    told = {
+        settings.name: both_sides(rows, make_folds(settings, rows, seed=0))
+        for settings in (
+            ProtocolSettings(name="leave-one-out"),
+            ProtocolSettings(name="leave-one-speaker-out"),
+            ProtocolSettings(name="group-kfold", folds=4),
+        )
+    }
+    assert told == {
+        "leave-one-out": "18 by their speaker, 18 by their dialogue, 2 by their recording, of 18",
+        # The second dialogue has both speakers.
+        "leave-one-speaker-out": "5 by their dialogue, 2 by their recording, of 18",
+        "group-kfold": "18 by their speaker, 2 by their recording, of 18",
+    }
+    for row in rows:
+        row.speaker = row.dialogue = row.video = None
+    assert both_sides(rows, make_folds(ProtocolSettings(name="leave-one-out"), rows, seed=0)) is None
 
 
 def test_rows_that_cannot_be_held_out_keep_to_their_group_in_inner_folds_too() -> None:
