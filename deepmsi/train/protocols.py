@@ -35,7 +35,7 @@ ALIASES = {
     "iemocap-speaker": "leave-one-speaker-out",
 }
 LEAKS = "leaks: utterances of one dialogue and one speaker stand on both sides of the split"
-SEEN = "leaks: features of encoders that were trained on reported rows are accepted"
+SEEN = "leaks: encoders that were trained on reported rows are accepted"
 DEV_NAMES = ("dev", "val", "valid", "validation")
 
 Indices = NDArray[np.int64]
@@ -55,7 +55,9 @@ class ProtocolSettings(Section):
         description="modalities a row needs to be held out and reported; rows without them always train",
     )
     seen_features: bool = Field(
-        False, description="accept features whose encoder was trained on rows that are reported: the figures then leak"
+        False,
+        description="accept encoders, and features of those, that were trained on rows that are reported: the figures "
+        "then leak",
     )
     final_fit: bool = Field(True, description="after folds were measured, fit the model that is kept on all rows")
 

@@ -2,7 +2,7 @@
 
 RUN/
   run.json            versions, seed, data fingerprint, command, protocol, rows left out, ids that trained the kept
-                      model or chose its epoch
+                      model, chose its epoch or were seen by encoders that it starts from
   recipe.yaml         the resolved recipe
   splits.json         ids of every fold's parts
   metrics.json        scores of the protocol's held-out part;  predictions.csv  the rows behind them
@@ -34,8 +34,9 @@ from deepmsi.data.files import claimed, leaving_no_empty
 from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
+from deepmsi.models.config import MODALITIES, OWN_ENCODERS, DeepMSIConfig, validated
 from deepmsi.models.encoders import check_encoder
+from deepmsi.models.finetuned import EncoderNotes, read_notes
 from deepmsi.models.vision import check_vision
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
@@ -181,6 +182,8 @@ class _Run:
             note(f"Reported rows that training knows: {self.both_sides}.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
+        # The ids that the encoders had seen which the model starts from.
+        self.seen_before = sorted({row_id for notes in _starting_notes(recipe).values() for row_id in notes.seen})
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
             self.recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
@@ -334,7 +337,8 @@ class _Run:
             if self.on_fold is not None:
                 parts = self._ids(fold)
                 chosen_on = parts.get("dev", []) if epochs_from == DEV else []
-                self.on_fold(model, folder, fold.name, [*parts["train"], *chosen_on])
+                seen = dict.fromkeys([*parts["train"], *chosen_on, *self.seen_before])
+                self.on_fold(model, folder, fold.name, [*seen])
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
             write_predictions(folder / PREDICTIONS, rows, names)
@@ -370,7 +374,8 @@ class _Run:
         model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
         _save_model(model, self.out / "model")
         if self.main and self.on_fold is not None:
-            self.on_fold(model, self.out, "all rows", [row.id for row in self.rows])
+            seen = dict.fromkeys([*(row.id for row in self.rows), *self.seen_before])
+            self.on_fold(model, self.out, "all rows", [*seen])
         self.facts["final_fit"] = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
 
     def _fit(
@@ -506,7 +511,7 @@ class _Run:
             },
             "memory": None if self.memory is None else asdict(self.memory),
             "labels": self.selection.names,
-            "trained_ids": [*seen["train"], *chose],
+            "trained_ids": [*dict.fromkeys([*seen["train"], *chose, *self.seen_before])],
             "started": _now(),
         }
 
@@ -655,9 +660,17 @@ def _inner_parts(
 def _check_encoders(
     recipe: Recipe, encoders: Mapping[str, Mapping[str, Any]], data: Path, reported: Mapping[str, Sequence[str]]
 ) -> None:
-    """Refuse features whose encoder, of which these are the notes, saw rows that are to be reported."""
+    """Refuse encoders that saw rows which are to be reported: those of features, with these notes, and the model's."""
     if recipe.protocol.seen_features:
         return
+    for name, own in _starting_notes(recipe).items():
+        for fold, ids in reported.items():
+            if known := sorted(set(ids) & set(own.seen)):
+                raise UserError(
+                    f"{name}.encoder {getattr(recipe, name).encoder} was trained on {len(known)} of the {len(ids)} "
+                    f"rows that fold {fold!r} reports ({known[0]!r}): start from the encoder that it was fine-tuned "
+                    "from, or set protocol.seen_features=true, and the figures are marked as leaking."
+                )
     for name in ("text", "audio"):
         if getattr(recipe, name).encoder != "features" or name not in encoders:
             continue
@@ -671,6 +684,13 @@ def _check_encoders(
                     f"finetune made for that fold (this one is of {notes['fold']!r}), or set "
                     "protocol.seen_features=true, and the figures are marked as leaking."
                 )
+
+
+def _starting_notes(recipe: Recipe) -> dict[str, EncoderNotes]:
+    """The notes of those encoders of the model that `deepmsi finetune` made, by modality."""
+    names = {name: getattr(recipe, name).encoder for name in ("text", "audio")}
+    own = {name: read_notes(encoder) for name, encoder in names.items() if encoder not in OWN_ENCODERS}
+    return {name: notes for name, notes in own.items() if notes is not None}
 
 
 def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> list[Fold]:

@@ -124,10 +124,10 @@ def test_a_leak_is_told_by_its_own_reason(corpus: Path, deepmsi, tmp_path: Path)
     recipe, run = tmp_path / "small.yaml", tmp_path / "run"
     protocol = {"name": "iemocap-session5", "seen_features": True, "final_fit": False}
     recipe.write_text(yaml.safe_dump({**FEATURES, "protocol": protocol}))
-    assert "leaks: features of encoders" in deepmsi("train", recipe, "--data", corpus, "--out", run).out
+    assert "leaks: encoders that were" in deepmsi("train", recipe, "--data", corpus, "--out", run).out
     assert deepmsi("report", run, run).code == 0
     for page in ("report.md", "report.html", "comparison.md", "comparison.html"):
         text = (run / page).read_text()
         assert "leaks:" in re.sub("<[^>]*>", "", text)
-        assert "features of encoders that were trained on reported rows" in text
+        assert "encoders that were trained on reported rows" in text
         assert "one dialogue and one speaker" not in text

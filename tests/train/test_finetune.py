@@ -104,10 +104,27 @@ def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_fol
     with pytest.raises(UserError, match="was begun with other data"):
         train(settings, tmp_path / "plain", run, resume=True)
 
+    # Nor does a model start from an encoder that saw the rows; what it saw is kept where it may.
+    whole = recipe({"encoder": str(tuned / "encoder")})
+    with pytest.raises(UserError, match=r"text\.encoder .* was trained on \d+ of the \d+ rows that fold '01' reports"):
+        train(whole, path, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    for row in (new := list(csv.DictReader(path.open(encoding="utf-8")))):
+        row["id"] = f"new-{row['id']}"
+    with (path.parent / "new.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(new[0]))
+        writer.writeheader()
+        writer.writerows(new)
+    other = prepared(path.parent / "new.csv", tmp_path / "p-new")
+    finetune("text", whole, other, tmp_path / "again", folds=["01"])
+    notes = read_notes(str(tmp_path / "again" / "folds" / "01" / "encoder"))
+    assert notes is not None
+    assert {f"r{i:02d}" for i in range(24)} - {"r05"} < set(notes.seen)
+
     accepted = recipe({"encoder": "features"}, protocol={"name": "group-kfold", "folds": 3, "seen_features": True})
     leaky = train(accepted, features["all"], tmp_path / "leaky", folds=[1])
     assert leaky["leaks"]
-    assert "leaks: features of encoders that were trained on reported rows" in leaky["protocol"]
+    assert "leaks: encoders that were trained on reported rows" in leaky["protocol"]
 
 
 def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Path) -> None:
