@@ -548,7 +548,9 @@ def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
 def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, Any]]:
     """Parameters by rate and decay: encoders that start from pretrained weights take `encoder_lr`.
 
-    Matrices decay; biases, norms, scalars and the learned vectors of missing modalities do not.
+    What has two dimensions or more decays: matrices, and with them the lengths of weight norms and the attention's
+    scales, [heads, 1, 1], which timm's own lists spare, as they spare the network of the position bias. Biases, norms,
+    λ and the learned vectors of missing modalities do not.
     """
     config = model.config
     pretrained = []
