@@ -162,7 +162,9 @@ def _folds(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _over_folds(metrics: Mapping[str, Any] | None) -> str:
     """How the scores over folds differ from those above."""
     repeats = (metrics or {}).get("repeats")
-    above = f"means over {repeats} repeats, each of all rows together" if repeats else "of all rows together"
+    above = "of all rows together"
+    if repeats:
+        above = f"means over {repeats} repeats, each {above}, and what is counted below is counted over all of them"
     return f"Here each fold counts once, whatever its rows; the scores above are {above}."
 
 

@@ -220,7 +220,11 @@ def test_an_ablation_stands_in_the_order_of_table_3(make_run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repeats", "above"), [({}, "of all rows together"), ({"repeats": 2}, "means over 2 repeats, each of all rows")]
+    ("repeats", "above"),
+    [
+        ({}, "of all rows together"),
+        ({"repeats": 2}, "means over 2 repeats, each of all rows together, and what is counted below"),
+    ],
 )
 def test_means_over_folds_are_told_from_scores_of_all_rows(make_run, repeats: dict, above: str) -> None:
     run = make_run()
