@@ -548,6 +548,8 @@ def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
 def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, Any]]:
     """Parameters by rate and decay: encoders that start from pretrained weights take `encoder_lr`.
 
+    What compresses inside a pretrained backbone (λ among it) starts from nothing and takes `lr`.
+
     What has two dimensions or more decays: matrices, and with them the lengths of weight norms and the attention's
     scales, [heads, 1, 1], which timm's own lists spare, as they spare the network of the position bias. Biases, norms,
     λ and the learned vectors of missing modalities do not.
@@ -563,8 +565,8 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith(tuple(pretrained)) if pretrained else False, parameter.ndim >= 2)
-            groups.setdefault(key, []).append(parameter)
+            encoder = name.startswith(tuple(pretrained)) and ".compress." not in name
+            groups.setdefault((encoder, parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from deepmsi.data.files import claimed
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
+from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
@@ -526,6 +527,20 @@ def test_encoders_have_their_own_rate() -> None:
         (0.02, 0.0),
         (0.02, 0.01),
     ]
+
+
+def test_what_compresses_a_pretrained_backbone_takes_the_rate_of_new_layers() -> None:
+    recipe = make_recipe(**VIDEO)
+    recipe.train.encoder_lr = 1e-5
+    model = DeepMSI(validated(DeepMSIConfig, {"num_labels": 3, **recipe.sections()}, "test"))
+    model.config.vision.pretrained = True
+    rates = {id(p): g["lr"] for g in trainer_module.parameter_groups(model, recipe.train) for p in g["params"]}
+    of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    backbone = [name for name in of if name.startswith("video.backbone.")]
+    new = [name for name in backbone if ".compress." in name]
+    assert any(name.endswith("guide_logit") for name in new)
+    assert {of[name] for name in new} == {of[name] for name in of if name not in backbone} == {0.003}
+    assert {of[name] for name in backbone if name not in new} == {1e-5}
 
 
 def test_the_kept_share_of_tokens_is_logged(video_corpus: Path, tmp_path: Path) -> None:
