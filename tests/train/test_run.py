@@ -236,7 +236,10 @@ def test_protocols_run_to_their_end(
     assert len(metrics["folds"]) == folds
     assert metrics["n"] == 36
     assert set(metrics["over_folds"]) == {"accuracy", "uar", "weighted_f1", "macro_f1"}
-    assert len(read_predictions(tmp_path / "run")) == 36
+    with (tmp_path / "run" / "predictions.csv").open(newline="", encoding="utf-8") as stream:
+        ids = [row["id"] for row in csv.DictReader(stream)]
+    assert len(set(ids)) == 36
+    assert len(ids) == 36 * protocol.get("repeats", 1)
     assert (tmp_path / "run" / "model").is_dir() == recipe.protocol.final_fit
     leaks = protocol["name"] == "paper-kfold10"
     assert metrics["leaks"] == leaks
