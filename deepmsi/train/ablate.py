@@ -23,9 +23,11 @@ from deepmsi.train.run import train
 TABLE = "ablation.json"
 COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
 FUSION = ("fuse_threshold", "fuse_alpha")
+# There is a capacity to find only where tokens are kept by a threshold.
+NO_CAPACITY = {"train.capacity_quantile": "null"}
 PARTS = {
     # Without a schedule nothing may say how it compresses.
-    "without VSC": {f"vision.{key}": "null" for key in ("schedule", *COMPRESSION, *FUSION)},
+    "without VSC": {f"vision.{key}": "null" for key in ("schedule", *COMPRESSION, *FUSION)} | NO_CAPACITY,
     "without the contrastive term": {"loss.contrastive": "0"},
 }
 
@@ -56,7 +58,7 @@ def variants_of(run: Path, keep: Sequence[float] = (), frames: Sequence[int] = (
             raise UserError(f"A clip has 1 frame or more, not {count}.")
     if (keep or frames) and "video" not in recipe.modalities:
         raise UserError(f"{run} has no video branch, so that there are no tokens and frames to vary.")
-    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, recipe, share)} for share in keep}
+    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, recipe, share)} | NO_CAPACITY for share in keep}
     lines |= {f"{count} frames": {"vision.frames": str(count), "prepare.frames": str(count)} for count in frames}
     return parts | lines
 
@@ -123,7 +125,8 @@ def ablate(
             if not is_prepared(data):
                 data = out / name / "prepared"  # the lines to come read what this one has prepared
         else:
-            scores = _retrain(run, data, out / name, {"drop": f"[{', '.join(drop)}]"})
+            hidden = {"drop": f"[{', '.join(drop)}]"} | (NO_CAPACITY if "video" in drop else {})
+            scores = _retrain(run, data, out / name, hidden)
         lines.append(_line(name, mode, scores))
     if mode == "retrain":
         for name, settings in (variants_of(run) if variants is None else variants).items():

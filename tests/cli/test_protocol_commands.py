@@ -120,13 +120,13 @@ def test_ablate_trains_each_line(deepmsi, mistake, tmp_path_factory, tmp_path) -
     folder = tmp_path_factory.mktemp("video")
     data = prepared_corpus(folder, rows=18, video=True, splits=("train", "train", "train", "test"))
     vision = {"backbone": "small", "image_size": 64, "frames": 2, "tcn_channels": [8], "threshold": 0.5}
-    recipe = make_recipe(preset="small", vision=vision, train={"epochs": 1})
+    recipe = make_recipe(preset="small", vision=vision, train={"epochs": 1, "capacity_quantile": 0.9})
     run = tmp_path / "run"
     train(recipe, data, run)
     assert list(variants_of(run)) == ["without VSC", "without the contrastive term"]
     variants = variants_of(run, keep=[0.25], frames=[1])
     # Blocks 0 and 2 of the middle stage, whose grid is 8x8.
-    assert variants["keep 25%"] == {"vision.keep": "[16, 16]"}
+    assert variants["keep 25%"] == {"vision.keep": "[16, 16]", "train.capacity_quantile": "null"}
     words = ("ablate", run, "--data", data, "--retrain", "--keep", "0.25")
     outcome = deepmsi(*words, "--json")
     assert outcome.code == 0, outcome
