@@ -106,6 +106,44 @@ DEEPMSI_INLINE void narrow_row(const A* from, T* to, int64_t channels) {
   if constexpr (sizeof(T) != sizeof(A)) narrow(from, to, channels);
 }
 
+// The rest of a row, with zeros behind it: what a compiler makes of a loop over scalars differs from place to
+// place in its roundings.
+template <typename A>
+DEEPMSI_INLINE Vec<A> load_rest(const A* p, int64_t count) {
+  Vec<A> v = {};
+  std::memcpy(&v, p, count * sizeof(A));
+  return v;
+}
+
+// Norms of kRows rows, each by the same arithmetic, so that equal rows tie; their sum is added to `partial`.
+template <typename A, int kRows>
+DEEPMSI_INLINE void norms_of_tile(const A* x, int64_t channels, A* norm, A* partial) {
+  static_assert(kRows == 1 || kRows == 4);
+  Vec<A> squares[kRows] = {};
+  const auto add = [&](const Vec<A>* v, Vec<A> sum) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) squares[r] += v[r] * v[r];
+    if constexpr (kRows == 4) {
+      return sum + ((v[0] + v[1]) + (v[2] + v[3]));
+    } else {
+      return sum + v[0];
+    }
+  };
+  Vec<A> v[kRows];
+  int64_t c = 0;
+  for (; c + kLanes<A> <= channels; c += kLanes<A>) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) v[r] = load(x + r * channels + c);
+    store(partial + c, add(v, load(partial + c)));
+  }
+  if (const int64_t rest = channels - c; rest > 0) {
+    for (int r = 0; r < kRows; ++r) v[r] = load_rest(x + r * channels + c, rest);
+    const Vec<A> sum = add(v, load_rest(partial + c, rest));
+    std::memcpy(partial + c, &sum, rest * sizeof(A));
+  }
+  for (int r = 0; r < kRows; ++r) norm[r] = root(lane_sum<A>(squares[r]));
+}
+
 // Norms of the rows, floored, and v, their mean, in one pass.
 template <typename A>
 void norms_and_mean(const A* x, int64_t rows, int64_t channels, A* norm, A* mean, A* partial) {
@@ -114,31 +152,8 @@ void norms_and_mean(const A* x, int64_t rows, int64_t channels, A* norm, A* mean
     const int64_t stop = start + kSumRows < rows ? start + kSumRows : rows;
     std::memset(partial, 0, channels * sizeof(A));
     int64_t n = start;
-    for (; n + 4 <= stop; n += 4) {
-      const A* r0 = x + n * channels;
-      const A *r1 = r0 + channels, *r2 = r1 + channels, *r3 = r2 + channels;
-      Vec<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-      A t0 = 0, t1 = 0, t2 = 0, t3 = 0;
-      int64_t c = 0;
-      for (; c + kLanes<A> <= channels; c += kLanes<A>) {
-        const Vec<A> v0 = load(r0 + c), v1 = load(r1 + c), v2 = load(r2 + c), v3 = load(r3 + c);
-        s0 += v0 * v0, s1 += v1 * v1, s2 += v2 * v2, s3 += v3 * v3;
-        store(partial + c, load(partial + c) + ((v0 + v1) + (v2 + v3)));
-      }
-      for (; c < channels; ++c) {
-        t0 += r0[c] * r0[c], t1 += r1[c] * r1[c], t2 += r2[c] * r2[c], t3 += r3[c] * r3[c];
-        partial[c] += (r0[c] + r1[c]) + (r2[c] + r3[c]);
-      }
-      norm[n] = root(lane_sum<A>(s0) + t0), norm[n + 1] = root(lane_sum<A>(s1) + t1);
-      norm[n + 2] = root(lane_sum<A>(s2) + t2), norm[n + 3] = root(lane_sum<A>(s3) + t3);
-    }
-    for (; n < stop; ++n) {
-      const A* r = x + n * channels;
-      norm[n] = root(dot(r, r, channels));
-      for_channels<A>(channels, [&](int64_t c, auto tag) {
-        put(partial + c, get(partial + c, tag) + get(r + c, tag), tag);
-      });
-    }
+    for (; n + 4 <= stop; n += 4) norms_of_tile<A, 4>(x + n * channels, channels, norm + n, partial);
+    for (; n < stop; ++n) norms_of_tile<A, 1>(x + n * channels, channels, norm + n, partial);
     for_channels<A>(channels, [&](int64_t c, auto tag) {
       put(mean + c, get(mean + c, tag) + get(partial + c, tag), tag);
     });
@@ -234,15 +249,15 @@ void select_frames(const VscForward& f, int64_t begin, int64_t end, char* scratc
     norms_and_mean(x, rows, channels, norm, mean, partial);
     const A fused_norm = fuse_guide(static_cast<const A*>(f.guide) + b * channels, mean,
                                     static_cast<A>(f.guide_weight), channels, fused);
-    int64_t n = 0;
-    for (; n + 4 <= rows; n += 4) {
-      const A* r = x + n * channels;
-      const A* four[4] = {r, r + channels, r + 2 * channels, r + 3 * channels};
+    for (int64_t n = 0; n < rows; n += 4) {
+      // A short tile repeats its last row: the arithmetic of a row never depends on the tile.
+      const A* four[4];
+      for (int64_t t = 0; t < 4; ++t) four[t] = x + (n + t < rows ? n + t : rows - 1) * channels;
       const A* one[1] = {fused};
-      dot_tile<A, 4, 1>(four, one, channels, score + n);
+      A product[4];
+      dot_tile<A, 4, 1>(four, one, channels, product);
+      for (int64_t t = 0; t < 4 && n + t < rows; ++t) score[n + t] = product[t] / (fused_norm * norm[n + t]);
     }
-    for (; n < rows; ++n) score[n] = dot(fused, x + n * channels, channels);
-    for (n = 0; n < rows; ++n) score[n] /= fused_norm * norm[n];
     relevance_of(score, rows, f.temperature, f.standardize, relevance);
     f.count[b] = partition(f, score, relevance, rows, f.assignment + first, keys);
   }

@@ -587,6 +587,13 @@ for backend in ("cpp", "reference"):
     results.append((*out, *torch.autograd.grad((out.tokens * out.gate[:, None]).square().sum(), (x, guide))))
 for a, b in zip(*results, strict=True):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+# Equal rows tie in every place, in whole tiles and in what is left of them.
+for rows, channels in ((7, 200), (9, 7), (147, 3), (66, 100)):
+    x = testing.randn(1, channels, seed=rows).expand(rows, channels)
+    out = vsc_compress(x, testing.offsets([rows]), testing.randn(1, channels, seed=3), keep=2, backend="cpp")
+    assert out.index.tolist() == [0, 1], (rows, channels)
+    assert (out.relevance == out.relevance[0]).all(), (rows, channels)
 """
 
 
