@@ -483,8 +483,8 @@ _register(
 
 
 # --- residual_norm
-# Forward: rows x and branch [R, C] and all else of any floating type; y has the type of x. Backward: the gradient of x
-# is that of y. row_scale [R] gets none.
+# Forward: rows x and branch [R, C], norm_weight and norm_bias of one type, and all else of any floating type; y has the
+# type of x. Backward: the gradient of x is that of y. row_scale [R] gets none.
 
 _NORM_FORWARD = (
     "(Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor? row_scale, float eps) -> Tensor"
@@ -503,8 +503,7 @@ def _norm_fake_backward(grad_y: Tensor, branch: Tensor, norm_weight: Tensor, *re
 
 
 def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, branch, norm_weight, norm_bias, row_scale, ctx.eps = inputs
-    ctx.bias_dtype = norm_bias.dtype
+    _, branch, norm_weight, _, row_scale, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(branch, norm_weight, row_scale)
 
@@ -513,7 +512,7 @@ def _norm_gradient(bwd: Any, ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]
     if grad_y is None:
         return (None,) * 6
     grad_branch, grad_weight, grad_bias = bwd(grad_y, *ctx.saved_tensors, ctx.eps)
-    return grad_y, grad_branch, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
+    return grad_y, grad_branch, grad_weight, grad_bias, None, None
 
 
 _register(

@@ -62,6 +62,10 @@ def residual_norm(
     if chosen == "reference":
         with without_autocast(x.device.type):
             return reference(x, branch, norm_weight, norm_bias, row_scale, eps)
+    if norm_weight.dtype != norm_bias.dtype:
+        # The kernels give the gradients of both in one type.
+        wide = torch.promote_types(norm_weight.dtype, norm_bias.dtype)
+        norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
     scale = None if row_scale is None else row_scale.reshape(-1)
     rows = x.reshape(-1, channels)

@@ -86,6 +86,23 @@ def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str) -> 
         torch.testing.assert_close(got[what].double(), exact[what], rtol=1e-2, atol=max(within, 1e-2) * largest)
 
 
+@pytest.mark.parametrize("wide", ["norm_weight", "norm_bias"])
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_a_gradient_is_not_rounded_to_the_type_of_another(backend: str, device: str, wide: str) -> None:
+    testing.need("residual_norm", backend, device, torch.float32)
+    x, branch = (randn(30, 20, seed=seed, device=device) for seed in (1, 2))
+    norm = {name: randn(20, seed=9, dtype=torch.bfloat16, device=device) for name in ("norm_weight", "norm_bias")}
+    norm[wide] = norm[wide].float()
+    gradients = []
+    for dtype in (None, torch.float64):
+        leaves = {name: vector.to(dtype or vector.dtype).requires_grad_() for name, vector in norm.items()}
+        own = (branch.to(dtype or branch.dtype), x.to(dtype or x.dtype))
+        y = residual_norm(own[1], own[0], **leaves, backend="reference" if dtype else backend)
+        gradients.append(torch.autograd.grad(y.sin().sum(), leaves[wide])[0])
+    assert gradients[0].dtype == torch.float32
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_it_adds_what_layer_norm_gives(backend: str, device: str) -> None:
     testing.need("residual_norm", backend, device, torch.float32)
