@@ -617,7 +617,7 @@ class PatchMerging(HoldsConstants):
         frame = frame_of_row(cu_seqlens, rows)
         # One cell past the end takes the rows that do not count.
         cell = torch.where(frame < frames, frame * cells + (row // 2) * grid[1] + column // 2, frames * cells)
-        filled = torch.zeros(frames * cells + 1, dtype=torch.bool, device=x.device).index_fill_(0, cell, True)
+        filled = cell.new_zeros(frames * cells + 1, dtype=torch.bool).index_fill_(0, cell, True)
         filled = filled[:-1]
         counts = filled.view(frames, cells).sum(1)
         offsets = nn.functional.pad(counts.cumsum(0), (1, 0))

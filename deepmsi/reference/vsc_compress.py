@@ -79,7 +79,7 @@ def vsc_compress(
         count = count.clamp(max=capacity)
     count = torch.minimum(count, lengths)
     order = torch.where(present, score.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-    kept = torch.empty_like(present).scatter_(1, order, torch.arange(longest, device=device) < count[:, None])
+    kept = torch.zeros_like(present).scatter(1, order, torch.arange(longest, device=device) < count[:, None])
     lost = present & ~kept
 
     # 4. nearest relevant token of every irrelevant one; argmax gives the lower row among equals

@@ -97,7 +97,7 @@ def _packed(
     slot = torch.where(present, frame * (tiles * slots) + place, total)
 
     filled = qkv.new_zeros(total + 1, qkv.shape[1]).index_copy(0, slot, qkv)[:total]
-    taken = torch.zeros(total + 1, device=qkv.device, dtype=torch.bool).index_fill(0, slot, True)[:total]
+    taken = slot.new_zeros(total + 1, dtype=torch.bool).index_fill(0, slot, True)[:total]
     q, k, v = filled.view(frames * tiles, slots, 3, heads, depth).permute(2, 0, 3, 1, 4).unbind(0)
     # An empty slot sees itself (its value is zero), so that no softmax runs over nothing.
     itself = torch.eye(slots, device=qkv.device, dtype=torch.bool)

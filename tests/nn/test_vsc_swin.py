@@ -544,3 +544,23 @@ def test_what_was_built_on_no_device_is_whole_once_it_is_loaded(assign: bool) ->
     inputs = randn(1, 3, 64, 64, seed=1), randn(1, 64, seed=2)
     with torch.no_grad():
         torch.testing.assert_close(other.eval()(*inputs), model(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+@pytest.mark.parametrize("compression", [{"keep": (40, 20, 6)}, {"capacity": (50, 40, 9)}], ids=str)
+def test_gradients_of_each_utterance_by_torch_func(compression: dict[str, Any]) -> None:
+    """Packed tokens of different utterances lie at different places."""
+    plan = {"blocks": ((1, 0), (1, 2), (2, 0)), **compression}
+    model = randomised(VSCSwin.small(plan, img_size=32, window=2).double())
+    weights = dict(model.named_parameters())
+    frames = randn(3, 2, 3, 32, 32, seed=1, dtype=torch.float64)
+    guide = randn(3, 2, model.guide_dim, seed=2, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], frames: Tensor, guide: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (frames, guide)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, frames, guide)
+    for i in range(3):
+        wanted = torch.autograd.grad(loss(weights, frames[i], guide[i]), list(weights.values()))
+        for name, grad in zip(weights, wanted, strict=True):
+            torch.testing.assert_close(found[name][i], grad, rtol=1e-8, atol=1e-10, msg=name)
