@@ -91,6 +91,8 @@ def cross_modal_contrastive(
         labels_b = labels
     if labels_b.shape != (joined,):
         raise ValueError(f"{_OP}: labels_b must be [{joined}], not {shape(labels_b)}")
+    if labels_b.dtype not in _INTEGERS:
+        raise ValueError(f"{_OP}: labels_b must be integers, not {labels_b.dtype}")
     if not 0 <= row_offset <= joined - rows:
         raise ValueError(f"{_OP}: rows [{row_offset}, {row_offset + rows}) do not lie in b's {joined}")
 

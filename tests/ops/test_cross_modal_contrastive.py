@@ -225,6 +225,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
         ({"normalize": "rows"}, "normalize must be"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels must be"),
         ({"labels": torch.zeros(8)}, "labels must be integers"),
+        ({"labels_b": torch.full((8,), 0.5)}, "labels_b must be integers"),
         ({"row_offset": 1}, "needs labels_b"),
         ({"labels": torch.zeros(8, dtype=torch.int64, device="meta")}, "labels is on meta, a on cpu: move it"),
         ({"b": torch.ones(8, 5, device="meta")}, "b is on meta, a on cpu: move it"),
