@@ -37,7 +37,7 @@ def causal_conv_rows(
     if relu:
         y = torch.relu(y)
         if seed is not None and dropout > 0:
-            y = y * keep_mask(seed, y.shape, dropout).to(y.dtype) * (1 / (1 - dropout))
+            y = torch.where(keep_mask(seed, y.shape, dropout), y * (1 / (1 - dropout)), 0)
     return y if residual is None else torch.relu(y + residual)
 
 

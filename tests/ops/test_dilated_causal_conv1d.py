@@ -349,6 +349,16 @@ def test_a_nan_shows(backend: str, device: str) -> None:
     assert y.isnan().all(2)[0].tolist() == [t in (4, 6, 8) for t in range(9)]
 
 
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_dropout_drops_what_is_not_finite(backend: str, device: str) -> None:
+    need(backend, device)
+    seed = torch.tensor(3, device=device)
+    x = torch.full((1, 8, 4), torch.nan, device=device)
+    y = causal_conv_rows(x, x[0, :4].view(1, 4, 4), None, relu=True, seed=seed, dropout=0.5, backend=backend)
+    assert torch.equal(y.isnan(), keep_mask(seed, y.shape, 0.5))
+    assert not y.nan_to_num().any()
+
+
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("case", ["fused", "cone"])
 def test_two_runs_and_any_thread_count_give_the_same_bits(backend: str, device: str, case: str) -> None:
