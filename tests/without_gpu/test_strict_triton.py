@@ -16,7 +16,9 @@ def run(name: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("name", "holds"), [("order", False), ("poison", False), ("masked", True), ("exact", False)])
+@pytest.mark.parametrize(
+    ("name", "holds"), [("order", False), ("poison", False), ("masked", True), ("rounded", True), ("exact", False)]
+)
 def test_what_a_gpu_does_not_promise_does_not_hold(name: str, holds: bool) -> None:
     done = run(name)
     assert done.returncode == 0, done.stderr

@@ -67,6 +67,15 @@ def store_outside() -> bool:
     return True
 
 
+def rounded() -> bool:
+    """Whether float32 is rounded to the nearest bfloat16."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    x[:4] = torch.tensor([torch.nan, torch.inf, 0.0, 1 + 2**-8])
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    _copy[(1,)](x, y, 1024, BLOCK=1024, OTHER=True)
+    return torch.equal(y.view(torch.int16)[1:], x.bfloat16().view(torch.int16)[1:]) and bool(y[0].isnan())
+
+
 def exact() -> bool:
     """Whether a long sum and exp are as exact as a CPU's."""
     x = torch.rand(16, 1024, generator=torch.Generator().manual_seed(0))
@@ -83,6 +92,6 @@ def exact() -> bool:
 
 if __name__ == "__main__":
     programs: dict[str, Callable[[], bool]] = {
-        f.__name__: f for f in (order, poison, masked, load_outside, store_outside, exact)
+        f.__name__: f for f in (order, poison, masked, load_outside, store_outside, rounded, exact)
     }
     print(programs[sys.argv[1]]())
