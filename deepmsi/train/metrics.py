@@ -107,10 +107,10 @@ def compute_metrics(
     classes = np.arange(len(labels))
     matrix = confusion_matrix(true, pred, labels=classes)
     precision, recall, f1, support = precision_recall_fscore_support(true, pred, labels=classes, zero_division=0.0)
-    scores = _scores(matrix[None])
+    scores = _scores(true[None], pred[None], np.ones((1, len(true)), np.int64), len(labels))
     intervals: dict[str, list[float]] = {"accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))}
     if resamples:
-        sampled = _scores(_resampled_matrices(true, pred, len(labels), resamples, seed))
+        (sampled,) = _resampled(true, [pred], len(labels), resamples, seed)
         for name in SUMMARY:
             low, high = np.quantile(sampled[name], (0.025, 0.975))
             intervals[name] = [float(low), float(high)]
@@ -202,10 +202,9 @@ def compare_predictions(
     pred_b = _as_ids([right[key][1] for key in common], names)
     only_a = int(((pred_a == true) & (pred_b != true)).sum())
     only_b = int(((pred_b == true) & (pred_a != true)).sum())
-    score_a, score_b = (_scores(_matrices(true[None], p[None], len(names))) for p in (pred_a, pred_b))
-    rows = np.random.default_rng(seed).integers(0, len(true), size=(resamples, len(true)))
-    sampled_a = _scores(_matrices(true[rows], pred_a[rows], len(names)))
-    sampled_b = _scores(_matrices(true[rows], pred_b[rows], len(names)))
+    once = np.ones((1, len(true)), np.int64)
+    score_a, score_b = (_scores(true[None], p[None], once, len(names)) for p in (pred_a, pred_b))
+    sampled_a, sampled_b = _resampled(true, [pred_a, pred_b], len(names), resamples, seed)
     result: dict[str, Any] = {
         "n": len(common),
         "only_a": only_a,
@@ -281,27 +280,32 @@ def _as_ids(values: ArrayLike, labels: Sequence[str]) -> NDArray[np.int64]:
         raise UserError(f"Label {error} is not among the labels {', '.join(labels)}.") from None
 
 
-def _matrices(true: NDArray[np.int64], pred: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """Confusion matrices [b, K, K] of b sets of rows [b, n]."""
-    sets = np.arange(len(true))[:, None] * (k * k)
-    counts = np.bincount((sets + true * k + pred).ravel(), minlength=len(true) * k * k)
-    return counts.reshape(len(true), k, k)
+def _resampled(
+    true: NDArray[np.int64], predicted: Sequence[NDArray[np.int64]], k: int, resamples: int, seed: int
+) -> list[dict[str, NDArray[np.float64]]]:
+    """The four scores of each of so many resamples of the rows [n], the same ones for every array of predictions."""
+    # Equal rows are drawn together, by a multinomial. The last of all cells takes what is left of a draw: it is there
+    # without rows, too, so that it does not hang on the predictions which numbers are drawn.
+    shape = (k,) * (1 + len(predicted))
+    rows = np.ravel_multi_index((true, *predicted), shape)
+    cells, counts = np.unique(np.append(rows, math.prod(shape) - 1), return_counts=True)
+    counts[-1] -= 1
+    drawn = np.random.default_rng(seed).multinomial(len(rows), counts / len(rows), size=resamples)
+    ids = [np.broadcast_to(ids, drawn.shape) for ids in np.unravel_index(cells, shape)]
+    return [_scores(ids[0], pred, drawn, k) for pred in ids[1:]]
 
 
-def _resampled_matrices(
-    true: NDArray[np.int64], pred: NDArray[np.int64], k: int, resamples: int, seed: int
-) -> NDArray[np.int64]:
-    rng = np.random.default_rng(seed)
-    # A resample of n rows has multinomial counts over the cells of the confusion matrix.
-    cells = np.bincount(true * k + pred, minlength=k * k)
-    return rng.multinomial(len(true), cells / len(true), size=resamples).reshape(resamples, k, k)
+def _scores(
+    true: NDArray[np.int64], pred: NDArray[np.int64], counts: NDArray[np.int64], k: int
+) -> dict[str, NDArray[np.float64]]:
+    """The four scores of each of b sets of rows: true, pred and how many rows there are of that kind, [b, n]."""
+    sets = np.arange(len(true))[:, None] * k
 
+    def tally(ids: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        tallied = np.bincount((sets + ids).ravel(), counts.ravel(), len(true) * k)
+        return tallied.reshape(len(true), k).astype(np.float64)
 
-def _scores(matrices: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """The four scores of each confusion matrix in [b, K, K]."""
-    counts = matrices.astype(np.float64)
-    hits = np.diagonal(counts, axis1=1, axis2=2)
-    support, predicted = counts.sum(2), counts.sum(1)
+    hits, support, predicted = tally(true, counts * (true == pred)), tally(true, counts), tally(pred, counts)
     total = support.sum(1)
     recall = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
     f1 = np.divide(2 * hits, support + predicted, out=np.zeros_like(hits), where=support + predicted > 0)

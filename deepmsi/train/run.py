@@ -298,12 +298,15 @@ class _Run:
 
     @staticmethod
     def _say_what_is_never_predicted(result: dict[str, Any]) -> None:
-        for name in result.get("never_predicted", ()):
-            if result["per_class"][name]["support"]:
-                note(
-                    f"The class {name!r} is never predicted: try loss.class_weights=balanced, "
-                    "train.sampler=balanced or train.logit_adjustment=1."
-                )
+        names = [repr(name) for name in result.get("never_predicted", ()) if result["per_class"][name]["support"]]
+        if not names:
+            return
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        which = f"class {names[0]} is" if len(names) == 1 else f"classes {', '.join(names[:5])}{more} are"
+        note(
+            f"The {which} never predicted: try loss.class_weights=balanced, train.sampler=balanced or "
+            "train.logit_adjustment=1."
+        )
 
     def _run_fold(self, fold: Fold) -> None:
         folder = self._folder(fold)

@@ -1,6 +1,7 @@
 """Scores against scikit-learn, intervals against closed forms, and the paired comparison."""
 
 import csv
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,25 @@ def test_bootstrap_interval_is_repeatable_and_holds_the_point() -> None:
     deviation = np.sqrt(first["accuracy"] * (1 - first["accuracy"]) / 400)
     low, high = first["intervals"]["accuracy"]
     assert (high - low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_the_memory_of_the_intervals_grows_with_the_rows_and_not_with_the_square_of_the_classes(tmp_path: Path) -> None:
+    names = [f"w{k}" for k in range(400)]
+    true, pred = _random_predictions(0, 400)
+    files = [
+        _write(
+            tmp_path / f"{i}.csv",
+            [(str(j), names[t], names[p]) for j, (t, p) in enumerate(zip(true, pred, strict=True))],
+        )
+        for i in range(2)
+    ]
+    tracemalloc.start()
+    try:
+        compute_metrics(true, pred, names)
+        compare_predictions(*files, resamples=1000)
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # 1000 confusion matrices are 1.3 GB
+    finally:
+        tracemalloc.stop()
 
 
 def test_fold_summary() -> None:
