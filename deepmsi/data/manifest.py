@@ -320,7 +320,7 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
 
 def _json_record(raw: str) -> dict[str, str]:
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_json_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the line is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -337,6 +337,13 @@ def _json_record(raw: str) -> dict[str, str]:
             half = error.object[error.start]
             raise UserError(f"the value of {k!a} holds {half!a}, one half of a character; give both or none") from None
     return record
+
+
+def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """As the parser makes one, which lets the last of equal names win."""
+    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
+        raise UserError(f"the line has the column {twice[0]!r} twice")
+    return dict(pairs)
 
 
 def _json_cell(value: object) -> str:

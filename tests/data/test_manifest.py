@@ -140,6 +140,7 @@ def test_bad_table_gets_one_sentence(tmp_path, name):
         (9999 * '{"id":', r"m\.jsonl:2: the line is not JSON \("),
         (r'{"id": "a", "text": "so \ud83d"}', r"m\.jsonl:2: the value of 'text' holds '\\ud83d', one half"),
         ('{"id": "a", "text": "x", "label": ["joy"]}', r"m\.jsonl:2: the label cannot be read"),
+        ('{"id": "a", "text": "x", "text": "y"}', r"m\.jsonl:2: the line has the column 'text' twice"),
         ('{"id": "a", "text": {}}', r"m\.jsonl:2: the value of 'text' cannot be read"),
     ],
 )

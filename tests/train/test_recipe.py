@@ -130,6 +130,15 @@ def test_a_mistaken_file_gets_its_sentence(text: str, sentence: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_merged_keys_may_be_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: small\nfusion: {<<: {dropout: 0.5, hidden: [8]}, dropout: 0.25}\n")
+    assert load_recipe(path).fusion.dropout == 0.25
+    assert list(load_recipe(path).fusion.hidden) == [8]
+    path.write_text("preset: small\ntrain:\n  <<: &a {<<: {lr: 0.5}, lr: 0.25}\n  epochs: 2\n")
+    assert (load_recipe(path).train.lr, load_recipe(path).train.epochs) == (0.25, 2)
+
+
 def test_unknown_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no recipe 'demoo': the package has clips, demo, "):
         load_recipe("demoo")
