@@ -102,7 +102,8 @@ def _reserved_stdout() -> Iterator[IO[str]]:
     try:
         os.dup2(2, 1)
         with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
-            yield stack.enter_context(os.fdopen(os.dup(saved), "w", encoding="utf-8")) if owns else real
+            own = os.fdopen(os.dup(saved), "w", encoding="utf-8", errors="backslashreplace") if owns else None
+            yield stack.enter_context(own) if own else real
     finally:
         os.dup2(saved, 1)
         os.close(saved)
@@ -465,7 +466,7 @@ def predict(
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
     with _reserved_stdout() as result:
-        from deepmsi.data.files import write_bytes
+        from deepmsi.data.files import write_text
         from deepmsi.models.predict import load_run
 
         model = load_run(run)
@@ -484,7 +485,7 @@ def predict(
         if out is None:
             result.write(document)
         else:
-            write_bytes(out, document.encode("utf-8"))
+            write_text(out, document)
             _say(f"written to {out}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deepmsi.data import features
-from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_bytes, write_json
+from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_json, write_text
 from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import run_tasks, usable_cpus
@@ -241,7 +241,7 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
     writer = csv.DictWriter(table, ("id", "modality", "reason"), lineterminator="\n")
     writer.writeheader()
     writer.writerows(listed)
-    write_bytes(folder / FAILURES, table.getvalue().encode("utf-8"))
+    write_text(folder / FAILURES, table.getvalue())
     clips = stages[0].outcomes
     if clips and not any(outcome.slots for outcome in clips.values()):  # whatever their texts: these are wrong paths
         raise UserError(

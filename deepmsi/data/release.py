@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepmsi.data.files import write_bytes
+from deepmsi.data.files import write_text
 from deepmsi.data.manifest import Row
 from deepmsi.errors import UserError
 
@@ -148,7 +148,7 @@ def write_manifest(rows: Sequence[Row], path: Path) -> Path:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(getattr(row, name), base) for name in _FIELDS} | dict(row.extra))
-    write_bytes(path, text.getvalue().encode("utf-8"))
+    write_text(path, text.getvalue())
     return path
 
 

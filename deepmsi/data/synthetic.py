@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepmsi.data.files import write_bytes
+from deepmsi.data.files import write_bytes, write_text
 from deepmsi.errors import UserError
 
 LABELS = ("neutral", "joy", "sadness", "anger", "surprise", "fear")
@@ -508,4 +508,4 @@ def _write_manifest(path: Path, rows: Sequence[tuple[ClipPlan, str]]) -> None:
     writer.writerow(["id", "video", "audio", "text", "label", "speaker", "split"])
     for plan, text in rows:
         writer.writerow([plan.id, f"clips/{plan.id}.mp4", "", text, plan.label, f"s{plan.speaker:02d}", plan.split])
-    write_bytes(path, table.getvalue().encode("utf-8"))
+    write_text(path, table.getvalue())

@@ -50,7 +50,8 @@ def write(model: DeepMSI, folder: Path) -> None:
         "frozen": {name: _digest(encoder) for name, encoder in _frozen(model).items()},
         **model.config.model_dump(mode="json"),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")  # of a path that is not UTF-8
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     for name in ENCODERS:

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepmsi.data.files import write_bytes
+from deepmsi.data.files import write_text
 
 
 def write_both(page: Path, name: str, context: Mapping[str, Any]) -> Path:
     """Write a page of the template `name` and, beside it, its Markdown twin; returns the page's path."""
     # The Markdown first: where the page is, its twin is.
-    write_bytes(page.with_suffix(".md"), _render(f"{name}.md.j2", context).encode("utf-8"))
-    write_bytes(page, _render(f"{name}.html.j2", context).encode("utf-8"))
+    write_text(page.with_suffix(".md"), _render(f"{name}.md.j2", context))
+    write_text(page, _render(f"{name}.html.j2", context))
     return page
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepmsi.data.files import leaving_no_empty, write_bytes
+from deepmsi.data.files import leaving_no_empty, write_text
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
@@ -152,7 +152,7 @@ def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence
     header = label_columns(("id", "label", "predicted"), names)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_bytes(path, text.getvalue().encode("utf-8"))
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_run(run: Path) -> dict[str, Any]:

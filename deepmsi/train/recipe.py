@@ -11,7 +11,7 @@ from unicodedata import normalize
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from deepmsi.data.files import write_bytes
+from deepmsi.data.files import write_text
 from deepmsi.data.options import PrepareOptions
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections, Section, validated
@@ -239,7 +239,7 @@ class Recipe(ModelSections):
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-        write_bytes(path, text.encode("utf-8"))
+        write_text(path, text)
 
 
 def shipped_recipes() -> list[str]:

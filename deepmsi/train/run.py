@@ -545,6 +545,8 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
         if not may_exist:
             raise UserError(f"{out} holds a run already: continue it with --resume, or give another directory.")
         return read_begun(out)
+    if str(out.absolute()).encode(errors="ignore").decode() != str(out.absolute()):
+        raise UserError(f"{out} is a path that is not UTF-8, where no weights can be written: give another directory.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a directory for the run.")
     if out.is_dir():

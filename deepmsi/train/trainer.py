@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from deepmsi.data.files import write_bytes
+from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state, writing
 from deepmsi.models.config import MODALITIES
@@ -754,4 +754,4 @@ def _truncate_history(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the end of a line that a kill cut off
-    write_bytes(path, "".join(kept).encode("utf-8"))
+    write_text(path, "".join(kept))

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,3 +339,21 @@ def test_a_refused_command_leaves_no_empty_folder(mistake, trained, tmp_path, co
     words = ["train", "demo"] if command == "train" else ["evaluate", trained]
     mistake(*words, "--data", tmp_path / "nowhere.csv", "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_are_not_utf_8(deepmsi, mistake, trained, prepared, clip, tmp_path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    folder.mkdir()
+    shutil.copy(clip, folder / "a.mp4")
+    (folder / "m.csv").write_text("id,video,label\na,a.mp4,joy\nb,b.mp4,fear\n")
+    told = deepmsi("predict", trained, folder / "a.mp4", "--json", "--out", tmp_path / "p.json")
+    assert told.code == 0
+    assert json.loads((tmp_path / "p.json").read_text())[0]["clip"] == str(folder / "a.mp4")
+    assert deepmsi("prepare", folder / "m.csv", "--out", folder / "p").code == 0
+    (failure,) = json.loads((folder / "p" / "index.json").read_text())["failures"]
+    assert failure["reason"].startswith(str(folder / "b.mp4"))
+    command = [sys.executable, "-m", "deepmsi", "check", "--json", folder / "m.csv"]  # on a real standard output
+    checked = subprocess.run(command, capture_output=True, check=False)
+    assert json.loads(checked.stdout)["path"] == str(folder / "m.csv"), checked.stderr
+    assert "is a path that is not UTF-8" in mistake("train", "demo", "--data", prepared, "--out", folder / "run")
+    assert not (folder / "run").exists()
