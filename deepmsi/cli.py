@@ -5,6 +5,7 @@ found problems, or an unexpected error, with its traceback; 2 a mistake that the
 interrupted.
 """
 
+import codecs
 import contextlib
 import errno
 import io
@@ -691,6 +692,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say(f"deepmsi: {_resume_hint(words)}")
         return INTERRUPTED
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8" or codecs.lookup(error.encoding).name != codecs.lookup(encoding).name:
+            raise
+        _say(f"deepmsi: {error.object} is no name in this locale's encoding, {encoding}: set PYTHONUTF8=1")
+        return 2
     except BrokenPipeError:  # the reader of the output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

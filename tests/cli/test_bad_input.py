@@ -357,3 +357,13 @@ def test_paths_that_are_not_utf_8(deepmsi, mistake, trained, prepared, clip, tmp
     assert json.loads(checked.stdout)["path"] == str(folder / "m.csv"), checked.stderr
     assert "is a path that is not UTF-8" in mistake("train", "demo", "--data", prepared, "--out", folder / "run")
     assert not (folder / "run").exists()
+
+
+def test_a_locale_that_has_no_umlauts(tmp_path) -> None:
+    (tmp_path / "m.csv").write_text("id,video\na,ü.mp4\n", encoding="utf-8")
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "deepmsi", "check", tmp_path / "m.csv"]
+    checked = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=False)
+    assert checked.returncode == 2
+    assert checked.stderr.endswith("is no name in this locale's encoding, ascii: set PYTHONUTF8=1\n")
+    assert checked.stderr.count("\n") == 1
