@@ -451,8 +451,6 @@ def predict(
         raise UserError(
             f"--text is given {len(text)} times for {len(clips)} clips; give it once, or once for each clip"
         )
-    if timeline is None and fmt not in (None, TimelineFormat.json):
-        raise UserError(f"--format {fmt.value} is for a timeline; add --timeline SECONDS")
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
     if as_json and fmt not in (None, TimelineFormat.json):
@@ -461,8 +459,12 @@ def predict(
         raise UserError(f"the folder of --out {out} does not exist; make it first")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
-    by_name = {".srt": TimelineFormat.srt, ".json": TimelineFormat.json}.get(out.suffix.lower() if out else "")
-    chosen = TimelineFormat.json if as_json else fmt or by_name or TimelineFormat.csv
+    by_name = {f".{each}": each for each in TimelineFormat}.get(out.suffix.lower() if out else "")
+    asked = TimelineFormat.json if as_json else fmt or by_name
+    if timeline is None and asked not in (None, TimelineFormat.json):
+        what = f"--format {fmt}" if fmt else f"--out {out}"
+        raise UserError(f"{what} is for a timeline; add --timeline SECONDS, or give --json")
+    chosen = asked or TimelineFormat.csv
     if chosen is TimelineFormat.srt and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 

@@ -326,7 +326,7 @@ def test_unwritable_output(mistake, clips, tmp_path) -> None:
 
 def test_unwritable_prediction(mistake, trained, clip, tmp_path) -> None:
     assert "is a folder" in mistake("predict", trained, clip, "--out", tmp_path)
-    assert "/proc" in mistake("predict", trained, clip, "--out", "/proc/out.csv")
+    assert "/proc" in mistake("predict", trained, clip, "--out", "/proc/out.json")
     assert list(tmp_path.iterdir()) == []
 
 
