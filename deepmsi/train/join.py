@@ -103,6 +103,15 @@ def read_begun(run: Path) -> dict[str, Any]:
     return facts
 
 
+def read_splits(run: Path) -> dict[str, Any]:
+    """Read `splits.json`: the ids of each fold's parts, {"01": {"train": [...], "test": [...]}}.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return _read_json(run / SPLITS, _Splits)
+
+
 def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     """Score the folds that are done, together.
 
@@ -120,17 +129,18 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     facts, recipe = read_begun(run), load_recipe(run / RECIPE)
     protocol, names = recipe.protocol, list(facts["labels"])
     single = protocol.name == "split-column"
-    splits = _read_json(run / SPLITS, _Splits)
+    splits = read_splits(run)
     done = {
         name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"].get("content"))
         for name, parts in splits.items()
         if (fold_folder(run, name, single) / FOLD).is_file()
     }
-    each, order = [], list(splits)
-    per_repeat = len(order) // (protocol.repeats if protocol.name in ("stratified-kfold", "group-kfold") else 1)
-    for start in range(0, len(order), per_repeat):
-        if part := [done[name] for name in order[start : start + per_repeat] if name in done]:
-            each.append(part)
+    # By number, not by place: where a plan is cut to fewer rows, a repeat may lack folds.
+    numbered = protocol.name in ("stratified-kfold", "group-kfold")
+    repeats: dict[int, list[_Scored]] = {}
+    for name, fold in done.items():
+        repeats.setdefault((int(name) - 1) // protocol.folds if numbered else 0, []).append(fold)
+    each = list(repeats.values())
     result: dict[str, Any] = _join_repeats(each, names) if each else {"n": 0}
     result.update(
         protocol=protocol.title,

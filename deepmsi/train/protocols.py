@@ -184,15 +184,28 @@ def restrict_folds(folds: Sequence[Fold], whole: Indices, part: Indices) -> list
         whole, part: [n] rows of both selections, as numbers of one table, ascending.
 
     Returns:
-        The same folds over positions in `part`; those that lose their training or test part are left out.
+        The same folds over positions in `part`; those that lose their training or test part are left out, and a dev
+        part without rows is None.
+
+    Raises:
+        UserError: no fold is left.
     """
     position = {int(row): i for i, row in enumerate(part)}
 
     def kept(indices: Indices) -> Indices:
         return np.array([position[row] for i in indices if (row := int(whole[i])) in position], dtype=np.int64)
 
-    cut = [Fold(f.name, kept(f.train), kept(f.test), None if f.dev is None else kept(f.dev)) for f in folds]
-    return [fold for fold in cut if len(fold.train) and len(fold.test)]
+    result = []
+    for fold in folds:
+        train, test, dev = kept(fold.train), kept(fold.test), None if fold.dev is None else kept(fold.dev)
+        if len(train) and len(test):
+            result.append(Fold(fold.name, train, test, dev if dev is not None and len(dev) else None))
+    if not result:
+        raise UserError(
+            "No fold has rows to train on and rows to report that have the modalities which are read: give rows of "
+            "both, or read other modalities."
+        )
+    return result
 
 
 def inner_folds(

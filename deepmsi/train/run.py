@@ -52,7 +52,7 @@ from deepmsi.train.evaluate import (
     write_predictions,
 )
 from deepmsi.train.inference import predict_logits
-from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
+from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun, read_splits
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import check_device, estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
@@ -175,7 +175,7 @@ class _Run:
         self._say_what_is_not_learned()
         _check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:
-            _check_same(started, recipe, load_recipe(out / RECIPE), self.data, out)
+            _check_same(started, recipe, load_recipe(out / RECIPE), self.data, self._splits(), out)
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.both_sides = both_sides(self.rows, self.folds)
         if self.both_sides is not None:
@@ -196,7 +196,7 @@ class _Run:
             with claimed(self.out) as free:
                 if free and not (self.out / RUN).exists():
                     self.recipe.save(self.out / RECIPE)
-                    write_json(self.out / SPLITS, {fold.name: self._ids(fold) for fold in self.folds})
+                    write_json(self.out / SPLITS, self._splits())
                     write_json(self.out / RUN, facts)
                     return facts
             time.sleep(0.1)
@@ -204,7 +204,7 @@ class _Run:
             raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
         facts, begun = read_begun(self.out), load_recipe(self.out / RECIPE)
         recipe = _with_batch_of(self.recipe, begun) if auto_batch else self.recipe
-        _check_same(facts, recipe, begun, self.data, self.out)
+        _check_same(facts, recipe, begun, self.data, self._splits(), self.out)
         if recipe != self.recipe:
             taken = f"train.batch_size={recipe.train.batch_size} and train.accumulation={recipe.train.accumulation}"
             note(f"--auto-batch: another call has begun this run with {taken}, which are kept.")
@@ -475,6 +475,9 @@ class _Run:
         indices = self.selection.indices[part]
         return UtteranceDataset(self.data, indices, self._classes(part), config, augment=augment, seed=seed or 0)
 
+    def _splits(self) -> dict[str, dict[str, list[str]]]:
+        return {fold.name: self._ids(fold) for fold in self.folds}
+
     def _ids(self, fold: Fold) -> dict[str, list[str]]:
         parts = {"train": fold.train, "test": fold.test}
         if fold.dev is not None:
@@ -715,8 +718,15 @@ def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> 
     return chosen
 
 
-def _check_same(facts: dict[str, Any], recipe: Recipe, started: Recipe, data: PreparedData, out: Path) -> None:
-    """Refuse to continue a run with another recipe or other data."""
+def _check_same(
+    facts: dict[str, Any],
+    recipe: Recipe,
+    started: Recipe,
+    data: PreparedData,
+    splits: dict[str, dict[str, list[str]]],
+    out: Path,
+) -> None:
+    """Refuse to continue a run with another recipe, other data or other folds."""
     same = facts["data"]["fingerprint"] == data.fingerprint
     # Every fold has features of its own where the encoders were fine-tuned on its training part.
     if not same and not (data.encoders and facts["data"].get("content") == data.content):
@@ -728,6 +738,9 @@ def _check_same(facts: dict[str, Any], recipe: Recipe, started: Recipe, data: Pr
             f"{out} was begun with {key}={before!r} and is resumed with {now!r}: use the same recipe, or another "
             "directory."
         )
+    # The recipe does not say all: versions, and a plan that the folds come from, may split the same rows otherwise.
+    if read_splits(out) != splits:
+        raise UserError(f"{out} was begun with other folds: delete it to measure it anew, or give another directory.")
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

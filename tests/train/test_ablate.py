@@ -1,10 +1,11 @@
 """The ablation: which lines there are, and that each is measured on what it says."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_corpus import make_recipe
+from small_corpus import make_recipe, prepared_corpus
 
 from deepmsi.errors import UserError
 from deepmsi.train.ablate import ablate, ablation_table, subsets
@@ -60,6 +61,39 @@ def test_lines_are_trained_and_measured_on_the_folds_of_the_run(corpus: Path, tm
     for name, parts in of_text.items():
         for part in ("train", "test"):
             assert parts[part] == [row for row in folds[name][part] if int(row[1:]) % 5]  # the others have no text
+    # A line that was begun on other folds is not continued on these.
+    of_text["01"], of_text["02"] = of_text["02"], of_text["01"]
+    (run / "ablation" / "text" / "splits.json").write_text(json.dumps(of_text))
+    with pytest.raises(UserError, match=r"text was begun with other folds: delete it"):
+        ablate(run, corpus, mode="retrain", variants={})
+
+
+def without_text(condition: Callable[[dict[str, str]], bool]) -> Callable[[list[dict[str, str]]], None]:
+    def edit(table: list[dict[str, str]]) -> None:
+        for row in filter(condition, table):
+            row["text"] = row["text_features"] = ""
+
+    return edit
+
+
+def test_a_line_without_rows_of_the_dev_part_chooses_its_epoch_inside_the_training_part(tmp_path: Path) -> None:
+    edit, run = without_text(lambda row: row["split"] == "dev"), tmp_path / "run"
+    data = prepared_corpus(tmp_path, splits=("train", "train", "train", "train", "dev", "test"), edit=edit)
+    train(make_recipe(train={"epochs": 1, "selection": "auto", "inner_folds": 2}), data, run)
+    ablate(run, data, mode="retrain", variants={})
+    (fold,) = json.loads((run / "ablation" / "text" / "metrics.json").read_text())["folds"]
+    assert fold["epochs_from"] == "an inner validation part"
+
+
+def test_repeats_of_a_line_may_lack_folds(tmp_path: Path) -> None:
+    """Six rows have text: all four folds of the second repeat have some, and three of the first."""
+    edit, run = without_text(lambda row: int(row["id"][1:]) >= 8), tmp_path / "run"
+    data = prepared_corpus(tmp_path, edit=edit)
+    protocol = {"name": "stratified-kfold", "folds": 4, "repeats": 2, "final_fit": False}
+    train(make_recipe(train={"epochs": 1}, protocol=protocol), data, run)
+    ablate(run, data, mode="retrain", variants={})
+    metrics = json.loads((run / "ablation" / "text" / "metrics.json").read_text())
+    assert (len(metrics["folds"]), metrics["repeats"], metrics["n"]) == (7, 2, 6)
 
 
 def test_variants_need_training(split_corpus: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from deepmsi.train.protocols import (
     both_sides,
     inner_folds,
     make_folds,
+    restrict_folds,
     session_of,
 )
 
@@ -126,6 +127,15 @@ def test_rows_that_cannot_be_held_out_keep_to_their_group_in_inner_folds_too() -
         for inner in inner_folds(rows, fold.train, settings, 3, 1, seed=0):
             assert all(rows[i].has_video for i in inner.test)
             assert not {rows[i].speaker for i in inner.train} & {rows[i].speaker for i in inner.test}
+
+
+def test_folds_of_fewer_rows_lose_what_is_gone() -> None:
+    whole = np.arange(6)
+    fold = Fold("test", train=whole[:2], test=whole[2:4], dev=whole[4:])
+    (cut,) = restrict_folds([fold], whole, np.array([1, 2, 3]))
+    assert (cut.train.tolist(), cut.test.tolist(), cut.dev) == ([0], [1, 2], None)
+    with pytest.raises(UserError, match="No fold has rows to train on and rows to report"):
+        restrict_folds([fold], whole, np.array([0, 1, 4]))
 
 
 def test_sessions_stay_on_one_side() -> None:
