@@ -278,12 +278,12 @@ class UtteranceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch; its parts are summed on the device until the next log."""
+        """The loss of a micro-batch; its parts are summed on the device until the next log, each step counting once."""
         outputs = model(**inputs)
         for name in ("cross_entropy", "contrastive"):
-            value = outputs[name].detach().float()
+            value = outputs[name].detach().float() / max(1, len(self._shares))
             self._parts[name] = self._parts[name] + value if name in self._parts else value
-        self._parts_count += 1
+        self._parts_count += self._micro[1] == 0
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -407,6 +407,16 @@ class UtteranceTrainer(Trainer):
         elif self.core.video is not None:
             self.core.video.graphs = VideoGraphs(self.core.video)
             note(f"{self.fit.name}: the video branch is captured as CUDA graphs, one for each number of videos.")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint} has an optimizer with other groups of parameters than this version of deepmsi makes "
+                f"({error}): resume with the version that began it, or delete {self.fit.folder / 'checkpoints'} to "
+                "train this part again."
+            ) from None
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""

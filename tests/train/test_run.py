@@ -116,9 +116,29 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(split_corpus: Path, 
         run = tmp_path / str(size)
         taken = {"batch_size": size, "accumulation": accumulation, "epochs": 2}
         train(make_recipe(**settings, train=taken), split_corpus, run)
-        losses.append([event["loss"] for event in history(run)])
+        events = [event for event in history(run) if event["split"] == "train"]
+        losses.append([event[name] for event in events for name in ("loss", "cross_entropy")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_checkpoint_of_other_groups_of_parameters_is_refused(
+    split_corpus: Path, tmp_path: Path, kill_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of deepmsi may group them otherwise, and moments go by their place in the groups."""
+    recipe = make_recipe(train={"checkpoint_steps": 1})
+    kill_at(2)
+    with pytest.raises(Killed):
+        train(recipe, split_corpus, tmp_path / "run")
+    monkeypatch.undo()
+
+    def otherwise(model: DeepMSI, settings: object) -> list[dict[str, Any]]:
+        first, *others = model.parameters()
+        return [{"params": [first]}, {"params": others}]
+
+    monkeypatch.setattr(trainer_module, "parameter_groups", otherwise)
+    with pytest.raises(UserError, match=r"checkpoint-2 has an optimizer with other groups .* delete .*checkpoints"):
+        train(recipe, split_corpus, tmp_path / "run", resume=True)
 
 
 def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path) -> None:
