@@ -1,7 +1,8 @@
 """A fine-tuned encoder's folder: what transformers reads, and beside it which rows it saw and how it reads.
 
 `deepmsi prepare` copies these notes into the index of the features that it extracts, so that training can refuse
-features whose encoder has seen the rows that are to be reported.
+features whose encoder has seen the rows that are to be reported; a model that starts from the encoder is held against
+the notes themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class EncoderNotes:
         modality: "text" or "audio".
         fold: the fold whose training part it was trained on.
         protocol: the protocol of that fold, in words.
-        seen: ids of the rows that trained it or that its epoch was chosen on.
+        seen: ids of the rows that trained it or that its epoch was chosen on, and of those that the encoder which it
+            started from had seen.
         reads: settings of the modality's section that extraction must repeat: pooling, max_length, context;
             or max_seconds.
     """

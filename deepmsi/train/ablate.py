@@ -97,7 +97,7 @@ def ablate(
     Args:
         run: a run directory of `train`.
         data: "evaluate": labelled data to score on. "retrain": the data the run was trained on; each line is
-            measured by the run's own protocol.
+            measured on the run's own folds.
         out: takes `ablation.json` and a folder per line; None means RUN/ablation, where reports look.
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as

@@ -106,7 +106,7 @@ def train(
             gradients to the same effective batch; a run that is continued keeps what it began with.
         plan: the recipe whose folds are taken, where this one reads fewer modalities and thus fewer rows.
         on_fold: called in the first process with the model of each fold and of the final fit, its folder, its name
-            and the ids of the rows that trained it or chose its epoch.
+            and the ids of the rows that trained it, chose its epoch or were seen by encoders that it starts from.
 
     Returns:
         What `metrics.json` holds.
