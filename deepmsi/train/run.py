@@ -182,7 +182,6 @@ class _Run:
             note(f"Reported rows that training knows: {self.both_sides}.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
-        # The ids that the encoders had seen which the model starts from.
         self.seen_before = sorted({row_id for notes in _starting_notes(recipe).values() for row_id in notes.seen})
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
@@ -340,8 +339,7 @@ class _Run:
             if self.on_fold is not None:
                 parts = self._ids(fold)
                 chosen_on = parts.get("dev", []) if epochs_from == DEV else []
-                seen = dict.fromkeys([*parts["train"], *chosen_on, *self.seen_before])
-                self.on_fold(model, folder, fold.name, [*seen])
+                self.on_fold(model, folder, fold.name, self._seen([*parts["train"], *chosen_on]))
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
             write_predictions(folder / PREDICTIONS, rows, names)
@@ -377,8 +375,7 @@ class _Run:
         model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
         _save_model(model, self.out / "model")
         if self.main and self.on_fold is not None:
-            seen = dict.fromkeys([*(row.id for row in self.rows), *self.seen_before])
-            self.on_fold(model, self.out, "all rows", [*seen])
+            self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
         self.facts["final_fit"] = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
 
     def _fit(
@@ -475,6 +472,10 @@ class _Run:
         indices = self.selection.indices[part]
         return UtteranceDataset(self.data, indices, self._classes(part), config, augment=augment, seed=seed or 0)
 
+    def _seen(self, ids: Sequence[str]) -> list[str]:
+        """Add to ids, each once, those that the encoders had seen which the model starts from."""
+        return list(dict.fromkeys([*ids, *self.seen_before]))
+
     def _splits(self) -> dict[str, dict[str, list[str]]]:
         return {fold.name: self._ids(fold) for fold in self.folds}
 
@@ -517,7 +518,7 @@ class _Run:
             },
             "memory": None if self.memory is None else asdict(self.memory),
             "labels": self.selection.names,
-            "trained_ids": [*dict.fromkeys([*seen["train"], *chose, *self.seen_before])],
+            "trained_ids": self._seen([*seen["train"], *chose]),
             "started": _now(),
         }
 
