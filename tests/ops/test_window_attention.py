@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -374,9 +374,12 @@ def assert_kernel_keeps_the_budget(case: Case, cosine: bool, backend: str, devic
     for name, wanted in exact.items():
         assert got[name].dtype == low[name].dtype
         scale = None
-        if name == "logit_scale":
+        if name == "bias_table":
+            # Sums of terms of about one, which cancel to nothing where no window has a second token.
+            scale = max(1.0, wanted.abs().max().item())
+        elif name == "logit_scale":
             # A sum that nearly cancels; its terms are at least as large as the bias' gradient tells.
-            scale = 100 * exact["bias_table"].abs().sum().item()
+            scale = 100 * max(1.0, exact["bias_table"].abs().sum().item())
         roundings = 1.0 if name == "out" else 4.0
         if cosine and got[name].dtype == torch.float32:
             roundings *= 16  # a logit of 100 carries its own rounding, a hundred times as large, into the softmax
@@ -414,6 +417,7 @@ def test_kernel_keeps_the_error_budget(backend: str, device: str, name: str, cos
     tail=st.integers(0, 2),
     cosine=st.booleans(),
 )
+@example(grid=(1, 1), window=9, shift=0, depth=8, share=None, tail=0, cosine=False)  # the bias' exact gradient is 0
 def test_any_sizes_keep_the_error_budget(
     grid: tuple[int, int],
     window: int,
