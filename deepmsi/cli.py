@@ -36,7 +36,6 @@ app = typer.Typer(
 # The base of every usage error, whether typer brings click inside or imports it.
 _UsageProblem: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-ManifestArg = Annotated[Path, typer.Argument(metavar="MANIFEST", help="CSV or JSONL file, one row a clip.")]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `deepmsi train` wrote.")]
 DataOpt = Annotated[
     Path,

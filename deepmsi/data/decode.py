@@ -16,26 +16,13 @@ from deepmsi.data.face import FaceDetector, shared_detector
 from deepmsi.data.geometry import Resize, Side
 from deepmsi.data.media import (
     EmptyCutError,
-    MediaInfo,
     NoStreamError,
     as_seconds,
     open_media,
     origin_of,
-    probe,
     streams_of,
 )
 from deepmsi.errors import UserError
-
-__all__ = [
-    "EmptyCutError",
-    "MediaInfo",
-    "NoStreamError",
-    "decode_audio",
-    "decode_frames",
-    "decode_pcm",
-    "probe",
-    "try_decoding",
-]
 
 # Decoders need to run in: Opus 80 ms, MP3 its bit reservoir, AAC one block. Seeks land this much before.
 _RUN_IN = Fraction(1)

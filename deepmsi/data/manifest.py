@@ -168,12 +168,6 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
     return Manifest(path, tuple(rows), tuple(origins), tuple(columns), kind), problems
 
 
-def require_labels(rows: Sequence[object], where: str | os.PathLike[str]) -> None:
-    """Raise UserError unless at least one of ``rows`` (anything with ``.label``) carries a label."""
-    if not any(getattr(row, "label", None) for row in rows):
-        raise UserError(f"{where}: no row has a label; fill a column named 'label'")
-
-
 def duplicate_ids(rows: Sequence[Row], origins: Sequence[str]) -> list[Problem]:
     """Name every row whose id an earlier row has."""
     first: dict[str, str] = {}
@@ -187,12 +181,11 @@ def duplicate_ids(rows: Sequence[Row], origins: Sequence[str]) -> list[Problem]:
     return problems
 
 
-def count_labels(rows: Iterable[object]) -> dict[str, dict[str, int]]:
+def count_labels(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     """Count rows per split and label: ``{split or "": {label or "": rows}}``, keys sorted."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        split, label = getattr(row, "split", None) or "", getattr(row, "label", None) or ""
-        counts.setdefault(split, Counter())[label] += 1
+        counts.setdefault(row.split or "", Counter())[row.label or ""] += 1
     return {split: dict(sorted(counts[split].items())) for split in sorted(counts)}
 
 

@@ -227,7 +227,8 @@ class _RowDecoder:
         return frames
 
     def _sound(self) -> np.ndarray | None:
-        from deepmsi.data.decode import NoStreamError, decode_pcm
+        from deepmsi.data.decode import decode_pcm
+        from deepmsi.data.media import NoStreamError
 
         source = self.source
         path = source.audio or source.video

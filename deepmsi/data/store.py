@@ -29,7 +29,6 @@ STARTED = "prepare.json"
 _OPEN_MAPS = 128
 
 Kind = Literal["frames", "audio", "text_features", "audio_features"]
-KINDS: tuple[Kind, ...] = ("frames", "audio", "text_features", "audio_features")
 DTYPES: Mapping[str, str] = {
     "frames": "|u1",
     "audio": "<i2",

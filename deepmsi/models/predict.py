@@ -170,9 +170,10 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
 
 def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
     """Decode one window. In a timeline a stream may end before the recording: what is left decides."""
-    from deepmsi.data.decode import EmptyCutError, decode_frames, decode_pcm
+    from deepmsi.data.decode import decode_frames, decode_pcm
     from deepmsi.data.face import shared_detector
     from deepmsi.data.geometry import scale
+    from deepmsi.data.media import EmptyCutError
     from deepmsi.data.store import as_waveform
 
     vision, audio = model.config.vision, model.config.audio

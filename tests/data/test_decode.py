@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from deepmsi.data import media
-from deepmsi.data.decode import NoStreamError, decode_audio, decode_frames, probe, try_decoding
+from deepmsi.data.decode import decode_audio, decode_frames, try_decoding
 from deepmsi.data.face import FaceDetector, shared_detector
 from deepmsi.data.geometry import fit
+from deepmsi.data.media import NoStreamError, probe
 from deepmsi.errors import UserError
 
 

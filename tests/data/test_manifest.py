@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepmsi.data.check import check
-from deepmsi.data.manifest import MELD_LABELS, count_labels, read_manifest, require_labels, scan_manifest
+from deepmsi.data.manifest import MELD_LABELS, count_labels, read_manifest, scan_manifest
 from deepmsi.errors import UserError
 
 HEADER = "id,video,audio,text,label,speaker,dialogue,split,start,end,side,mood\n"
@@ -154,12 +154,6 @@ def test_missing_manifest_and_folder(tmp_path):
         read_manifest(tmp_path / "m.csv")
     with pytest.raises(UserError, match=r"no manifest\.csv, no \*_sent_emo\.csv"):
         read_manifest(tmp_path)
-
-
-def test_require_labels(tmp_path):
-    manifest = read_manifest(write(tmp_path / "m.csv", "id,text\na,x\n"))
-    with pytest.raises(UserError, match="no row has a label"):
-        require_labels(manifest.rows, manifest.path)
 
 
 MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID\n"
