@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import fixed_place
+from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, fixed_place
 
 
 class PrepareOptions(BaseModel):
@@ -33,6 +33,6 @@ class PrepareOptions(BaseModel):
     @field_validator("text_encoder", "audio_encoder")
     @classmethod
     def _pretrained(cls, name: str | None) -> str | None:
-        if name in ("hashing", "logmel"):
+        if name in (OFFLINE_TEXT, OFFLINE_AUDIO):
             raise UserError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
         return fixed_place(name)

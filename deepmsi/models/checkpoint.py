@@ -242,7 +242,7 @@ def staged(target: Path) -> Iterator[Path]:
         with writing(target):
             yield staging
             _open_to_all(staging)
-            _sync(staging)
+            flush(*staging.rglob("*"), staging)
             _put(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -274,9 +274,9 @@ def _open_to_all(folder: Path) -> None:
                 path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _sync(folder: Path) -> None:
-    """Flush the files to disk, so that the rename cannot be seen before what it names."""
-    for path in [*folder.rglob("*"), folder]:
+def flush(*paths: Path) -> None:
+    """Flush files and folders to the disk, so that a rename cannot be seen before what it names."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

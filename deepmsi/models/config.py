@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deepmsi.errors import UserError
 
@@ -20,6 +20,16 @@ MODALITIES = ("video", "text", "audio")
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
 OWN_ENCODERS = ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO)
+
+
+def _known_modalities(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in MODALITIES:
+            raise ValueError(f"{name!r} is no modality; there are {', '.join(MODALITIES)}")
+    return names
+
+
+Modalities = Annotated[list[str], AfterValidator(_known_modalities)]
 
 # A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
 Width = Annotated[int, Field(ge=1, le=2**20)]

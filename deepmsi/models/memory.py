@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast that a precision means on a device: "bf16" or "fp16"; none of "fp32"."""
+    return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
 @dataclass
@@ -160,13 +165,12 @@ def step_memory(
     twin = _hollow(model, mode, where)
     trained = [p for p in twin.parameters() if p.requires_grad]
     learned = sum(p.nbytes for p in trained)
-    autocast = torch.autocast(where.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
     try:
         with mode, _Live(twin) as live:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: live.settle(p.grad))
             batch = _largest_batch(twin, utterances, where)
-            with autocast, saved_bytes(twin) as saved:
+            with autocast_for(precision, where), saved_bytes(twin) as saved:
                 loss = twin(**batch).loss
             kept = saved.total
             loss.backward()

@@ -11,17 +11,17 @@ checkpoint-STEP/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from deepmsi.models.checkpoint import writing
+from deepmsi.models.checkpoint import flush, writing
 
 FILES = "files.json"
 STATE = "trainer_state.json"
@@ -56,12 +56,11 @@ def written_whole(target: Path) -> Iterator[Path]:
             paths = sorted(part.iterdir())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
             (part / FILES).write_text(json.dumps(files, indent=1), encoding="utf-8")
-            for path in (*part.iterdir(), part):
-                _sync(path)
+            flush(*part.iterdir(), part)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(part, target)
-            _sync(target.parent)
+            flush(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -126,16 +125,5 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deepmsi.errors import UserError
 from deepmsi.nn import VSC
 from deepmsi.nn.swin_blocks import Tokens
+from deepmsi.train.processes import process_rank
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -110,7 +111,7 @@ class CompressionLog:
         """
         rows = []
         for _, histogram in sorted(self.histograms.items()):
-            if dist.is_available() and dist.is_initialized():
+            if process_rank()[1] > 1:
                 dist.all_reduce(histogram)
             below = histogram.cumsum(0).double() / histogram.sum()
             rows.append(int((below < quantile).sum()))

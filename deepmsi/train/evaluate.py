@@ -46,7 +46,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         run: a run directory of `train`.
         data: a manifest (prepared with the run's own options) or a prepared folder.
         out: takes `metrics.json` and `predictions.csv`; None writes nothing.
-        drop: modalities to hide: "text", "audio", "video".
+        drop: modalities to hide: "text", "audio", "video", one by one or joined by commas.
 
     Returns:
         What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, and as
@@ -111,13 +111,7 @@ def evaluate_model(
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
     with progress(len(dataset), "evaluate", "row") as bar:
-        logits = predict_logits(
-            model,
-            dataset,
-            batch_size=recipe.train.eval_batch_size or recipe.train.batch_size,
-            workers=recipe.train.workers,
-            on_batch=bar.update,
-        )
+        logits = predict_logits(model, dataset, recipe.train, on_batch=bar.update)
     result = compute_metrics(selection.classes, logits.argmax(1), config.names)
     result["modalities"] = [name for name in config.modalities if name not in drop]
     result["context"] = config.text.context

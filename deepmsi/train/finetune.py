@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import staged
-from deepmsi.models.config import MODALITIES, OFFLINE_AUDIO, OFFLINE_TEXT, validated
+from deepmsi.models.config import MODALITIES, OWN_ENCODERS, validated
 from deepmsi.models.encoders import save_encoder
 from deepmsi.models.finetuned import EncoderNotes, write_notes
 from deepmsi.train.recipe import Recipe
@@ -50,7 +50,7 @@ def finetune(
         UserError: the recipe names no encoder of transformers for the modality, or anything that `train` refuses.
     """
     section = getattr(recipe, modality)
-    if section.encoder in ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO):
+    if section.encoder in OWN_ENCODERS:
         raise UserError(
             f"The recipe's {modality} encoder is {section.encoder!r}, which has no pretrained weights to fine-tune: "
             f"set {modality}.encoder to a hub name or a folder of transformers."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,21 +11,20 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
+from deepmsi.models.memory import autocast_for
 from deepmsi.train.dataset import Collator, UtteranceDataset
 from deepmsi.train.processes import process_rank
+from deepmsi.train.recipe import TrainSettings
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def predict_logits(
     model: DeepMSI,
     dataset: UtteranceDataset,
+    settings: TrainSettings,
     *,
-    batch_size: int,
-    workers: int = 0,
     precision: str = "fp32",
     on_batch: Callable[[int], Any] | None = None,
 ) -> NDArray[np.float32]:
@@ -37,8 +35,7 @@ def predict_logits(
     Args:
         model: the model; its mode is restored afterwards.
         dataset: the rows, none of which may be without a modality.
-        batch_size: utterances at a time.
-        workers: loader processes.
+        settings: how many utterances at a time, and loader processes.
         precision: "fp32", or "bf16" or "fp16" for autocast.
         on_batch: called with the number of rows after each batch.
 
@@ -50,17 +47,16 @@ def predict_logits(
     device = next(model.parameters()).device
     loader: DataLoader[Any] = DataLoader(
         Subset(dataset, part),
-        batch_size=batch_size,
-        num_workers=workers,
+        batch_size=settings.eval_batch_size or settings.batch_size,
+        num_workers=settings.workers,
         collate_fn=Collator(model.config, model.text_processor, model.audio_processor, with_labels=False),
         pin_memory=device.type == "cuda",
     )
-    autocast = torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
     training = model.training
     model.eval()
     parts = [torch.empty(0, len(model.config.names))]
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast_for(precision, device):
             for batch in loader:
                 moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 parts.append(model(**moved).logits.float().cpu())

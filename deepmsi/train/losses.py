@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepmsi.errors import UserError
+from deepmsi.train.processes import process_rank
 
 
 def classification_loss(
@@ -51,10 +52,11 @@ def classification_loss(
         losses = (-torch.expm1(log_p)).clamp_min(1e-12) ** focal_gamma * losses
     share = torch.ones_like(losses) if weights is None else weights.to(losses)[labels]
     total = share.sum().detach()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    _, world = process_rank()
+    if world > 1:
         total = total.clone()
         dist.all_reduce(total)
-        total = total / dist.get_world_size()
+        total = total / world
     return (share * losses).sum() / total
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, Section
+from deepmsi.models.config import Modalities, Section
 
 ProtocolName = Literal[
     "split-column",
@@ -50,7 +50,7 @@ class ProtocolSettings(Section):
     group: str = Field(
         "dialogue", min_length=1, description="column that group-kfold keeps together: dialogue, speaker, ..."
     )
-    held_out: list[str] = Field(
+    held_out: Modalities = Field(
         default_factory=list,
         description="modalities a row needs to be held out and reported; rows without them always train",
     )
@@ -65,14 +65,6 @@ class ProtocolSettings(Section):
     @classmethod
     def _alias(cls, name: Any) -> Any:
         return ALIASES.get(name, name) if isinstance(name, str) else name
-
-    @field_validator("held_out")
-    @classmethod
-    def _known_modalities(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in MODALITIES:
-                raise ValueError(f"{name!r} is no modality; there are {', '.join(MODALITIES)}")
-        return names
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from deepmsi.data.files import write_text
 from deepmsi.data.options import PrepareOptions
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, ModelSections, Section, validated
+from deepmsi.models.config import Modalities, ModelSections, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -154,7 +154,7 @@ class Recipe(ModelSections):
     exclude_labels: list[str] = Field(
         default_factory=list, description="rows with these labels are left out, and this is said"
     )
-    drop: list[str] = Field(
+    drop: Modalities = Field(
         default_factory=list, description="modalities that the model is built without: video, text, audio"
     )
     protocol: ProtocolSettings = ProtocolSettings()
@@ -178,14 +178,6 @@ class Recipe(ModelSections):
             elif name in ("text", "audio"):
                 data[name] = {"encoder": "none"}
         return data
-
-    @field_validator("drop")
-    @classmethod
-    def _known_modalities(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in MODALITIES:
-                raise ValueError(f"{name!r} is no modality; there are {', '.join(MODALITIES)}")
-        return names
 
     @field_validator("labels", "exclude_labels")
     @classmethod

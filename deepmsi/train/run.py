@@ -325,14 +325,7 @@ class _Run:
         seed = derive_seed(self.recipe.seed, fold.name)
         model, result, epochs_from = self._fit(fold.name, folder, fold.train, fold.dev, seed)
         test = self._dataset(fold.test, model.config)
-        settings = self.recipe.train
-        logits = predict_logits(
-            model,
-            test,
-            batch_size=settings.eval_batch_size or settings.batch_size,
-            workers=settings.workers,
-            precision=settings.precision,
-        )
+        logits = predict_logits(model, test, self.recipe.train, precision=self.recipe.train.precision)
         if self.single:
             _save_model(model, self.out / "model")
         if self.main:

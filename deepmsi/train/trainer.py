@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback
 from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import stored_state, writing
-from deepmsi.models.config import MODALITIES
+from deepmsi.models.config import MODALITIES, OWN_ENCODERS
 from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
@@ -225,7 +225,7 @@ class UtteranceTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
         if self.is_world_process_zero():
-            self.add_callback(_Records(fit, model))
+            self.add_callback(_Records(fit))
 
     def get_train_dataloader(self) -> DataLoader:
         """Loader of this process's share; the keys carry the epoch, so workers may outlive it."""
@@ -311,13 +311,7 @@ class UtteranceTrainer(Trainer):
         watch = self.fit.watch
         assert watch is not None
         settings = self.fit.recipe.train
-        logits = predict_logits(
-            self.core,
-            watch,
-            batch_size=settings.eval_batch_size or settings.batch_size,
-            workers=settings.workers,
-            precision=settings.precision,
-        )
+        logits = predict_logits(self.core, watch, settings, precision=settings.precision)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in watched_scores(logits, watch.labels).items()}
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
             raise UserError(
@@ -477,18 +471,17 @@ class _Records(TrainerCallback):
 
     SKIPPED = ("train_runtime", "epoch", "step", "total_flos")
 
-    def __init__(self, fit: Fit, model: DeepMSI) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, fit: Fit) -> None:
         self.fit = fit
         self.bar: Any = None
-        self.open_writer = lambda step: SummaryWriter(str(fit.folder / "logs"), purge_step=step or None)
         self.writer: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.writer = self.open_writer(state.global_step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.fit.folder / "logs"), purge_step=state.global_step or None)
         total = state.max_steps * self.fit.last_epoch // self.fit.recipe.train.epochs
         self.bar = progress(total, self.fit.name, "step", state.global_step)
 
@@ -565,13 +558,10 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
     λ and the learned vectors of missing modalities do not.
     """
     config = model.config
-    pretrained = []
-    if config.vision.pretrained:
-        pretrained.append("video.backbone.")
-    if config.text.encoder not in ("features", "hashing", "none"):
-        pretrained.append("text_encoder.")
-    if config.audio.encoder not in ("features", "logmel", "none"):
-        pretrained.append("audio_encoder.")
+    pretrained = ["video.backbone."] if config.vision.pretrained else []
+    pretrained += [
+        f"{name}_encoder." for name in ("text", "audio") if getattr(config, name).encoder not in OWN_ENCODERS
+    ]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -708,18 +698,9 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def better(a: float, b: float, metric: str) -> bool:
-    """Whether score a is better than b."""
-    return a < b if metric == "loss" else a > b
-
-
 def _best(curve: list[dict[str, float]], metric: str) -> dict[str, float]:
-    best = curve[0]
-    for point in curve[1:]:
-        tie = point[metric] == best[metric] and point["loss"] < best["loss"]
-        if tie or better(point[metric], best[metric], metric):
-            best = point
-    return best
+    """The first of the best points; a tie goes to the lower loss."""
+    return max(curve, key=lambda point: (-point["loss"] if metric == "loss" else point[metric], -point["loss"]))
 
 
 def _is_over(fit: Fit, curve: list[dict[str, float]], epoch: float) -> bool:
