@@ -22,6 +22,20 @@ from deepmsi.nn import CrossModalContrastiveLoss, KeptTokens
 if TYPE_CHECKING:
     from deepmsi.models.predict import Prediction
 
+# What an encoder reads: its content and the mask of that, by their arguments.
+READ = {"text": ("input_ids", "attention_mask"), "audio": ("input_values", "audio_attention_mask")}
+
+
+class _Said(NamedTuple):
+    """What a call passes of the text or the sound: utterance vectors, or content for the encoder with its mask."""
+
+    features: Tensor | None
+    content: Tensor | None
+    mask: Tensor | None
+
+    def given(self) -> Tensor | None:
+        return self.content if self.features is None else self.features
+
 
 class DeepMSIOutput(NamedTuple):
     """What a forward pass returns; fields that were not asked for or do not exist are None.
@@ -159,28 +173,25 @@ class DeepMSI(
         Raises:
             UserError: an input has a wrong shape or dtype, or belongs to a modality or encoder that is not configured.
         """
-        given = {
-            "video": pixel_values,
-            "text": input_ids if text_features is None else text_features,
-            "audio": input_values if audio_features is None else audio_features,
+        said = {
+            "text": _Said(text_features, input_ids, attention_mask),
+            "audio": _Said(audio_features, input_values, audio_attention_mask),
         }
-        self._check_inputs(given, text_features, input_ids, audio_features, input_values)
+        given = {"video": pixel_values} | {name: one.given() for name, one in said.items()}
+        self._check_inputs(given, said)
         rows = self._rows(given, modality_mask, labels)
         if pixel_values is not None and pixel_values.shape[0] == 0:
             given["video"] = pixel_values = None
-        device = self.classifier.output.weight.device
-        present = {name: self._present(name, given, modality_mask, rows, device) for name in self.modalities}
+        present = {name: self._present(name, given[name], modality_mask, rows) for name in self.modalities}
 
-        features = self._semantic_features(
-            text_features, audio_features, input_ids, attention_mask, input_values, audio_attention_mask, present
-        )
+        features = {name: self._semantic(name, said[name], present[name]) for name in self.modalities if name in said}
         kept: list[KeptTokens] = []
         if "video" in self.modalities:
             guide = self.guide(list(features.values())) if self.guide and pixel_values is not None else None
             features["video"], kept = self._video(pixel_values, guide, present["video"], rows, return_kept)
         logits, projected = self.classify(features)
         if self.training and torch.is_grad_enabled():
-            logits = logits + self._idle(given, text_features, audio_features, present)
+            logits = logits + self._idle(pixel_values, said, present)
         shown = kept if return_kept else None
         if labels is None:
             return DeepMSIOutput(None, logits, kept=shown, **projected)
@@ -213,19 +224,19 @@ class DeepMSI(
         Raises:
             UserError: as `forward`.
         """
-        given = {
-            "text": input_ids if text_features is None else text_features,
-            "audio": input_values if audio_features is None else audio_features,
+        said = {
+            "text": _Said(text_features, input_ids, attention_mask),
+            "audio": _Said(audio_features, input_values, audio_attention_mask),
         }
-        self._check_inputs(given, text_features, input_ids, audio_features, input_values)
+        given = {name: one.given() for name, one in said.items()}
+        self._check_inputs(given, said)
         if modality_mask is not None or any(tensor is not None for tensor in given.values()):
             rows = self._rows(given, modality_mask, None)
-        device = self.classifier.output.weight.device
-        names = [name for name in self.modalities if name != "video"]
-        present = {name: self._present(name, given, modality_mask, rows, device) for name in names}
-        features = self._semantic_features(
-            text_features, audio_features, input_ids, attention_mask, input_values, audio_attention_mask, present
-        )
+        features = {
+            name: self._semantic(name, said[name], self._present(name, given[name], modality_mask, rows))
+            for name in self.modalities
+            if name in said
+        }
         guide = None
         if self.video is not None and self.video.guide_dim is not None:
             guide = self.guide(list(features.values())) if self.guide else self._no_guide(rows)
@@ -236,59 +247,24 @@ class DeepMSI(
         projected = {name: self.projections[name](features[name]) for name in self.modalities}
         return self.classifier(list(projected.values())), projected
 
-    def _semantic_features(
-        self,
-        text_features: Tensor | None,
-        audio_features: Tensor | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        input_values: Tensor | None,
-        audio_attention_mask: Tensor | None,
-        present: dict[str, Tensor | None],
-    ) -> dict[str, Tensor]:
-        """Text and audio features `[U, D]`, those of the configured modalities."""
-        features: dict[str, Tensor] = {}
-        if "text" in self.modalities:
-            features["text"] = self._semantic(
-                "text", text_features, present["text"], input_ids=input_ids, attention_mask=attention_mask
-            )
-        if "audio" in self.modalities:
-            features["audio"] = self._semantic(
-                "audio",
-                audio_features,
-                present["audio"],
-                input_values=input_values,
-                audio_attention_mask=audio_attention_mask,
-            )
-        return features
-
     def _no_guide(self, videos: int) -> Tensor:
         """The guide where there is neither text nor sound: the direction of m = λ g + (1 - λ) v is then that of v."""
         assert self.video is not None
         assert self.video.guide_dim is not None
         return self.missing["video"].new_zeros(videos, self.video.guide_dim)
 
-    def _check_inputs(
-        self,
-        given: dict[str, Tensor | None],
-        text_features: Tensor | None,
-        input_ids: Tensor | None,
-        audio_features: Tensor | None,
-        input_values: Tensor | None,
-    ) -> None:
+    def _check_inputs(self, given: dict[str, Tensor | None], said: dict[str, _Said]) -> None:
         for name, tensor in given.items():
             if tensor is not None and name not in self.modalities:
                 raise UserError(
                     f"{name} was passed to a model that is configured without it: "
                     f"it reads {', '.join(self.modalities)}."
                 )
-        for name, features, raw, encoder, argument in (
-            ("text", text_features, input_ids, self.text_encoder, "input_ids"),
-            ("audio", audio_features, input_values, self.audio_encoder, "input_values"),
-        ):
-            if features is not None and raw is not None:
+        for name, (features, content, _) in said.items():
+            argument = READ[name][0]
+            if features is not None and content is not None:
                 raise UserError(f"{name}_features and {argument} were both passed: give one of them.")
-            if raw is not None and encoder is None:
+            if content is not None and getattr(self, f"{name}_encoder") is None:
                 raise UserError(
                     f"{argument} needs an encoder, and this model's {name}.encoder is 'features': pass {name}_features."
                 )
@@ -297,8 +273,8 @@ class DeepMSI(
                     f"{name}_features is {list(features.shape)}: this model reads "
                     f"[utterances, {self.missing[name].shape[0]}]."
                 )
-            if raw is not None and raw.dim() != 2:
-                raise UserError(f"{argument} is {list(raw.shape)}: give [utterances, longest], a row for each.")
+            if content is not None and content.dim() != 2:
+                raise UserError(f"{argument} is {list(content.shape)}: give [utterances, longest], a row for each.")
 
     def _rows(self, given: dict[str, Tensor | None], modality_mask: Tensor | None, labels: Tensor | None) -> int:
         """U, from whatever tells it; everything that tells it has to agree."""
@@ -320,19 +296,12 @@ class DeepMSI(
             raise UserError(f"the inputs disagree about the number of utterances: {told}.")
         return rows
 
-    def _present(
-        self,
-        name: str,
-        given: dict[str, Tensor | None],
-        modality_mask: Tensor | None,
-        rows: int,
-        device: torch.device,
-    ) -> Tensor | None:
-        """Which rows have a modality, `[U]` bool; None: all of them."""
+    def _present(self, name: str, tensor: Tensor | None, modality_mask: Tensor | None, rows: int) -> Tensor | None:
+        """Which rows have a modality, of which a tensor was given or not: `[U]` bool; None: all of them."""
+        device = self.classifier.output.weight.device
         if modality_mask is None:
-            return None if given[name] is not None else torch.zeros(rows, dtype=torch.bool, device=device)
+            return None if tensor is not None else torch.zeros(rows, dtype=torch.bool, device=device)
         column = modality_mask[:, MODALITIES.index(name)].bool()
-        tensor = given[name]
         # On the CPU the mask can be read for nothing; elsewhere the read would wait for the device.
         if column.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(column.sum())
@@ -345,17 +314,16 @@ class DeepMSI(
                 )
         return column.to(device) if tensor is not None else torch.zeros_like(column, device=device)
 
-    def _semantic(self, name: str, features: Tensor | None, present: Tensor | None, **inputs: Tensor | None) -> Tensor:
+    def _semantic(self, name: str, said: _Said, present: Tensor | None) -> Tensor:
         """Utterance vectors of text or audio `[U, D]`, with the learned vector in absent rows."""
         missing = self.missing[name]
-        content, mask = inputs.values()
+        features, content, mask = said
         if features is None and content is not None:
-            encoder = getattr(self, f"{name}_encoder")
             if present is not None:
                 # What stands in absent rows may be anything, NaN too: it must not reach the encoder's gradients.
                 content = torch.where(present[:, None], content, content.new_zeros(()))
-            batch = dict(zip(inputs, (content, mask), strict=True))
-            features = encoder(**{key: value for key, value in batch.items() if value is not None})
+            inputs = {key: x for key, x in zip(READ[name], (content, mask), strict=True) if x is not None}
+            features = getattr(self, f"{name}_encoder")(**inputs)
         if features is None:
             assert present is not None
             return missing.expand(present.shape[0], -1)
@@ -388,13 +356,7 @@ class DeepMSI(
         place = (present.cumsum(0) - 1).clamp(0, videos - 1)
         return torch.where(present[:, None], features[place], missing), kept
 
-    def _idle(
-        self,
-        given: dict[str, Tensor | None],
-        text_features: Tensor | None,
-        audio_features: Tensor | None,
-        present: dict[str, Tensor | None],
-    ) -> Tensor:
+    def _idle(self, pixel_values: Tensor | None, said: dict[str, _Said], present: dict[str, Tensor | None]) -> Tensor:
         """Zero times the sum of the trainable parameters that this batch does not use.
 
         So every parameter has a gradient in every step, and data parallelism need not search for unused ones.
@@ -402,11 +364,11 @@ class DeepMSI(
         parameters: list[Iterable[nn.Parameter]] = [
             [self.missing[name]] for name in self.modalities if present[name] is None
         ]
-        if given["video"] is None:
+        if pixel_values is None:
             parameters += [module.parameters() for module in (self.video, self.guide) if module is not None]
-        for name, features in (("text", text_features), ("audio", audio_features)):
+        for name, one in said.items():
             encoder = getattr(self, f"{name}_encoder")
-            if encoder is not None and (features is not None or given[name] is None):
+            if encoder is not None and (one.features is not None or one.content is None):
                 parameters.append(encoder.parameters())
         zero = self.classifier.output.bias.new_zeros(())
         for group in parameters:
@@ -505,31 +467,10 @@ class DeepMSI(
         Raises:
             UserError: there is no such checkpoint, or it is damaged or of another architecture.
         """
-        return cls._from_pretrained(
-            model_id=str(pretrained_model_name_or_path),
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **model_kwargs: Any,
-    ) -> DeepMSI:
         return checkpoint.read(
             cls,
             checkpoint.locate(
-                model_id,
+                str(pretrained_model_name_or_path),
                 revision=revision,
                 cache_dir=cache_dir,
                 force_download=force_download,
