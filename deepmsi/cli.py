@@ -193,15 +193,8 @@ def check(
     """
     from deepmsi.data.check import check as check_manifest
     from deepmsi.data.check import check_release
-    from deepmsi.data.release import RELEASES
 
-    if raw is None and source in RELEASES and not Path(source).exists():
-        raise UserError(f"check {source} needs the folder of the release: deepmsi check {source} RAW")
-    if raw is not None and source not in RELEASES:
-        raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
-    if label_set is not None and (raw is None or source != "iemocap"):
-        raise UserError("--label-set goes with: deepmsi check iemocap RAW")
-    settings = {} if label_set is None else {"label_set": label_set}
+    settings = _release_settings("check", source, raw, label_set=label_set)
     with _reserved_stdout() as result:
         report = check_manifest(Path(source)) if raw is None else check_release(source, raw, **settings)
         if as_json:
@@ -254,27 +247,11 @@ def prepare(
     """
     from deepmsi.data.prepare import PrepareOptions
     from deepmsi.data.prepare import prepare as prepare_manifest
-    from deepmsi.data.release import RELEASES, prepare_release
+    from deepmsi.data.release import prepare_release
     from deepmsi.models.config import validated
 
-    given = {
-        "exclusions": exclude,
-        "label_set": label_set,
-        "offset": offset,
-        "sides": sides,
-        "partial": partial or None,
-    }
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if raw is None and source in RELEASES and not Path(source).exists():
-        raise UserError(f"prepare {source} needs the folder of the release: deepmsi prepare {source} RAW --out DIR")
-    if raw is not None and source not in RELEASES:
-        raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
-    takes = {"meld": {"exclusions", "partial"}, "iemocap": {"label_set", "offset", "sides", "partial"}}
-    if foreign := settings.keys() - (takes[source] if raw is not None else set()):
-        option = {"exclusions": "exclude"}.get(min(foreign), min(foreign).replace("_", "-"))
-        whose = " and ".join(name for name in RELEASES if min(foreign) in takes[name])
-        raise UserError(f"--{option} goes with: deepmsi prepare {whose} RAW")
-
+    given = {"label_set": label_set, "offset": offset, "sides": sides, "partial": partial or None}
+    settings = _release_settings("prepare", source, raw, exclusions=exclude, **given)
     with _reserved_stdout() as result:
         said = {
             "frames": frames,
@@ -299,6 +276,23 @@ def prepare(
             if len(failures) > FAILURES_SHOWN:
                 result.write(f"and {len(failures) - FAILURES_SHOWN} more, all in {out / 'failures.csv'}\n")
             result.write(f"prepared {len(prepared)} rows in {out}\n")
+
+
+def _release_settings(command: str, source: str, raw: Path | None, **given: Any) -> dict[str, Any]:
+    """What was given of the options that a release's reader takes; None is not given."""
+    from deepmsi.data.release import RELEASES
+
+    if raw is None and source in RELEASES and not Path(source).exists():
+        raise UserError(f"{command} {source} needs the folder of the release: deepmsi {command} {source} RAW")
+    if raw is not None and source not in RELEASES:
+        raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
+    settings = {name: value for name, value in given.items() if value is not None}
+    for name in sorted(settings):
+        whose = {"exclusions": ("meld",), "partial": RELEASES}.get(name, ("iemocap",))
+        if raw is None or source not in whose:
+            option = "exclude" if name == "exclusions" else name.replace("_", "-")
+            raise UserError(f"--{option} goes with: deepmsi {command} {' and '.join(whose)} RAW")
+    return settings
 
 
 @app.command()
