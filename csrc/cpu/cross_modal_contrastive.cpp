@@ -17,20 +17,6 @@ constexpr int64_t kStripeFloats = int64_t(1) << 20;  // scores in memory at a ti
 constexpr int64_t kLowestStripe = 64, kHighestStripe = 256;
 constexpr int64_t kThreadWork = 2'000'000;  // multiply-adds below which another thread does not pay
 
-ContrastiveKernels active_kernels() {
-#if DEEPMSI_X86
-  switch (active_vector_isa()) {
-    case Isa::kAvx512:
-      return avx512::contrastive_kernels();
-    case Isa::kAvx2:
-      return avx2::contrastive_kernels();
-    default:
-      break;
-  }
-#endif
-  return baseline::contrastive_kernels();
-}
-
 int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Rows of a stripe: many, for each stripe reads all of b, but few enough that its scores stay in the cache.
@@ -88,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd_cpu(Tensor a_any, Tensor b_an
           (!valid_b || (valid_b->scalar_type() == ScalarType::Bool && valid_b->numel() == pairs * columns)),
       kOp, ": valid must be [P, B] bool and valid_b [P, J] bool");
 
-  const ContrastiveKernels kernels = active_kernels();
+  const ContrastiveKernels kernels = DEEPMSI_ACTIVE(contrastive_kernels)();
   Tensor loss = torch::stable::new_empty(a, {});
   Tensor grad_a = torch::stable::new_empty(a, {with_grad ? rows : 0, dim});
   Tensor grad_b = torch::stable::new_empty(a, {pairs, with_grad ? columns : 0, dim});

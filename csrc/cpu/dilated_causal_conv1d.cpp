@@ -14,20 +14,6 @@ namespace {
 constexpr const char* kOp = "dilated_causal_conv1d";
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread
 
-CausalConvKernels active_kernels(DType dtype) {
-#if DEEPMSI_X86
-  switch (active_vector_isa()) {
-    case Isa::kAvx512:
-      return avx512::causal_conv_kernels(dtype);
-    case Isa::kAvx2:
-      return avx2::causal_conv_kernels(dtype);
-    default:
-      break;
-  }
-#endif
-  return baseline::causal_conv_kernels(dtype);
-}
-
 // What both directions read, checked; it owns the tensors behind the pointers of `conv`. Where g is given the
 // weight is v [Cout, Cin, k] of a weight norm.
 struct Call {
@@ -38,7 +24,9 @@ struct Call {
 
   Call(const Tensor& x_any, const Tensor& weight_any, const std::optional<Tensor>& g_any, int64_t dilation,
        std::optional<int64_t> count, int64_t step, bool relu, double dropout)
-      : x(dense(x_any)), weight(dense(weight_any)), kernels(active_kernels(storage_of(x_any, kOp))) {
+      : x(dense(x_any)),
+        weight(dense(weight_any)),
+        kernels(DEEPMSI_ACTIVE(causal_conv_kernels)(storage_of(x_any, kOp))) {
     const bool normed = g_any.has_value();
     STD_TORCH_CHECK(
         x.dim() == 3 && weight.dim() == 3 && weight.size(normed ? 2 : 0) >= 1 &&

@@ -60,7 +60,14 @@ inline Isa active_isa() {
   return isa;
 }
 
-// The same for all kernels but those of the blocks: avx512_bf16 holds these alone.
-inline Isa active_vector_isa() { return active_isa() == Isa::kAvx512Bf16 ? Isa::kAvx512 : active_isa(); }
+// A function by its name, of the instruction set that runs; avx512_bf16 has those of the blocks alone.
+#if DEEPMSI_X86
+#define DEEPMSI_ACTIVE(function)                   \
+  (active_isa() >= Isa::kAvx512 ? avx512::function \
+   : active_isa() == Isa::kAvx2 ? avx2::function   \
+                                : baseline::function)
+#else
+#define DEEPMSI_ACTIVE(function) baseline::function
+#endif
 
 }  // namespace deepmsi

@@ -14,20 +14,6 @@ namespace {
 
 constexpr const char* kOp = "vsc_compress";
 
-VscKernels active_kernels(DType dtype) {
-#if DEEPMSI_X86
-  switch (active_vector_isa()) {
-    case Isa::kAvx512:
-      return avx512::vsc_kernels(dtype);
-    case Isa::kAvx2:
-      return avx2::vsc_kernels(dtype);
-    default:
-      break;
-  }
-#endif
-  return baseline::vsc_kernels(dtype);
-}
-
 int64_t longest_frame(const std::vector<int64_t>& offset) {
   int64_t longest = 0;
   for (size_t b = 1; b < offset.size(); ++b) longest = std::max(longest, offset[b] - offset[b - 1]);
@@ -98,7 +84,7 @@ Forward vsc_compress_fwd_cpu(Tensor x_any, std::optional<Tensor> cu_seqlens, Ten
   f.closeness = pointer<char>(state) + 2 * step;
   f.mean = mean.data_ptr();
   f.count = count.data();
-  const VscKernels kernels = active_kernels(dtype);
+  const VscKernels kernels = DEEPMSI_ACTIVE(vsc_kernels)(dtype);
   const int64_t scratch = kernels.scratch_bytes(longest_frame(offset), channels);
   over_frames(kernels.select, f, frames, scratch);
 
@@ -180,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> vsc_compress_bwd_cpu(
   f.grad_x = grad_x.data_ptr();
   f.grad_guide = grad_guide.data_ptr();
   f.grad_weight = weight.data();
-  const VscKernels kernels = active_kernels(dtype);
+  const VscKernels kernels = DEEPMSI_ACTIVE(vsc_kernels)(dtype);
   over_frames(kernels.backward, f, frames, kernels.scratch_bytes(longest_frame(offset), channels));
   if (cu_seqlens.has_value()) zero_rows(grad_x, offset[frames]);
 

@@ -11,20 +11,6 @@
 
 namespace deepmsi {
 
-inline WindowAttentionKernels active_window_kernels(DType dtype) {
-#if DEEPMSI_X86
-  switch (active_vector_isa()) {
-    case Isa::kAvx512:
-      return avx512::window_attention_kernels(dtype);
-    case Isa::kAvx2:
-      return avx2::window_attention_kernels(dtype);
-    default:
-      break;
-  }
-#endif
-  return baseline::window_attention_kernels(dtype);
-}
-
 // What both directions read, checked, but for qkv; it owns the tensors behind the pointers of `w`.
 struct WindowCall {
   WindowAttention w{};
@@ -90,7 +76,7 @@ struct WindowCall {
       frames = rows / (height * width);
       valid = rows;
     }
-    kernels = active_window_kernels(dtype);
+    kernels = DEEPMSI_ACTIVE(window_attention_kernels)(dtype);
   }
 
   // The first row of a frame.
