@@ -1,5 +1,4 @@
-// Registration of dilated_causal_conv1d under the CPU key: outputs, threads over tiles, choice of the
-// instruction set.
+// Registration of dilated_causal_conv1d under the CPU key: outputs, and threads over tiles.
 #include "dilated_causal_conv1d.h"
 
 #include <algorithm>

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -90,6 +91,13 @@ inline std::vector<int64_t> frame_offsets(const Tensor& x, const std::optional<T
     offset[b] = cu[b];
   }
   return offset;
+}
+
+// Rows of x [R, ...] past the last frame's end are nobody's.
+inline void zero_tail(const Tensor& x, int64_t from) {
+  if (x.size(0) <= from) return;
+  const int64_t row = x.numel() / x.size(0) * static_cast<int64_t>(x.element_size());
+  std::memset(static_cast<char*>(x.data_ptr()) + from * row, 0, (x.size(0) - from) * row);
 }
 
 }  // namespace deepmsi

@@ -1,8 +1,8 @@
-// Registration of vsc_compress under the CPU key: outputs, threads over frames, choice of the instruction
-// set.
+// Registration of vsc_compress under the CPU key: outputs, and threads over frames.
 #include "vsc_compress.h"
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "memory.h"
@@ -29,12 +29,6 @@ void over_frames(void (*kernel)(const Arguments&, int64_t, int64_t, char*), cons
     const Bytes memory(scratch);
     kernel(arguments, begin, end, memory.data());
   });
-}
-
-void zero_rows(const Tensor& x, int64_t begin) {
-  if (x.size(0) == begin) return;
-  const int64_t row = x.numel() / x.size(0) * static_cast<int64_t>(x.element_size());
-  std::memset(static_cast<char*>(x.data_ptr()) + begin * row, 0, (x.size(0) - begin) * row);
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -100,11 +94,11 @@ Forward vsc_compress_fwd_cpu(Tensor x_any, std::optional<Tensor> cu_seqlens, Ten
   f.gate = gate.data_ptr();
   over_frames(kernels.merge, f, frames, scratch);
 
-  zero_rows(tokens, offset_out[frames]);
-  zero_rows(gate, offset_out[frames]);
+  zero_tail(tokens, offset_out[frames]);
+  zero_tail(gate, offset_out[frames]);
   std::fill(pointer<int64_t>(index) + offset_out[frames], pointer<int64_t>(index) + packed, -1);
   std::fill(pointer<int32_t>(assignment) + offset[frames], pointer<int32_t>(assignment) + rows, -1);
-  zero_rows(relevance, offset[frames]);
+  zero_tail(relevance, offset[frames]);
   for (int64_t k = 0; k < 3 && offset[frames] < rows; ++k) {
     const int64_t row = step / rows;
     std::memset(pointer<char>(state) + k * step + offset[frames] * row, 0, (rows - offset[frames]) * row);
@@ -168,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> vsc_compress_bwd_cpu(
   f.grad_weight = weight.data();
   const VscKernels kernels = DEEPMSI_ACTIVE(vsc_kernels)(dtype);
   over_frames(kernels.backward, f, frames, kernels.scratch_bytes(longest_frame(offset), channels));
-  if (cu_seqlens.has_value()) zero_rows(grad_x, offset[frames]);
+  if (cu_seqlens.has_value()) zero_tail(grad_x, offset[frames]);
 
   double total = 0;
   for (const double part : weight) total += part;

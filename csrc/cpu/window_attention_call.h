@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "memory.h"
 #include "tensors.h"
@@ -156,12 +155,5 @@ class WindowSums {
   std::vector<float> bias_;
   std::vector<double> log_scale_;
 };
-
-// Rows past the last frame's end are nobody's.
-inline void zero_tail(const Tensor& x, int64_t from) {
-  if (x.size(0) <= from) return;
-  const int64_t row = x.size(1) * static_cast<int64_t>(x.element_size());
-  std::memset(static_cast<char*>(x.data_ptr()) + from * row, 0, (x.size(0) - from) * row);
-}
 
 }  // namespace deepmsi
