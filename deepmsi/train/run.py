@@ -20,7 +20,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,10 @@ from numpy.typing import NDArray
 from deepmsi._version import __version__
 from deepmsi.data.files import claimed, leaving_no_empty
 from deepmsi.data.prepare import encoder_notes
-from deepmsi.data.store import PreparedData, PreparedRow
+from deepmsi.data.store import PreparedRow
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, OWN_ENCODERS, DeepMSIConfig, validated
+from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.encoders import check_encoder
-from deepmsi.models.finetuned import EncoderNotes, read_notes
 from deepmsi.models.vision import check_vision
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
@@ -52,14 +51,24 @@ from deepmsi.train.evaluate import (
     write_predictions,
 )
 from deepmsi.train.inference import predict_logits
-from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun, read_splits
+from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
+from deepmsi.train.layout import (
+    check_encoders,
+    check_same,
+    fit_to_data,
+    inner_parts,
+    lay_out,
+    readable,
+    starting_notes,
+    with_batch_of,
+)
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import check_device, estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
-from deepmsi.train.protocols import Fold, both_sides, inner_folds, make_folds, restrict_folds
+from deepmsi.train.protocols import Fold, both_sides
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.rows import Selection, open_shared, select_rows
+from deepmsi.train.rows import open_shared
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
@@ -68,13 +77,6 @@ if TYPE_CHECKING:
     from deepmsi.train.trainer import FitResult
 
 DEV = "the dev part"
-# How frames were cut, which the data know and prediction has to do again.
-CUT = ("resize", "face", "face_model")
-# What may differ between a run and its continuation: it changes no number.
-FREE = (
-    {"name", "description"},
-    {"workers", "device", "memory_limit", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints"},
-)
 
 
 def train(
@@ -156,36 +158,36 @@ class _Run:
         self.single = recipe.protocol.name == "split-column"
 
         def check(there: Sequence[PreparedRow]) -> None:
-            _, rows, _, chosen = _lay_out(recipe, plan, there, folds)
-            _check_encoders(recipe, encoder_notes(recipe.prepare), data, self._left(chosen, rows))
-            for name in _present(rows, recipe):
+            layout = lay_out(recipe, plan, there, folds)
+            check_encoders(recipe, encoder_notes(recipe.prepare), data, self._left(layout.chosen, layout.rows))
+            for name in readable(layout.rows, recipe):
                 if name != "video":
                     check_encoder(name, getattr(recipe, name).encoder)
 
         self.data = open_shared(data, recipe.prepare, out / "prepared", check, begun)
-        self.recipe = recipe = _fit_to_data(recipe, self.data)
+        self.recipe = recipe = fit_to_data(recipe, self.data)
         if auto_batch and started is not None:
-            self.recipe = recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
+            self.recipe = recipe = with_batch_of(recipe, load_recipe(out / RECIPE))
         check_data(self.data, recipe)
-        self.selection, self.rows, self.folds, self.chosen = _lay_out(
+        self.selection, self.rows, self.folds, self.chosen = lay_out(
             recipe, plan, self.data.rows, folds, self.data.failures
         )
         for sentence in self.selection.notes():
             note(sentence)
         self._say_what_is_not_learned()
-        _check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
+        check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:
-            _check_same(started, recipe, load_recipe(out / RECIPE), self.data, self._splits(), out)
+            check_same(started, recipe, load_recipe(out / RECIPE), self.data, self._splits(), out)
         note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.both_sides = both_sides(self.rows, self.folds)
         if self.both_sides is not None:
             note(f"Reported rows that training knows: {self.both_sides}.")
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
-        self.seen_before = sorted({row_id for notes in _starting_notes(recipe).values() for row_id in notes.seen})
+        self.seen_before = sorted({row_id for notes in starting_notes(recipe).values() for row_id in notes.seen})
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
-            self.recipe = _with_batch_of(recipe, load_recipe(out / RECIPE))
+            self.recipe = with_batch_of(recipe, load_recipe(out / RECIPE))
         barrier()
 
     def _begin(self, data: Path, may_exist: bool, auto_batch: bool) -> dict[str, Any]:
@@ -202,8 +204,8 @@ class _Run:
         if not may_exist:
             raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
         facts, begun = read_begun(self.out), load_recipe(self.out / RECIPE)
-        recipe = _with_batch_of(self.recipe, begun) if auto_batch else self.recipe
-        _check_same(facts, recipe, begun, self.data, self._splits(), self.out)
+        recipe = with_batch_of(self.recipe, begun) if auto_batch else self.recipe
+        check_same(facts, recipe, begun, self.data, self._splits(), self.out)
         if recipe != self.recipe:
             taken = f"train.batch_size={recipe.train.batch_size} and train.accumulation={recipe.train.accumulation}"
             note(f"--auto-batch: another call has begun this run with {taken}, which are kept.")
@@ -382,7 +384,7 @@ class _Run:
     ) -> tuple[DeepMSI, FitResult, str]:
         """Train on a part, with the number of epochs found as the recipe says; `whole` leaves no row out."""
         settings = self.recipe.train
-        parts = _inner_parts(self.recipe, self.rows, train, dev)
+        parts = inner_parts(self.recipe, self.rows, train, dev)
         if not parts:
             last = settings.selection == "last"
             scored = dev is not None and not last
@@ -555,206 +557,6 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): give another directory.") from None
     return None
-
-
-def _present(rows: Sequence[PreparedRow], recipe: Recipe) -> list[str]:
-    """The modalities that the model reads of a row at least."""
-    there = [present_modalities(row, recipe) for row in rows]
-    return [name for k, name in enumerate(MODALITIES) if any(each[k] for each in there)]
-
-
-def _fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
-    """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
-    plain = recipe.model_dump(mode="json")
-    there = _present(data.rows, recipe)
-    absent = [name for name in MODALITIES if name not in there and name in recipe.modalities]
-    if absent and there:
-        note(f"No row has {' or '.join(absent)}: the model is built without.")
-        plain["drop"] = [*recipe.drop, *absent]
-    for name in ("text", "audio"):
-        section = getattr(recipe, name)
-        if section.encoder == "features":
-            said = section.model_fields_set
-            if name in data.feature_dims and "dim" not in said:
-                plain[name]["dim"] = data.feature_dims[name]
-            if section.features_from is None:
-                plain[name]["features_from"] = getattr(data.options, f"{name}_encoder")
-            if name == "text" and name in data.encoders:
-                plain[name]["context"] = data.encoders[name]["reads"].get("context", 0)
-    if any("frames" in row.slots for row in data.rows) and recipe.vision.backbone != "none":
-        for key in CUT:
-            found = getattr(data.options, key)
-            if found != getattr(recipe.vision, key):
-                note(f"The frames were prepared with {key}={found}: the model keeps that in place of the recipe's.")
-            plain["vision"][key] = found
-        stored, read = data.options.size, recipe.vision.image_size
-        if stored >= read:  # smaller ones are refused
-            plain["prepare"]["size"] = stored
-            plain["vision"]["stored_size"] = stored if stored > read else None
-    plain["prepare"] = {
-        **plain["prepare"],
-        **{key: plain["vision"][key] for key in CUT},
-        **{
-            f"{name}_encoder": plain[name]["features_from"]
-            for name in ("text", "audio")
-            if plain[name]["encoder"] == "features"
-        },
-    }
-    return Recipe.model_validate(plain)
-
-
-def _with_batch_of(recipe: Recipe, started: Recipe) -> Recipe:
-    """The recipe with the batch that another run of it chose."""
-    plain = recipe.model_dump(mode="json")
-    plain["train"] |= started.train.model_dump(mode="json", include={"batch_size", "accumulation"})
-    return Recipe.model_validate(plain)
-
-
-def _lay_out(
-    recipe: Recipe,
-    plan: Recipe | None,
-    there: Sequence[PreparedRow],
-    wanted: Sequence[str | int] | None,
-    failures: Sequence[Mapping[str, str]] = (),
-) -> tuple[Selection, list[PreparedRow], list[Fold], list[Fold]]:
-    """Choose the rows that take part and the folds over them, of which the last returned are those to run.
-
-    Raises:
-        UserError: the rows do not allow it, down to the parts that choose the number of epochs.
-    """
-    selection = select_rows(there, recipe, recipe.labels, recipe.exclude_labels, failures=failures)
-    weights, names = recipe.loss.class_weights, selection.names
-    if isinstance(weights, list) and len(weights) != len(names):
-        raise UserError(f"loss.class_weights has {len(weights)} weights for {len(names)} classes: {', '.join(names)}.")
-    rows = [there[i] for i in selection.indices]
-    if plan is None:
-        folds = make_folds(recipe.protocol, rows, recipe.seed)
-    else:
-        whole = select_rows(there, plan, plan.labels, plan.exclude_labels)
-        folds = make_folds(plan.protocol, [there[i] for i in whole.indices], plan.seed)
-        folds = restrict_folds(folds, whole.indices, selection.indices)
-    if recipe.train.selection == "dev" and any(fold.dev is None for fold in folds):
-        raise UserError(
-            "train.selection is dev, and there is no dev part beside the reported one: set it to "
-            "inner-validation, inner-folds or last."
-        )
-    chosen = _choose_folds(folds, wanted)
-    for fold in chosen:
-        _inner_parts(recipe, rows, fold.train, fold.dev)
-    if recipe.protocol.name != "split-column" and recipe.protocol.final_fit:
-        _inner_parts(recipe, rows, np.arange(len(rows)), None)
-    return selection, rows, folds, chosen
-
-
-def _inner_parts(
-    recipe: Recipe, rows: Sequence[PreparedRow], train: NDArray[np.int64], dev: NDArray[np.int64] | None
-) -> list[Fold]:
-    """The parts of a training part that choose its number of epochs; none where the recipe or a dev part does."""
-    settings = recipe.train
-    if settings.selection in ("last", "dev") or (settings.selection == "auto" and dev is not None):
-        return []
-    all_parts = settings.selection == "inner-folds"
-    repeats = settings.inner_repeats if all_parts else 1
-    parts = inner_folds(rows, train, recipe.protocol, settings.inner_folds, repeats, recipe.seed)
-    return parts if all_parts else parts[:1]
-
-
-def _check_encoders(
-    recipe: Recipe, encoders: Mapping[str, Mapping[str, Any]], data: Path, reported: Mapping[str, Sequence[str]]
-) -> None:
-    """Refuse encoders that saw rows which are to be reported: those of features, with these notes, and the model's."""
-    if recipe.protocol.seen_features:
-        return
-    for name, own in _starting_notes(recipe).items():
-        for fold, ids in reported.items():
-            if known := sorted(set(ids) & set(own.seen)):
-                raise UserError(
-                    f"{name}.encoder {getattr(recipe, name).encoder} was trained on {len(known)} of the {len(ids)} "
-                    f"rows that fold {fold!r} reports ({known[0]!r}): start from the encoder that it was fine-tuned "
-                    "from, or set protocol.seen_features=true, and the figures are marked as leaking."
-                )
-    for name in ("text", "audio"):
-        if getattr(recipe, name).encoder != "features" or name not in encoders:
-            continue
-        notes = encoders[name]
-        seen = set(notes["seen"])
-        for fold, ids in reported.items():
-            if known := [row_id for row_id in ids if row_id in seen]:
-                raise UserError(
-                    f"The {name} features of {data} come from an encoder that was trained on {len(known)} of the "
-                    f"{len(ids)} rows that fold {fold!r} reports ({known[0]!r}): take the encoder that deepmsi "
-                    f"finetune made for that fold (this one is of {notes['fold']!r}), or set "
-                    "protocol.seen_features=true, and the figures are marked as leaking."
-                )
-
-
-def _starting_notes(recipe: Recipe) -> dict[str, EncoderNotes]:
-    """The notes of those encoders of the model that `deepmsi finetune` made, by modality."""
-    names = {name: getattr(recipe, name).encoder for name in ("text", "audio")}
-    own = {name: read_notes(encoder) for name, encoder in names.items() if encoder not in OWN_ENCODERS}
-    return {name: notes for name, notes in own.items() if notes is not None}
-
-
-def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> list[Fold]:
-    if wanted is None:
-        return list(folds)
-    by_name = {fold.name: fold for fold in folds}
-    chosen = []
-    for item in wanted:
-        text = str(item).strip()
-        if text in by_name:
-            chosen.append(by_name[text])
-        elif text.isdecimal() and 1 <= int(text) <= len(folds):
-            chosen.append(folds[int(text) - 1])
-        else:
-            known = ", ".join(by_name) if len(by_name) <= 12 else f"1 to {len(folds)}"
-            raise UserError(f"There is no fold {text!r}: the folds are {known}.")
-    return chosen
-
-
-def _check_same(
-    facts: dict[str, Any],
-    recipe: Recipe,
-    started: Recipe,
-    data: PreparedData,
-    splits: dict[str, dict[str, list[str]]],
-    out: Path,
-) -> None:
-    """Refuse to continue a run with another recipe, other data or other folds."""
-    same = facts["data"]["fingerprint"] == data.fingerprint
-    # Every fold has features of its own where the encoders were fine-tuned on its training part.
-    if not same and not (data.encoders and facts["data"].get("content") == data.content):
-        raise UserError(f"{out} was begun with other data: resume it with the same, or give another directory.")
-    differing = _first_difference(_identity(started), _identity(recipe))
-    if differing:
-        key, before, now = differing
-        raise UserError(
-            f"{out} was begun with {key}={before!r} and is resumed with {now!r}: use the same recipe, or another "
-            "directory."
-        )
-    # The recipe does not say all: versions, and a plan that the folds come from, may split the same rows otherwise.
-    if read_splits(out) != splits:
-        raise UserError(f"{out} was begun with other folds: delete it to measure it anew, or give another directory.")
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    plain = recipe.model_dump(mode="json")
-    for name in ("text", "audio"):  # the data's fingerprint says which encoder their features are of
-        plain[name].pop("features_from")
-        plain["prepare"].pop(f"{name}_encoder")
-    return {key: value for key, value in plain.items() if key not in FREE[0]} | {
-        "train": {key: value for key, value in plain["train"].items() if key not in FREE[1]}
-    }
-
-
-def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(key for key in b if key not in a)]:
-            found = _first_difference(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
-            if found:
-                return found
-        return None
-    return None if a == b else (prefix, a, b)
 
 
 def _save_model(model: DeepMSI, folder: Path) -> None:

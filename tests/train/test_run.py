@@ -25,9 +25,10 @@ from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
+from deepmsi.train.layout import fit_to_data
 from deepmsi.train.metrics import read_predictions
 from deepmsi.train.recipe import AugmentSettings, load_recipe
-from deepmsi.train.run import _fit_to_data, _save_model, best_epoch, train
+from deepmsi.train.run import _save_model, best_epoch, train
 
 VIDEO: dict[str, Any] = {
     "preset": "small",
@@ -160,7 +161,7 @@ def test_the_model_keeps_how_its_frames_were_cut(video_corpus: Path) -> None:
     cut = {"resize": "pad", "face": True, "face_model": "yunet.onnx"}
     data = PreparedData.open(video_corpus)
     data.options = data.options.model_copy(update=cut)
-    recipe = _fit_to_data(make_recipe(**VIDEO), data)
+    recipe = fit_to_data(make_recipe(**VIDEO), data)
     for section in (recipe.vision, recipe.prepare):
         assert section.model_dump(include=set(cut)) == cut
 
@@ -171,7 +172,7 @@ def test_frames_are_cut_for_prediction_as_they_were_stored(
 ) -> None:
     data = PreparedData.open(video_corpus)
     data.options = data.options.model_copy(update={"size": stored})
-    recipe = _fit_to_data(make_recipe(**VIDEO), data)
+    recipe = fit_to_data(make_recipe(**VIDEO), data)
     assert (recipe.vision.stored_size, recipe.prepare.size) == (kept, stored)
     recipe.save(tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
