@@ -95,8 +95,8 @@ def run_demo(
     from deepmsi.report import report
     from deepmsi.report.text import chance_of, interval_of
     from deepmsi.train.ablate import ablate
-    from deepmsi.train.evaluate import METRICS
     from deepmsi.train.recipe import load_recipe
+    from deepmsi.train.record import METRICS
     from deepmsi.train.run import train
 
     recipe = load_recipe("demo", [f"seed={seed}", *overrides])

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from deepmsi.errors import UserError
 from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
-from deepmsi.train.evaluate import check_format
 from deepmsi.train.metrics import SUMMARY, Scores, label_of_column
+from deepmsi.train.record import check_format
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData

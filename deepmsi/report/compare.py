@@ -9,8 +9,8 @@ from deepmsi.errors import UserError
 from deepmsi.report.collect import RunFacts, collect, read_metrics
 from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, interval_of, leak_of
-from deepmsi.train.evaluate import METRICS
 from deepmsi.train.metrics import compare_predictions, summarize_folds
+from deepmsi.train.record import METRICS
 
 
 def report_comparison(runs: Sequence[str | os.PathLike[str]]) -> Path:

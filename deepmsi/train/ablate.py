@@ -14,9 +14,10 @@ from typing import Any, Literal
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note
-from deepmsi.train.evaluate import RECIPE, evaluate, read_run, write_json
+from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import SUMMARY
 from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.record import RECIPE, read_run, write_json
 from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
 

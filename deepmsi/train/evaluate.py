@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,25 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepmsi.data.files import leaving_no_empty, write_text
+from deepmsi.data.files import leaving_no_empty
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.memory import training_device
-from deepmsi.train.metrics import compute_metrics, label_columns
+from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
 from deepmsi.train.rows import Selection, open_shared, select_rows
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData, PreparedRow
     from deepmsi.models.config import DeepMSIConfig
     from deepmsi.models.deepmsi import DeepMSI
-
-METRICS, PREDICTIONS, RECIPE, RUN = "metrics.json", "predictions.csv", "recipe.yaml", "run.json"
-RUN_FORMAT = 1
 
 
 def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,49 +134,6 @@ def prediction_rows(
         [row_id, names[label], names[int(p.argmax())], *(f"{value:.6f}" for value in p)]
         for row_id, label, p in zip(ids, classes, probabilities, strict=True)
     ]
-
-
-def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """Write `predictions.csv`, whose columns `label_columns` names."""
-    header = label_columns(("id", "label", "predicted"), names)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all, its keys in the order given.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """Read and check `run.json` of a run directory.
-
-    Raises:
-        UserError: it is missing, damaged, or of another version.
-    """
-    path = run / RUN
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run} is no run of deepmsi train: it has no {RUN}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the run is damaged.") from None
-    check_format(path, facts)
-    return dict(facts)
-
-
-def check_format(path: Path, facts: object) -> None:
-    """Refuse what `run.json` holds where another version of deepmsi wrote it."""
-    found = facts.get("format") if isinstance(facts, dict) else None
-    if found != RUN_FORMAT:
-        raise UserError(
-            f"{path} has format {found!r} and this deepmsi reads {RUN_FORMAT}: use the deepmsi that made the run."
-        )
 
 
 def _load_model(run: Path) -> DeepMSI:

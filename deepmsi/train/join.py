@@ -21,9 +21,9 @@ from pydantic import BaseModel, RootModel
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import validated
-from deepmsi.train.evaluate import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
 from deepmsi.train.metrics import SUMMARY, Scores, compute_metrics, summarize_folds, wilson_interval
 from deepmsi.train.recipe import load_recipe
+from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
 
 SPLITS, FOLD = "splits.json", "fold.json"
 _LONGEST = 200  # bytes of a folder's name, of which file systems take 255

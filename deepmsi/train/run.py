@@ -41,15 +41,7 @@ from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
-from deepmsi.train.evaluate import (
-    PREDICTIONS,
-    RECIPE,
-    RUN,
-    RUN_FORMAT,
-    prediction_rows,
-    write_json,
-    write_predictions,
-)
+from deepmsi.train.evaluate import prediction_rows
 from deepmsi.train.inference import predict_logits
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.layout import (
@@ -68,6 +60,7 @@ from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, both_sides
 from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.record import PREDICTIONS, RECIPE, RUN, RUN_FORMAT, write_json, write_predictions
 from deepmsi.train.rows import open_shared
 from deepmsi.train.seeding import derive_seed, seed_torch
 

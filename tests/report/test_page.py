@@ -19,7 +19,8 @@ from deepmsi.models.predict import Prediction
 from deepmsi.report import figures, report
 from deepmsi.report.collect import collect, worst_errors
 from deepmsi.report.text import render_timeline
-from deepmsi.train.evaluate import prediction_rows, write_predictions
+from deepmsi.train.evaluate import prediction_rows
+from deepmsi.train.record import write_predictions
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
