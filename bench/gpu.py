@@ -1,17 +1,18 @@
 """Everything that a GPU can tell of the kernels, in one call, on a machine without a network.
 
-`python bench/gpu.py --out FOLDER` builds into `build/gpu` (nothing is installed), runs the tests of the operations and
-modules on the GPU, compute-sanitizer on small cases, the benchmarks, and those against torch.compile. Each part has a
-time limit and each step a log, so that one failure does not lose the rest; what no longer fits into `--budget` is
-dropped, and said. `--steps build,bench` takes some steps, in the order given. The folder gets `results.json` (versions,
-every part, pytest-benchmark's records), `results.md` and one log a step. The exit code is 0 where every part passed or
-cannot exist on this machine, and 1 otherwise.
+`python bench/gpu.py --out FOLDER` builds into `build/gpu` (nothing is installed), measures the whole model, runs the
+tests of the operations and modules on the GPU, measures the operations, also against torch.compile, and runs
+compute-sanitizer on small cases. Each part has a time limit and each step a log, so that one failure does not lose the
+rest; what no longer fits into `--budget` is dropped, and said. `--steps test,bench` takes some steps, in the order
+given. The folder gets `results.json` (versions, every part, pytest-benchmark's records), `results.md` and one log a
+step. The exit code is 0 where every part passed or cannot exist on this machine, and 1 otherwise.
 
-The step `bench` measures, in this order: the whole model at 16 x 15 frames in bfloat16 (training step and inference, as
+The step `model` measures, in this order: the whole model at 16 x 15 frames in bfloat16 (training step and inference, as
 they are and as CUDA graphs, also of one utterance; the memory of a step with Adam for each `recompute`), the video
-branch and the model against what a user would take instead (16 x 15 frames first), the next frame of a stream and one
-image, every operation. `compile` measures the video branch at 16 x 15 frames against timm's and the batched one under
-torch.compile, then every operation. The whole model needs pydantic.
+branch at 16 x 15 frames against timm's and the batched one under torch.compile, the video branch and the model against
+what else a user would take instead, the next frame of a stream and one image. The whole model needs pydantic. It goes
+before the tests, since every benchmark checks its numbers before it times them. `bench` measures every operation,
+`compile` the same against the PyTorch form under torch.compile.
 
 `--device cpu --smallest` goes the same way with everything small, on a machine without a GPU.
 """
@@ -39,12 +40,19 @@ import torch
 from table import render
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("build", "test", "sanitize", "bench", "compile")
+STEPS = ("build", "model", "test", "bench", "compile", "sanitize")
 LEAST = 20.0  # seconds under which no part is begun
 GRACE = 15.0  # seconds that an interrupted part gets: pytest-xdist waits for its processes before it writes
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-# Of the whole model, with their limits in seconds.
-MODEL = {"step": 200, "model": 200, "latency": 60}
+# Of the whole model: name, file, limit in seconds, and what is added to the command.
+MODEL: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
+    ("step", "step", 200, ()),
+    ("against torch.compile", "model", 280, ("--compile", "-k", "video and released-16")),
+    ("model", "model", 200, ()),
+    ("latency", "latency", 60, ()),
+)
+# What the parts import beside torch: those that need one which is not there are refused, or skip.
+PACKAGES = ("timm", "pydantic", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools")
 BENCHES = (
     "vsc_compress",
     "window_attention",
@@ -141,28 +149,32 @@ def sanitizing(options: argparse.Namespace) -> list[Part]:
     return parts
 
 
-def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
-    """What most depends on comes first, should the time run out.
-
-    A compiled baseline is the same beside each backend.
-    """
+def measuring(options: argparse.Namespace) -> list[str]:
+    """Return the command that measures, to which files are added."""
     # Older versions of pytest take what follows "--device" for a path, and do not find bench's options then.
     command = [*PYTEST, "--benchmark-only", f"--device={options.device}"]
-    command += ["--smallest"] if options.smallest else []
-    model, names = [], BENCHES[:1] if options.smallest else BENCHES
+    return [*command, "--smallest"] if options.smallest else command
+
+
+def modelling(options: argparse.Namespace) -> list[Part]:
+    """The whole model, what most depends on first, should the time run out; nothing of it is small."""
+    if options.smallest:
+        return []
+    command, refusal = measuring(options), "could not import 'pydantic'"
+    return [
+        Part("model", name, [*command, *more, f"bench/bench_{file}.py"], limit, refusal=refusal)
+        for name, file, limit, more in MODEL
+    ]
+
+
+def benching(options: argparse.Namespace, compiled: bool) -> list[Part]:
+    """Every operation; a compiled baseline is the same beside each backend."""
+    command = measuring(options)
     if compiled:
-        command += ["--compile"]
-        if options.device == "cuda" and not options.smallest:
-            chosen = [*command, "-k", "video and released-16", "bench/bench_model.py"]
-            model = [Part("compile", "model", chosen, 280)]
-        command += ["-k", "triton"] if options.device == "cuda" else []
-    elif not options.smallest:
-        model = [
-            Part("bench", name, [*command, f"bench/bench_{name}.py"], limit, refusal="could not import 'pydantic'")
-            for name, limit in MODEL.items()
-        ]
+        command += ["--compile", *(["-k", "triton"] if options.device == "cuda" else [])]
     step, limit = ("compile", 150) if compiled else ("bench", 120)
-    return [*model, *(Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names)]
+    names = BENCHES[:1] if options.smallest else BENCHES
+    return [Part(step, name, [*command, f"bench/bench_{name}.py"], limit) for name in names]
 
 
 def parts(options: argparse.Namespace, arch: str) -> Iterator[Part]:
@@ -172,7 +184,9 @@ def parts(options: argparse.Namespace, arch: str) -> Iterator[Part]:
         yield from building(options, arch)
     yield explain
     for step in options.steps:
-        if step == "test":
+        if step == "model":
+            yield from modelling(options)
+        elif step == "test":
             yield from testing(options)
         elif step == "sanitize":
             yield from sanitizing(options)
@@ -246,7 +260,7 @@ def versions(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    for package in ("triton", "timm", "pytest-benchmark", "hypothesis", "setuptools"):
+    for package in ("triton", *PACKAGES):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -308,6 +322,7 @@ def main() -> int:
         "parts": [],
         "benchmarks": [],
     }
+    print(", ".join(f"{key} {value or 'is not installed'}" for key, value in document["versions"].items()), flush=True)
     done: list[Part] = []
     with tempfile.TemporaryDirectory() as scratch:
         for part in parts(options, arch):

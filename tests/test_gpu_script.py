@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import BENCHES, Part, benching, read_tests, run
+from gpu import BENCHES, STEPS, Part, parts, read_tests, run
 from table import rows
 
 from deepmsi import testing
@@ -36,6 +36,8 @@ def test_every_step_runs_and_is_written_down(tmp_path: Path) -> None:
     assert found["test", "operations"]["counts"]["tests"] >= 4
     assert found["test", "modules"]["counts"]["failures"] == 0
     assert results["versions"]["torch"] == torch.__version__
+    assert done.stdout.startswith("python ")  # what is there and what is not is said before anything runs
+    assert ", timm " in done.stdout.splitlines()[0]
     assert {entry["extra_info"]["op"] for entry in results["benchmarks"]} == {"vsc_compress"}
     page = (tmp_path / "results.md").read_text()
     assert page in done.stdout
@@ -48,13 +50,17 @@ def test_every_step_runs_and_is_written_down(tmp_path: Path) -> None:
 
 
 def test_what_most_depends_on_is_measured_first() -> None:
-    """On a GPU: the whole model, the video branch, latency, then what each of them is made of."""
-    options = argparse.Namespace(device="cuda", smallest=False)
-    names = {compiled: [part.name for part in benching(options, compiled)] for compiled in (False, True)}
-    assert names[False] == ["step", "model", "latency", *BENCHES]
-    assert names[True] == ["model", *BENCHES]
+    """On a GPU: the whole model, also against what is compiled, then the tests, then what the model is made of."""
+    options = argparse.Namespace(device="cuda", smallest=False, steps=STEPS, build=Path("build"))
+    found = [(part.step, part.name, part.command) for part in parts(options, "9.0")]
+    assert list(dict.fromkeys(step for step, *_ in found)) == list(STEPS)
+    names = {step: [name for one, name, _ in found if one == step] for step in STEPS}
+    assert names["model"] == ["step", "against torch.compile", "model", "latency"]
+    assert names["bench"] == names["compile"] == list(BENCHES)
+    against = next(command for _, name, command in found if name == "against torch.compile")
+    assert against[-4:] == ["--compile", "-k", "video and released-16", "bench/bench_model.py"]
     measured = {path.stem.removeprefix("bench_") for path in SCRIPT.parent.glob("bench_*.py")}
-    assert set(names[False]) == measured - {"compression", "input"}  # for which the time there is too short
+    assert {"step", "model", "latency", *BENCHES} == measured - {"compression", "input"}  # the time is too short
 
 
 def test_memory_is_written_in_full() -> None:
