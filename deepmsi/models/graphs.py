@@ -7,8 +7,8 @@ that shapes and operators do not depend on the input): it has not run on a GPU.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -84,6 +84,27 @@ def _shapes_vary(model: DeepMSI) -> str | None:
     )
 
 
+class _Capture(torch.cuda.graph):
+    """A capture that minds no other thread: a loader's may pin memory meanwhile, which would end any other one."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        held = _Capture.default_capture_stream
+        if held is not None and held.device_index != torch.cuda.current_device():
+            _Capture.default_capture_stream = None  # torch keeps that of the first device for all of them
+        super().__init__(*arguments, **{**options, "capture_error_mode": "thread_local"})
+
+
+@contextmanager
+def _minding_no_other_thread() -> Iterator[None]:
+    """Let `torch.cuda.make_graphed_callables` capture so: that of torch 2.11 takes no `capture_error_mode`."""
+    ordinary = torch.cuda.graph
+    torch.cuda.graph = _Capture  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.cuda.graph = ordinary  # type: ignore[misc]
+
+
 class _Branch(nn.Module):
     """A video branch with nothing but tensors in and out, which runs under an autocast of its own."""
 
@@ -129,9 +150,6 @@ class VideoGraphs:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         options: dict[str, Any] = {"num_warmup_iters": WARMUP, "allow_unused_input": True, "pool": self.pool}
-        if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
-            # A loader's thread may pin memory meanwhile.
-            options["capture_error_mode"] = "thread_local"
         device = given[0].device
         # A module, for only a module's parameters get gradients from a graph. Autocast is on in its forward alone, as
         # it is outside of a graph: backward would multiply in fewer bits what forward multiplied in float32.
@@ -141,6 +159,7 @@ class VideoGraphs:
             torch.cuda.device_of(given[0]),
             torch.random.fork_rng([device]),
             torch.autocast(device.type, enabled=False),
+            _minding_no_other_thread(),
         ):
             return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(module, samples, **options))
 
@@ -197,8 +216,7 @@ class CapturedInference:
                     self.model(**held)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Another thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with _Capture(graph, pool=self.pool):
                 logits = self.model(**held).logits
         # The model lets go of them in training mode, and the graph would read what comes to lie there.
         self.constants.append(constants_of(self.model))

@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import captured_step
@@ -133,6 +134,7 @@ class Recorder:
         assert not any(hooks)
         assert not any(buffer.requires_grad for buffer in module.buffers())
         assert options["pool"] == "pool"
+        assert torch.cuda.graph is graphs._Capture
         surface = [*samples, *module.parameters()]
         for _ in range(options["num_warmup_iters"]):
             out = module(*samples)
@@ -167,6 +169,27 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     return recorder
+
+
+def test_a_capture_minds_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that pins memory for a loader would end it; `make_graphed_callables` of torch 2.11 has no word for that."""
+    modes = []
+    monkeypatch.setattr(graphs._Capture.__base__, "__init__", lambda *_, **options: modes.append(options))
+    ordinary = torch.cuda.graph
+    with graphs._minding_no_other_thread():
+        torch.cuda.graph("graph", pool="pool", capture_error_mode="global")
+    assert modes == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+    assert torch.cuda.graph is ordinary
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_capture_takes_a_stream_of_the_current_device(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    monkeypatch.setattr(graphs._Capture.__base__, "__init__", lambda *_, **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    stream = SimpleNamespace(device_index=0)
+    monkeypatch.setattr(graphs._Capture, "default_capture_stream", stream)
+    graphs._Capture("graph")
+    assert graphs._Capture.default_capture_stream is (None if current else stream)
 
 
 def gradients(model: DeepMSI, batch: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
