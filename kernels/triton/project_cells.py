@@ -161,8 +161,8 @@ def project_cells_bwd(
     """
     with torch.cuda.device_of(x):
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-        grad_branch, *norm = gradient_through_norm(
-            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps
+        grad_branch, *vectors = gradient_through_norm(
+            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps, wants_layer
         )
         grad_weight, grad_bias = weight.new_empty((0,)), weight.new_empty((0,), dtype=torch.float32)
         if wants_layer:
@@ -171,9 +171,9 @@ def project_cells_bwd(
                 # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weight.
                 cells = torch.where((torch.arange(len(cells), device=x.device) < offsets[-1])[:, None], cells, 0)
             grad_weight = grad_branch.t() @ cells
-            grad_bias = grad_branch.sum(0, dtype=torch.float32)
+            grad_bias = vectors[2]
         grad_x = x.new_empty((0,) * 6)
         if wants_x:
             grad_x = torch.empty_like(x)
             grad_x.copy_((grad_branch @ weight).view(x.shape))
-        return grad_x, grad_weight, grad_bias, *norm
+        return grad_x, grad_weight, grad_bias, *vectors[:2]

@@ -479,12 +479,12 @@ def residual_mlp_bwd(
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
         row_scale = None if row_scale is None else row_scale.contiguous()
         grad_branch, *norm = gradient_through_norm(
-            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps
+            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps, wants_layers
         )
         through = _fused_gradients if layer.fused else _wide_gradients
         grad_x, *layers = through(layer, grad_y, grad_branch, x, wants_layers)
         if wants_layers:
-            layers.append(grad_branch.sum(0, dtype=torch.float32).to(fc2_bias.dtype))
+            layers.append(norm[2].to(fc2_bias.dtype))
         else:
             layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
         return grad_x, *layers, norm[0].to(norm_weight.dtype), norm[1].to(norm_bias.dtype)

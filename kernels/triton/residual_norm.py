@@ -11,9 +11,10 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-# Elements that a program holds of one tensor, and programs that sum over rows; neither depends on the device, so that
-# bits do not either.
+# Elements that a program holds of one tensor, where it sums over rows too, and programs that do; none depends on the
+# device, so that bits do not either.
 _BLOCK_ELEMENTS = 4096
+_SUMMED_ELEMENTS = 2048
 _SUMMING_PROGRAMS = 1024
 
 
@@ -150,6 +151,7 @@ def _backward_kernel(
     grad_branch_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
+    grad_layer_ptr,
     rows,
     frames,
     channels,
@@ -161,13 +163,18 @@ def _backward_kernel(
     SCALED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Gradient of branch for a chunk of blocks of rows, and the chunk's sums for weight and bias [chunks, C]."""
+    """Gradient of branch for a chunk of blocks of rows, and the chunk's sums [chunks, C] for weight and bias.
+
+    And, where there is a place for them, those of the gradient itself, for the bias of the layer before.
+    """
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     valid = counted(offset_ptr, frames, rows, PACKED)
-    grad_weight = tl.zeros([BLOCK_C], tl.float32)
-    grad_bias = tl.zeros([BLOCK_C], tl.float32)
+    # Block on block, and over the rows of one at the end alone: that sum goes through shared memory.
+    grad_weight = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    grad_layer = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     chunk = tl.program_id(0).to(tl.int64)
     begin = (chunk * blocks // chunks).to(tl.int32)
     end = ((chunk + 1) * blocks // chunks).to(tl.int32)
@@ -180,22 +187,27 @@ def _backward_kernel(
         unit, inverse = unit_rows(branch, column, channels, eps)
         grad = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
-        grad_weight += tl.sum(grad * unit, 0)
-        grad_bias += tl.sum(grad, 0)
+        grad_weight += grad * unit
+        grad_bias += grad
         grad *= weight[None, :]
         along = tl.sum(grad * unit, 1) / channels
         grad = (grad - (tl.sum(grad, 1) / channels)[:, None] - unit * along[:, None]) * inverse[:, None]
-        grad = tl.where(counts[:, None], grad, 0.0).to(grad_branch_ptr.dtype.element_ty)
+        grad = tl.where(counts[:, None], grad, 0.0)
+        if grad_layer_ptr is not None:
+            grad_layer += grad
+        grad = grad.to(grad_branch_ptr.dtype.element_ty)
         tl.store(grad_branch_ptr + at, grad, mask=(row < rows)[:, None] & inside[None, :])
     at = chunk * channels + column
-    tl.store(grad_weight_ptr + at, grad_weight, mask=inside)
-    tl.store(grad_bias_ptr + at, grad_bias, mask=inside)
+    tl.store(grad_weight_ptr + at, tl.sum(grad_weight, 0), mask=inside)
+    tl.store(grad_bias_ptr + at, tl.sum(grad_bias, 0), mask=inside)
+    if grad_layer_ptr is not None:
+        tl.store(grad_layer_ptr + at, tl.sum(grad_layer, 0), mask=inside)
 
 
-def _blocks(channels: int, warps: int) -> dict[str, int]:
+def _blocks(channels: int, elements: int, warps: int) -> dict[str, int]:
     """Return the rows and columns of a program, and its warps."""
     width = max(16, triton.next_power_of_2(channels))
-    return {"BLOCK_ROWS": max(1, _BLOCK_ELEMENTS // width), "BLOCK_C": width, "num_warps": warps}
+    return {"BLOCK_ROWS": max(1, elements // width), "BLOCK_C": width, "num_warps": warps}
 
 
 def add_normed(
@@ -211,7 +223,7 @@ def add_normed(
     rows, channels = x.shape
     y = torch.empty_like(x)
     if y.numel():
-        options = _blocks(channels, 4)
+        options = _blocks(channels, _BLOCK_ELEMENTS, 4)
         _forward_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
             x,
             branch,
@@ -238,20 +250,22 @@ def gradient_through_norm(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wants_layer: bool = False,
+) -> tuple[Tensor, ...]:
     """Return the gradients of branch [R, C], and in float32 of norm_weight and norm_bias [C].
 
-    grad_y and branch are contiguous.
+    And, where that is wanted, of the bias [C] of the layer that gave the branch: the sum over rows. grad_y and branch
+    are contiguous.
     """
     rows, channels = branch.shape
     grad_branch = torch.empty_like(branch)
+    count = 3 if wants_layer else 2
     if not branch.numel():
-        of_weight, of_bias = (torch.zeros_like(norm_weight, dtype=torch.float32) for _ in range(2))
-        return grad_branch, of_weight, of_bias
-    options = _blocks(channels, 8)
+        return grad_branch, *(torch.zeros_like(norm_weight, dtype=torch.float32) for _ in range(count))
+    options = _blocks(channels, _SUMMED_ELEMENTS, 8)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     chunks = min(blocks, _SUMMING_PROGRAMS)
-    sums = branch.new_empty((2, chunks, channels), dtype=torch.float32)
+    sums = branch.new_empty((count, chunks, channels), dtype=torch.float32)
     _backward_kernel[(chunks,)](
         grad_y,
         branch,
@@ -261,6 +275,7 @@ def gradient_through_norm(
         grad_branch,
         sums[0],
         sums[1],
+        sums[2] if wants_layer else None,
         rows,
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         channels,
@@ -272,8 +287,7 @@ def gradient_through_norm(
         **options,
     )
     # One by one, since an operator's outputs share no memory.
-    grad_weight, grad_bias = (part.sum(0) for part in sums)
-    return grad_branch, grad_weight, grad_bias
+    return grad_branch, *(part.sum(0) for part in sums)
 
 
 def residual_norm_fwd(

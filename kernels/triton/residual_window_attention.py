@@ -29,7 +29,7 @@ import triton.language as tl
 _ROWS = 64
 # Programs of the first kernel: enough to fill any device several times, few enough that each reads its weights once
 # for many windows. No sum goes over windows, so bits do not depend on it.
-_PROGRAMS = 2048
+_PROGRAMS = 1024
 # Elements of q, k and v that backward makes again at once.
 _QKV_ELEMENTS = 2**27
 
@@ -282,8 +282,8 @@ def residual_window_attention_bwd(
         grad_y = grad_y.contiguous()
         scales = None if row_scale is None else row_scale.contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-        grad_branch, grad_norm, grad_norm_bias = gradient_through_norm(
-            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps
+        grad_branch, *vectors = gradient_through_norm(
+            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps, wants_layers
         )
         rows, channels = x.shape
         if offsets is not None:
@@ -309,10 +309,10 @@ def residual_window_attention_bwd(
             torch.add(grad_y[part], grad_qkv @ qkv_weight, out=grad_x[part])
         if wants_layers:
             layers = [total.to(qkv_weight.dtype) for total in sums]
-            layers.append(grad_branch.sum(0, dtype=torch.float32).to(proj_bias.dtype))
+            layers.append(vectors[2].to(proj_bias.dtype))
         else:
             layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
-        norm = (grad_norm.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype))
+        norm = (vectors[0].to(norm_weight.dtype), vectors[1].to(norm_bias.dtype))
         return grad_x, *layers, *norm, grad_table, grad_scale
 
 

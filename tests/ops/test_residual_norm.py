@@ -1,5 +1,6 @@
 """residual_norm: every backend against the reference, in numbers and gradients."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -120,6 +121,23 @@ def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
     first, second = (run("odd", backend, device, torch.float32) for _ in range(2))
     for what, value in first.items():
         assert torch.equal(second[what], value), what
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bias_before_is_summed_from_what_was_not_rounded(device: str) -> None:
+    """Of the layer that gives the branch, over more rows than programs; two bytes a number would cost three digits."""
+    testing.need("residual_norm", "triton", device, torch.bfloat16)
+    gradient_through_norm = importlib.import_module("deepmsi._triton.residual_norm").gradient_through_norm
+    branch, grad = (randn(300, 96, seed=seed, dtype=torch.bfloat16, device=device) for seed in (1, 2))
+    weight, offsets = randn(96, seed=3, device=device), torch.tensor([0, 290], dtype=torch.int32, device=device)
+    with poisoned_memory():
+        *found, of_layer = gradient_through_norm(grad, branch, weight, None, offsets, EPS, True)
+    for one, other in zip(found, gradient_through_norm(grad, branch, weight, None, offsets, EPS), strict=True):
+        assert torch.equal(one, other)
+    exact = branch[:290].double().requires_grad_()
+    normed = torch.nn.functional.layer_norm(exact, (96,), weight.double(), eps=EPS)
+    wanted = torch.autograd.grad(normed, exact, grad[:290].double())[0].sum(0)
+    torch.testing.assert_close(of_layer.double(), wanted, rtol=0.0, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
