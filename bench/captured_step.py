@@ -24,7 +24,7 @@ class Step:
         self.model = model.train()
         device = next(model.parameters()).device
         self.kind = device.type
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True, capturable=self.kind == "cuda")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=self.kind == "cuda")
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take a step; return its loss, which the next one may overwrite."""

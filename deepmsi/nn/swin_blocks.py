@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
         x: [F, H, W, C] where every place of the grid has its token, else packed [R, C], by frame and position.
         grid: (H, W) on which positions lie.
         place: Position y · W + x of each packed row [R] int32. In the regrid layout it is where a token lay on the
-            stage's own grid, for reports; None where every token is at its own place.
+            stage's own grid, for reports, where they are asked for; None where every token is at its own place.
         cu_seqlens: Packed: offsets of the frames' rows [F + 1] int32; the rows past the last one do not count.
         per_frame: Packed: the number of rows of every frame, where that is one number known beforehand.
         stage_grid: Regrid layout: the stage's own grid, where it is not ``grid``.
@@ -325,19 +325,21 @@ class Compression(nn.Module):
         else:
             y = self._gated(out.tokens, out.gate)
 
-        index = out.index.clamp(min=0)
-        place = (index % area).to(torch.int32) if place is None else place[index]
+        keep = self.vsc.keep
+        left = min(keep, per_frame) if keep is not None and per_frame is not None else None
+        side = math.isqrt(left) if self.regrid and left is not None else None
+        if side is None or kept is not None:  # only reports ask where the tokens of a smaller grid lay
+            index = out.index.clamp(min=0)
+            place = (index % area).to(torch.int32) if place is None else place[index]
         if kept is not None:
+            assert place is not None
             came = out.relevance.shape[0] if cu_seqlens is None else cu_seqlens[-1]
             kept.append(
                 KeptTokens(
                     name, stage_grid or grid, place, out.cu_seqlens, out.relevance[index], out.cu_seqlens[-1] / came
                 )
             )
-        keep = self.vsc.keep
-        left = min(keep, per_frame) if keep is not None and per_frame is not None else None
-        if self.regrid and left is not None:
-            side = math.isqrt(left)
+        if side is not None:
             return Tokens(y.view(-1, side, side, channels), (side, side), place, stage_grid=stage_grid or grid)
         if self.vsc.capacity is not None and self.vsc.capacity != left:
             left = None

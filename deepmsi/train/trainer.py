@@ -329,8 +329,10 @@ class UtteranceTrainer(Trainer):
         """AdamW; pretrained encoders have a rate of their own, and vectors and scalars do not decay."""
         if self.optimizer is None:
             settings = self.fit.recipe.train
+            # One pass over weights and moments on a GPU; on a CPU the bits stay what they were.
+            fused = True if self.args.device.type == "cuda" else None
             self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas
+                parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas, fused=fused
             )
         return self.optimizer
 

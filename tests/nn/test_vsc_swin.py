@@ -258,6 +258,19 @@ def test_released_reports_places_on_the_grid_of_the_stage() -> None:
     assert second < first
 
 
+def test_places_are_computed_where_reports_ask_or_packed_rows_need_them() -> None:
+    """On a GPU each operation on them is a launch, and the regrid layout reads none."""
+    inputs = (randn(1, 3, 32, 32, seed=5, dtype=torch.float64), randn(1, 16, seed=6, dtype=torch.float64))
+    names = {}
+    for case in ("released", "paper"):
+        for kept in (False, True):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                small(case)(*inputs, return_kept=kept)
+            names[case, kept] = {event.key for event in profile.key_averages()}
+    told = {key: "aten::remainder" in found for key, found in names.items()}
+    assert told == {("released", False): False, ("released", True): True, ("paper", False): True, ("paper", True): True}
+
+
 def test_presets_on_the_default_backbone() -> None:
     for schedule in ("paper", "released"):
         model = VSCSwin.from_timm(NAME, schedule=schedule)
