@@ -195,6 +195,8 @@ class CapturedInference:
         if self.why_not is not None or (key not in self.graphs and len(self.graphs) == LIMIT):
             return self.model(**inputs).logits
         if key not in self.graphs:
+            if self.model.video is not None:
+                self.model.video.fold()  # what is constant holds under the autocast that it was computed under
             # The model need not be on the current device, whose streams are captured.
             with torch.cuda.device_of(self.weight):
                 self.graphs[key] = self._capture(inputs)
