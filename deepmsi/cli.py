@@ -36,10 +36,20 @@ app = typer.Typer(
 # The base of every usage error, whether typer brings click inside or imports it.
 _UsageProblem: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `deepmsi train` wrote.")]
+
+def _path(text: str) -> Path:
+    """A path that was named: an empty word, as of a shell variable that is not set, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("it is empty, name a path (the current folder is .)")
+    return Path(text)
+
+
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `deepmsi train` wrote.", parser=_path)]
 DataOpt = Annotated[
     Path,
-    typer.Option("--data", metavar="MANIFEST_OR_DIR", help="A manifest, or what `deepmsi prepare` wrote."),
+    typer.Option(
+        "--data", metavar="MANIFEST_OR_DIR", help="A manifest, or what `deepmsi prepare` wrote.", parser=_path
+    ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
@@ -149,7 +159,8 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where clips, run and report go.", show_default=True)
+        Path,
+        typer.Option("--out", metavar="DIR", help="Where clips, run and report go.", show_default=True, parser=_path),
     ] = Path("deepmsi-demo"),
     seed: Annotated[int, typer.Option(help="Fixes clips and training.")] = 0,
     speakers: Annotated[int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")] = 40,
@@ -180,7 +191,9 @@ def check(
     source: Annotated[
         str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
     ],
-    raw: Annotated[Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.")] = None,
+    raw: Annotated[
+        Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
+    ] = None,
     label_set: Annotated[
         str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
     ] = None,
@@ -210,9 +223,13 @@ def prepare(
     source: Annotated[
         str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
     ],
-    raw: Annotated[Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.")] = None,
+    raw: Annotated[
+        Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
+    ] = None,
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where frames, sound and features go.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where frames, sound and features go.", parser=_path)
+    ],
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 15,
     size: Annotated[int, typer.Option(min=8, help="Side of a frame in pixels.")] = 256,
     resize: Annotated[Resize, typer.Option(help="How a frame becomes a square.")] = Resize.crop,
@@ -226,7 +243,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept a release with parts missing.")] = False,
     exclude: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="meld: further clips to leave out, with reasons.")
+        Path | None, typer.Option(metavar="CSV", help="meld: further clips to leave out, with reasons.", parser=_path)
     ] = None,
     label_set: Annotated[
         str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
@@ -235,7 +252,8 @@ def prepare(
         float | None, typer.Option(metavar="SECONDS", help="iemocap: added to the times that cut the videos.")
     ] = None,
     sides: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="iemocap: dialogue, and the half of who wears the markers.")
+        Path | None,
+        typer.Option(metavar="CSV", help="iemocap: dialogue, and the half of who wears the markers.", parser=_path),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -302,7 +320,7 @@ def train(
         typer.Argument(metavar="RECIPE", help="clips, demo, ravdess, meld, iemocap, or a YAML file of your own."),
     ],
     data: DataOpt,
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="New folder for the run.")],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="New folder for the run.", parser=_path)],
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=5."),
@@ -344,7 +362,9 @@ def finetune(
     modality: Annotated[Modality, typer.Argument(help="Whose encoder is trained.")],
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that the features are for.")],
     data: DataOpt,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for encoders and scores.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="New folder for encoders and scores.", parser=_path)
+    ],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. text.encoder=FOLDER.")
     ] = None,
@@ -387,7 +407,8 @@ def evaluate(
     run: RunArg,
     data: DataOpt,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write metrics.json and predictions.csv here.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write metrics.json and predictions.csv here.", parser=_path),
     ] = None,
     drop: Annotated[
         str,
@@ -416,7 +437,7 @@ def _render_metrics(metrics: Mapping[str, Any]) -> str:
 @app.command()
 def predict(
     run: RunArg,
-    clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Video or sound files.")],
+    clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Video or sound files.", parser=_path)],
     text: Annotated[
         list[str] | None,
         typer.Option("--text", metavar="TEXT", help="What is said: once for all clips, or once for each, in order."),
@@ -429,7 +450,8 @@ def predict(
         TimelineFormat | None, typer.Option("--format", help="Of the timeline; csv, or by the name of --out.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write there in place of standard output.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write there in place of standard output.", parser=_path),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -486,7 +508,10 @@ def ablate(
     run: RunArg,
     data: DataOpt,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where the lines go; RUN/ablation, which reports read.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the lines go; RUN/ablation, which reports read.", parser=_path
+        ),
     ] = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train a model for each line, as the paper's Table 3, by RUN's protocol.")
@@ -531,7 +556,7 @@ def _numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]
 @app.command()
 def export(
     run: RunArg,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.pt2", help="The program to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.pt2", help="The program to write.", parser=_path)],
     backend: Annotated[
         ExportBackend, typer.Option(help="reference needs torch alone; auto calls deepmsi's kernels.")
     ] = ExportBackend.reference,
@@ -553,7 +578,9 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `deepmsi train` wrote.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that `deepmsi train` wrote.", parser=_path)
+    ],
     as_json: JsonOpt = False,
 ) -> None:
     """Write RUN/report.html, one self-contained page, and report.md beside it; of several runs a comparison too.
@@ -577,8 +604,10 @@ def report(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A run, or a folder that holds predictions.csv.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, measured on the same rows.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="A run, or a folder that holds predictions.csv.", parser=_path)
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, measured on the same rows.", parser=_path)],
     as_json: JsonOpt = False,
 ) -> None:
     """Compare two runs row by row: differences of the scores with intervals, and McNemar's test."""
@@ -598,7 +627,8 @@ def compare(
 @app.command()
 def explain(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Tell of this run's model, too: what becomes a CUDA graph.")
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Tell of this run's model, too: what becomes a CUDA graph.", parser=_path),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, fixed_place
+from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, Section, fixed_place
 
 
-class PrepareOptions(BaseModel):
+class PrepareOptions(Section):
     """How clips become arrays. Equal options and equal input give equal bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True)
 
     frames: int = Field(15, ge=1, le=4096, description="frames per utterance, T")
     size: int = Field(256, ge=8, le=4096, description="edge of a stored frame in pixels")

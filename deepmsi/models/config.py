@@ -10,9 +10,19 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from deepmsi.errors import UserError
 
@@ -42,9 +52,30 @@ def fixed_place(name: str | None) -> str | None:
 
 
 class Section(BaseModel):
-    """Base of every configuration section: unknown keys are refused, assignments are validated, numbers are finite."""
+    """Base of every configuration section: unknown keys are refused, assignments are validated, numbers are finite.
+
+    A number is not written as yes or true, which Python counts as 1.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if _holds_boolean(value) and _admits(wanted, int, float) and not _admits(wanted, bool, Any):
+            say = "a number or null" if _admits(wanted, NoneType) else "a number"
+            raise ValueError(f"write {say}: YAML reads yes, no, on and off as booleans (found {value})")
+        return value
+
+
+def _holds_boolean(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(map(_holds_boolean, parts))
+
+
+def _admits(annotation: Any, *kinds: Any) -> bool:
+    return annotation in kinds or any(_admits(part, *kinds) for part in get_args(annotation))
 
 
 class VisionConfig(Section):
@@ -148,7 +179,7 @@ class _EncoderConfig(Section):
         min_length=1,
         description="hub name or folder that computed the features; prediction on files runs it",
     )
-    options: dict[str, int | float | bool | str | list[int] | None] = Field(
+    options: dict[str, int | float | str | list[int] | None] = Field(
         default_factory=dict, description="sizes of an offline encoder, by the names of its constructor"
     )
 

@@ -84,7 +84,8 @@ class Schedule:
         if self.layout == "regrid" and self.keep is None:
             raise UserError("schedule: the regrid layout needs keep, a square number: set keep, or layout packed")
         for name, (kind, allowed, words) in _ALLOWED.items():
-            if not (isinstance(value := getattr(self, name), kind) and allowed(value)):
+            value = getattr(self, name)
+            if not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and allowed(value)):
                 raise UserError(f"schedule: {name} must be {words}, not {value!r}")
         blocks = self.blocks
         if blocks is None:
@@ -92,8 +93,10 @@ class Schedule:
             blocks = tuple((stage, block) for block in (0, 2, 4) if block < depths[stage])
         else:
             try:
-                blocks = tuple((int(stage), int(block)) for stage, block in blocks)
-            except (TypeError, ValueError, OverflowError):
+                blocks = tuple((stage, block) for stage, block in blocks)
+            except (TypeError, ValueError):
+                blocks = ()
+            if any(type(number) is not int for pair in blocks for number in pair) or not blocks:
                 raise UserError(f"schedule: blocks must be pairs [stage, block], not {self.blocks!r}") from None
             for stage, block in blocks:
                 if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
@@ -101,7 +104,7 @@ class Schedule:
                         f"schedule: there is no block {block} in stage {stage}: the stages have "
                         f"{', '.join(map(str, depths))} blocks, counted from 0"
                     )
-            if list(blocks) != sorted(set(blocks)) or not blocks:
+            if list(blocks) != sorted(set(blocks)):
                 raise UserError(f"schedule: blocks must be different and in order, not {self.blocks!r}")
         preset = self.blocks is None
         keep = _one_each("keep", self.keep, len(blocks), preset)
@@ -159,7 +162,7 @@ def _one_each(name: str, value: int | tuple[int, ...] | None, count: int, preset
     numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
     if preset and len(numbers) > count:
         numbers = numbers[:count]
-    if len(numbers) != count or any(not isinstance(number, int) or not 1 <= number <= MOST for number in numbers):
+    if len(numbers) != count or any(type(number) is not int or not 1 <= number <= MOST for number in numbers):
         raise UserError(
             f"schedule: {name} must be from 1 to {MOST}, one number or one for each of {count} blocks: {value!r}"
         )

@@ -102,6 +102,10 @@ def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
         (["train", "demo", "--data", "d", "--out", "r", "--set", "train.epochs"], "key=value"),
         (["train", "demo", "--data", "nowhere", "--out", "r"], "nowhere"),
         (["prepare", "nowhere.csv", "--out", "d"], "nowhere.csv"),
+        (["prepare", "nowhere.csv", "--out", ""], "'--out': it is empty"),
+        (["train", "demo", "--data", "", "--out", "r"], "'--data': it is empty"),
+        (["evaluate", "run", "--data", "d", "--out="], "'--out': it is empty"),
+        (["report", ""], "'RUN...': it is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

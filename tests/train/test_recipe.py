@@ -103,6 +103,15 @@ def test_no_augmentation_is_none_at_all() -> None:
         ("train.betas=[0.9, 1.0]", r"train\.betas\.1: .*less than 1"),
         ("train.betas=[-1, 0.5]", r"train\.betas\.0: .*greater than or equal to 0"),
         ("augment.gain=1e9", r"augment\.gain: .*less than or equal to 60"),
+        ("train.epochs=yes", r"train\.epochs: write a number: YAML reads yes, no, .*found True"),
+        ("train.patience=off", r"train\.patience: write a number or null: .*found False"),
+        ("train.betas=[0.9, no]", r"train\.betas: write a number: .*found"),
+        ("vision.keep=[yes, 4]", r"vision\.keep: write a number or null: "),
+        ("text.options={buckets: yes}", r"text\.options: write a number"),
+        ("loss.class_weights=[yes, 1]", r"loss\.class_weights: write a number or null: "),
+        ("prepare.frames=on", r"prepare\.frames: write a number: "),
+        ("protocol.folds=true", r"protocol\.folds: write a number: "),
+        ("seed=no", "seed: write a number: "),
     ],
 )
 def test_a_mistaken_override_gets_its_sentence(override: str, sentence: str) -> None:
