@@ -350,11 +350,21 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-    """Frames with stamps that never fall; a frame without one follows its neighbour at the mean rate."""
+    """Frames with stamps that never fall; a frame without one follows its neighbour at the mean rate.
+
+    Where presentation stamps fall more often than decoding stamps they were guessed wrong (H.264 with B-frames in AVI,
+    which stores none), and the decoding stamps are the times, as FFmpeg's players have it.
+    """
     step = max(1, round(1 / (stream.average_rate or 25) / stream.time_base))
     previous: int | None = None
+    last: dict[str, int] = {}
+    falls = {"pts": 0, "dts": 0}
     for frame in _decoded(container, stream):
-        stamp = frame.pts
+        for kind in falls:
+            if (stamp := getattr(frame, kind)) is not None:
+                falls[kind] += stamp < last.get(kind, stamp)
+                last[kind] = stamp
+        stamp = frame.dts if frame.dts is not None and falls["pts"] > falls["dts"] else frame.pts
         if stamp is None:
             stamp = 0 if previous is None else previous + step
         if previous is None or stamp >= previous:
