@@ -12,7 +12,7 @@ from typing import Any
 
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
-from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, scan_manifest
+from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
 from deepmsi.data.release import count_differences, read_release
@@ -288,10 +288,17 @@ def _label_findings(manifest: Manifest) -> Iterable[Problem]:
         other = spelled.setdefault(" ".join(label.casefold().split()), label)
         if other != label:
             yield Problem("warning", where, f"the labels {other!r} and {label!r} differ in spelling alone")
+    if any(row.split for row in manifest.rows):
+        astray = [row for row in manifest.rows if part_of(row.split) is None]
+        if astray:
+            names = ", ".join(sorted({repr(row.split) if row.split else "none" for row in astray})[:3])
+            rows = f"{len(astray)} row{'s have' if len(astray) > 1 else ' has'}"
+            sentence = f"{rows} a split other than train, dev and test, which training on the split refuses: {names}"
+            yield Problem("warning", where, sentence)
     splits: dict[str, set[str]] = defaultdict(set)
     for row in manifest.rows:
         if row.dialogue is not None and row.split is not None:
-            splits[row.dialogue].add(row.split)
+            splits[row.dialogue].add(part_of(row.split) or row.split)
     shared = sorted(dialogue for dialogue, names in splits.items() if len(names) > 1)
     if shared:
         names = ", ".join(shared[:3]) + (" and more" if len(shared) > 3 else "")

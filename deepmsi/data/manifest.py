@@ -34,6 +34,7 @@ MELD_VIDEO_FOLDERS = {
 }
 PATH_COLUMNS = ("video", "audio", "text_features", "audio_features", "frames")
 NAME_COLUMNS = ("label", "speaker", "dialogue", "split")
+DEV_NAMES = ("dev", "val", "valid", "validation")
 COLUMNS = ("id", *PATH_COLUMNS, "text", *NAME_COLUMNS, "start", "end", "side", "audio_start", "audio_end")
 """Every column that has a meaning; a row needs an id and at least one modality."""
 
@@ -179,6 +180,12 @@ def duplicate_ids(rows: Sequence[Row], origins: Sequence[str]) -> list[Problem]:
         else:
             first[row.id] = where
     return problems
+
+
+def part_of(split: str | None) -> str | None:
+    """Which part a split's name means, in any case: "train", "dev" or "test"; None where it is none of them."""
+    name = (split or "").strip().lower()
+    return "dev" if name in DEV_NAMES else name if name in ("train", "test") else None
 
 
 def count_labels(rows: Iterable[Row]) -> dict[str, dict[str, int]]:

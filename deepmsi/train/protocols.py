@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from deepmsi.data.manifest import part_of
 from deepmsi.errors import UserError
 from deepmsi.models.config import Modalities, Section
 
@@ -36,7 +37,6 @@ ALIASES = {
 }
 LEAKS = "leaks: utterances of one dialogue and one speaker stand on both sides of the split"
 SEEN = "leaks: encoders that were trained on reported rows are accepted"
-DEV_NAMES = ("dev", "val", "valid", "validation")
 
 Indices = NDArray[np.int64]
 
@@ -297,9 +297,8 @@ def _has(row: RowLike, modalities: Sequence[str]) -> bool:
 def _split_column(rows: Sequence[RowLike]) -> list[Fold]:
     parts: dict[str, list[int]] = {"train": [], "dev": [], "test": []}
     for i, row in enumerate(rows):
-        name = (row.split or "").strip().lower()
-        part = "dev" if name in DEV_NAMES else name
-        if part not in parts:
+        part = part_of(row.split)
+        if part is None:
             said = f"the split {row.split!r}" if row.split else "no split"
             raise UserError(
                 f"Row {row.id!r} has {said}: fill the column split with train, dev or test, or set protocol "

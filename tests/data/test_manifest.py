@@ -252,6 +252,18 @@ def test_check(tmp_path, clip_writer):
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 8
 
 
+def test_check_tells_of_splits_that_training_refuses(tmp_path):
+    table = "id,text,label,split,dialogue\n" + "".join(
+        f"{i},word {i},{'ab'[i % 2]},{split},d{split.lower()[:1]}\n"
+        for i, split in enumerate(["Train", "train", "val", "Validation", "TEST", "trian", ""])
+    )
+    warnings = [w.sentence for w in check(write(tmp_path / "m.csv", table)).warnings]
+    assert [w for w in warnings if "split" in w and "trian" in w] == [
+        "2 rows have a split other than train, dev and test, which training on the split refuses: 'trian', none"
+    ]
+    assert not [w for w in warnings if "dv" in w], "val and Validation are one part"
+
+
 @pytest.mark.parametrize(
     ("header", "told"),
     [

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from deepmsi.data.manifest import DEV_NAMES
 from deepmsi.errors import UserError
 from deepmsi.models.config import validated
 from deepmsi.train.protocols import (
-    DEV_NAMES,
     LEAKS,
     Fold,
     ProtocolSettings,
