@@ -17,6 +17,16 @@ DISPLAY_SIZE = 192  # pixels; small frames are enlarged to it by whole factors
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
+def _svg_uri(figure: Any) -> str:
+    """A figure as an SVG data URI, the same bytes each time: matplotlib's ids are salted anew without a salt."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "deepmsi"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _uri("image/svg+xml", buffer.getvalue())
+
+
 def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
@@ -108,9 +118,7 @@ def scatter_uri(
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return _uri("image/svg+xml", buffer.getvalue())
+    return _svg_uri(figure)
 
 
 def curve_uri(lines: Series) -> str:
@@ -151,6 +159,4 @@ def curve_uri(lines: Series) -> str:
         # Above the plot, where it covers no line.
         box = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(splits), "borderaxespad": 0.2}
         axes.legend(fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4, columnspacing=1.2, **box)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return _uri("image/svg+xml", buffer.getvalue())
+    return _svg_uri(figure)
