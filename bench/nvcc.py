@@ -112,7 +112,7 @@ def main() -> int:
         parts = pool.map(lambda source: compiled(options.nvcc, source, targets, Path(folder)), sources)
         rows = sorted((row for part in parts for row in part), key=lambda row: row.op)
 
-    budget = Budget("nvcc")
+    budget = Budget("nvcc", version, options.record)
     wrong = []
     for row in rows:
         wrong += budget.faults(row.key, row.spill_stores + row.spill_loads)
@@ -127,7 +127,7 @@ def main() -> int:
         (RESULTS / "nvcc.md").write_text(table(rows, version))
     else:
         print(table(rows, version))
-    print(f"{len(rows)} kernels compiled, {len(wrong)} faults")
+    print(*budget.told, f"{len(rows)} kernels compiled, {len(wrong)} faults", sep="\n")
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong or not rows else 0
 
