@@ -124,6 +124,7 @@ class VSCSwin(nn.Module):
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         full = side = img_size // patch_size
+        regridded = False
         stages: list[Stage] = []
         for i, depth in enumerate(depths):
             if i:
@@ -139,13 +140,14 @@ class VSCSwin(nn.Module):
                 )
             blocks: list[Block] = []
             for j in range(depth):
-                # Only the regrid layout leaves the stage's own grid, and its windows with it.
-                size = own if side == full else regrid_window(side)
+                # Only the regrid layout leaves the stage's own grid, and its windows with it; so where all tokens stay.
+                size = regrid_window(side) if regridded else own
                 shift = size // 2 if j % 2 and side > size else 0
                 attn = WindowAttention(dim, heads[i], size, shift, references[i] or own)
                 compress = None
                 if (i, j) in plan:
                     compress, side = self._compression(plan.index((i, j)), dim, side)
+                    regridded = compress.regrid
                 blocks.append(Block(dim, attn, int(dim * mlp_ratio), next(rates), compress))
             trim = self.schedule is not None and not self.schedule.static
             stages.append(Stage(PatchMerging(dim // 2, trim) if i else None, blocks))

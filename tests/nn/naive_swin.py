@@ -32,7 +32,7 @@ class NaiveSwin:
     def __call__(self, frame: Tensor, guide: Tensor | None) -> Tensor:
         s = self.state
         patch = s["patch_embed.proj.weight"].shape[-1]
-        side, own = self.grid, self.grid
+        side, own, regridded = self.grid, self.grid, False
         tokens: Frame = {}
         for y in range(side):
             for x in range(side):
@@ -46,9 +46,8 @@ class NaiveSwin:
             reference = min(self.window, own)
             for j in range(depth):
                 name = f"layers.{i}.blocks.{j}"
-                if side == own:
-                    window = reference
-                else:
+                window = reference
+                if regridded:
                     window = side if side <= 8 else max(w for w in range(1, 9) if side % w == 0)
                 shift = window // 2 if j % 2 and window < side else 0
                 branch = self.attend(name, tokens, self.heads[i], window, shift, reference)
@@ -56,7 +55,7 @@ class NaiveSwin:
                 if (i, j) in self.compress:
                     tokens = self.compressed(name, tokens, guide, self.keep.get((i, j)))
                     if self.regrid:
-                        side = math.isqrt(len(tokens))
+                        side, regridded = math.isqrt(len(tokens)), True
                         tokens = {(n // side, n % side): x for n, x in enumerate(tokens.values())}
                 tokens = {p: x + self.norm(f"{name}.norm2", self.mlp(name, x)) for p, x in tokens.items()}
         return torch.stack([self.norm("norm", x) for x in tokens.values()]).mean(0)
