@@ -378,17 +378,19 @@ class DeepMSI(
         return zero
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, by class weights where configured, over the batch of all processes."""
+        """Mean cross-entropy in float32 or wider, by class weights where configured, over all processes' batch."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        weights = None if self.class_weights is None else self.class_weights.to(wide)
         loss = nn.functional.cross_entropy(
-            logits.float(),
+            logits.to(wide),
             labels,
-            weight=self.class_weights,
+            weight=weights,
             reduction="sum",
             label_smoothing=self.config.loss.label_smoothing,
         )
         total = (
-            self.class_weights[labels].sum()
-            if self.class_weights is not None
+            weights[labels].sum()
+            if weights is not None
             else torch.full((), labels.shape[0], dtype=loss.dtype, device=loss.device)
         )
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

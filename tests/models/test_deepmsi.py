@@ -216,6 +216,16 @@ def test_loss_is_the_sum_of_spec_6(tiny, batch):
     torch.testing.assert_close(out.contrastive, sum(pairs) / 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_cross_entropy_with_class_weights_in_other_types(tiny, batch, dtype):
+    weights = [1.0, 2.0, 0.5]
+    model = tiny(loss={"class_weights": weights}).eval().to(dtype)
+    out = model(**{name: x if name == "pixel_values" else x.to(dtype) for name, x in batch.items()}, labels=LABELS)
+    exact = nn.functional.cross_entropy(out.logits.double(), LABELS, weight=torch.tensor(weights).double())
+    accuracy = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(out.cross_entropy.double(), exact, rtol=accuracy, atol=0)
+
+
 def test_the_guide_learns_in_the_default_model():
     """The gradients that reach g, λ, text and audio through the compression, beside the one at its tokens x."""
     torch.manual_seed(0)
