@@ -1,7 +1,9 @@
 """Decodes clips: frames at even times by presentation time, sound to mono; no file is held whole."""
 
+import heapq
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -28,6 +30,8 @@ from deepmsi.errors import UserError
 _RUN_IN = Fraction(1)
 # Stamps of sound jitter by a few ms in many files; only a larger step is a gap.
 _GAP = 0.05
+# Frames that H.264 and HEVC may hold back at most.
+_REORDERED = 16
 
 
 class _Span(NamedTuple):
@@ -349,22 +353,36 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
         yield from frames
 
 
-def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-    """Frames with stamps that never fall; a frame without one follows its neighbour at the mean rate.
+def _in_order(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
+    """Frames in presentation order, and their stamps in rising order.
 
-    Where presentation stamps fall more often than decoding stamps they were guessed wrong (H.264 with B-frames in AVI,
-    which stores none), and the decoding stamps are the times, as FFmpeg's players have it.
+    AVI stores no presentation times, and FFmpeg gives packets those of their order in the file. For codecs whose
+    reordering it does not know, frames that are shown later then carry the stamps of earlier ones.
     """
+    guessed = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+    depth = _REORDERED if guessed else 0
+    waiting: deque[Any] = deque()
+    stamps: list[int] = []
+
+    def first() -> tuple[int | None, Any]:
+        frame = waiting.popleft()
+        return None if frame.pts is None else heapq.heappop(stamps), frame
+
+    for frame in _decoded(container, stream):
+        waiting.append(frame)
+        if frame.pts is not None:
+            heapq.heappush(stamps, frame.pts)
+        if len(waiting) > depth:
+            yield first()
+    while waiting:
+        yield first()
+
+
+def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+    """Frames with stamps that never fall; a frame without one follows its neighbour at the mean rate."""
     step = max(1, round(1 / (stream.average_rate or 25) / stream.time_base))
     previous: int | None = None
-    last: dict[str, int] = {}
-    falls = {"pts": 0, "dts": 0}
-    for frame in _decoded(container, stream):
-        for kind in falls:
-            if (stamp := getattr(frame, kind)) is not None:
-                falls[kind] += stamp < last.get(kind, stamp)
-                last[kind] = stamp
-        stamp = frame.dts if frame.dts is not None and falls["pts"] > falls["dts"] else frame.pts
+    for stamp, frame in _in_order(container, stream):
         if stamp is None:
             stamp = 0 if previous is None else previous + step
         if previous is None or stamp >= previous:
