@@ -3,9 +3,10 @@
 `python bench/gpu.py --out FOLDER` builds into `build/gpu` (nothing is installed), measures the whole model, runs the
 tests of the operations and modules on the GPU, measures the operations, also against torch.compile, and runs
 compute-sanitizer on small cases. Each part has a time limit and each step a log, so that one failure does not lose the
-rest; what no longer fits into `--budget` is dropped, and said. `--steps test,bench` takes some steps, in the order
-given. The folder gets `results.json` (versions, every part, pytest-benchmark's records), `results.md` and one log a
-step. The exit code is 0 where every part passed or cannot exist on this machine, and 1 otherwise.
+rest; what no longer fits into `--budget` is dropped, and said. `--steps build,test,bench` takes some steps, in the
+order given; without `build` the package is imported as it is installed. The folder gets `results.json` (versions, every
+part, pytest-benchmark's records), `results.md` and one log a step. The exit code is 0 where every part passed or cannot
+exist on this machine, and 1 otherwise.
 
 The step `model` measures, in this order: the whole model at 16 x 15 frames in bfloat16 (training step and inference, as
 they are and as CUDA graphs, also of one utterance; the memory of a step with Adam for each `recompute`), the video

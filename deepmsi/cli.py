@@ -37,11 +37,15 @@ app = typer.Typer(
 _UsageProblem: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def _path(text: str) -> Path:
-    """A path that was named: an empty word, as of a shell variable that is not set, would be the current folder."""
+def _named(text: str) -> str:
+    """What was named: an empty word, as of a shell variable that is not set, would be the current folder."""
     if not text:
         raise typer.BadParameter("it is empty, name a path (the current folder is .)")
-    return Path(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_named(text))
 
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `deepmsi train` wrote.", parser=_path)]
@@ -189,7 +193,8 @@ def demo(
 @app.command()
 def check(
     source: Annotated[
-        str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
+        str,
+        typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named),
     ],
     raw: Annotated[
         Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
@@ -221,7 +226,8 @@ def check(
 @app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.")
+        str,
+        typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named),
     ],
     raw: Annotated[
         Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
@@ -301,7 +307,8 @@ def _release_settings(command: str, source: str, raw: Path | None, **given: Any)
     from deepmsi.data.release import RELEASES
 
     if raw is None and source in RELEASES and not Path(source).exists():
-        raise UserError(f"{command} {source} needs the folder of the release: deepmsi {command} {source} RAW")
+        out = " --out DIR" if command == "prepare" else ""
+        raise UserError(f"{command} {source} needs the folder of the release: deepmsi {command} {source} RAW{out}")
     if raw is not None and source not in RELEASES:
         raise UserError(f"{source!r} is no release that deepmsi reads: there are {' and '.join(RELEASES)}")
     settings = {name: value for name, value in given.items() if value is not None}

@@ -288,8 +288,9 @@ def _label_findings(manifest: Manifest) -> Iterable[Problem]:
         other = spelled.setdefault(" ".join(label.casefold().split()), label)
         if other != label:
             yield Problem("warning", where, f"the labels {other!r} and {label!r} differ in spelling alone")
-    if any(row.split for row in manifest.rows):
-        astray = [row for row in manifest.rows if part_of(row.split) is None]
+    labelled = [row for row in manifest.rows if row.label is not None]
+    if any(row.split for row in labelled):
+        astray = [row for row in labelled if part_of(row.split) is None]
         if astray:
             names = ", ".join(sorted({repr(row.split) if row.split else "none" for row in astray})[:3])
             rows = f"{len(astray)} row{'s have' if len(astray) > 1 else ' has'}"

@@ -389,7 +389,7 @@ class VSCSwin(nn.Module):
             return run(x, place, cu_seqlens, guide)
         owners = (block,) if entered is None or entered.downsample is None else (block, entered.downsample)
         draws = self.training and block.drop_path > 0
-        if place is not None or guide is not None:
+        if place is not None or stage_grid is not None or guide is not None:
             return again(run, x, place, cu_seqlens, guide, owners=owners, draws=draws)
         # Every place has its token, so the frames can be taken apart, and what comes out tells its grid.
         y = again_in_parts(lambda x: run(x, None, None, None).x, x, owners=owners, draws=draws)

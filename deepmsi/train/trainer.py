@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,11 +330,12 @@ class UtteranceTrainer(Trainer):
         """AdamW; pretrained encoders have a rate of their own, and vectors and scalars do not decay."""
         if self.optimizer is None:
             settings = self.fit.recipe.train
-            # One pass over weights and moments on a GPU; on a CPU the bits stay what they were.
-            fused = True if self.args.device.type == "cuda" else None
+            # One pass over weights and moments on a GPU. Not in fp16, whose scaler could not tell of a step it skipped.
+            fused = True if self.args.device.type == "cuda" and settings.precision != "fp16" else None
             self.optimizer = torch.optim.AdamW(
                 parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas, fused=fused
             )
+            self.optimizer.register_load_state_dict_pre_hook(partial(_stepping, fused=fused))
         return self.optimizer
 
     def create_scheduler(
@@ -548,6 +550,11 @@ def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
         "loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if np.isfinite(logits).all() else math.nan,
         **{name: metrics[name] for name in SUMMARY},
     }
+
+
+def _stepping(optimizer: torch.optim.Optimizer, stored: dict[str, Any], fused: bool | None) -> dict[str, Any]:
+    """A stored state for this device: how a step is computed is not taken over from where the state was stored."""
+    return stored | {"param_groups": [group | {"fused": fused} for group in stored["param_groups"]]}
 
 
 def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, Any]]:

@@ -257,6 +257,7 @@ def test_check_tells_of_splits_that_training_refuses(tmp_path):
         f"{i},word {i},{'ab'[i % 2]},{split},d{split.lower()[:1]}\n"
         for i, split in enumerate(["Train", "train", "val", "Validation", "TEST", "trian", ""])
     )
+    table += "7,a row without a label trains nothing,,,d\n"
     warnings = [w.sentence for w in check(write(tmp_path / "m.csv", table)).warnings]
     assert [w for w in warnings if "split" in w and "trian" in w] == [
         "2 rows have a split other than train, dev and test, which training on the split refuses: 'trian', none"

@@ -42,7 +42,7 @@ def test_check_holds_counts_against_the_published_ones(raw: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["meld"], "prepare meld needs the folder of the release"),
+        (["meld"], "prepare meld needs the folder of the release: deepmsi prepare meld RAW --out DIR"),
         (["melt", "RAW"], "'melt' is no release that deepmsi reads: there are meld and iemocap"),
         (["meld", "RAW", "--label-set", "four5531"], "--label-set goes with: deepmsi prepare iemocap RAW"),
         (["iemocap", "RAW", "--exclude", "x.csv"], "--exclude goes with: deepmsi prepare meld RAW"),

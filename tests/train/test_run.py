@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
 from transformers import TrainerCallback
@@ -140,6 +142,23 @@ def test_a_checkpoint_of_other_groups_of_parameters_is_refused(
     monkeypatch.setattr(trainer_module, "parameter_groups", otherwise)
     with pytest.raises(UserError, match=r"checkpoint-2 has an optimizer with other groups .* delete .*checkpoints"):
         train(recipe, split_corpus, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(("stored", "fused"), [(True, None), (None, True)])
+def test_a_run_that_goes_on_elsewhere_steps_as_it_would_there(stored: bool | None, fused: bool | None) -> None:
+    """A checkpoint of a GPU asks for its fused step, which a CPU has, too, with other bits."""
+    weight = torch.ones(3, requires_grad=True)
+    states = []
+    for choice in (stored, fused):
+        optimizer = torch.optim.AdamW([weight], fused=choice)
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(partial(trainer_module._stepping, fused=fused))
+    optimizer.load_state_dict(states[0])
+    assert [group["fused"] for group in optimizer.param_groups] == [fused]
+    assert states[0]["param_groups"][0]["fused"] is stored, "what was read is not changed"
+    optimizer.step()
 
 
 def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path) -> None:
@@ -584,6 +603,7 @@ JOINT: dict[str, Any] = {
 }
 SCRIPT = """
 import json, sys
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from small_corpus import make_recipe
