@@ -55,6 +55,13 @@ DataOpt = Annotated[
         "--data", metavar="MANIFEST_OR_DIR", help="A manifest, or what `deepmsi prepare` wrote.", parser=_path
     ),
 ]
+SourceArg = Annotated[
+    str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named)
+]
+RawArg = Annotated[
+    Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
+]
+LabelSetOpt = Annotated[str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 FAILURES_SHOWN = 20
@@ -192,16 +199,9 @@ def demo(
 
 @app.command()
 def check(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named),
-    ],
-    raw: Annotated[
-        Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
-    ] = None,
-    label_set: Annotated[
-        str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
-    ] = None,
+    source: SourceArg,
+    raw: RawArg = None,
+    label_set: LabelSetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Look through a manifest: what is missing, corrupt, too short or long, duplicated; counts per label.
@@ -225,13 +225,8 @@ def check(
 
 @app.command()
 def prepare(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named),
-    ],
-    raw: Annotated[
-        Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
-    ] = None,
+    source: SourceArg,
+    raw: RawArg = None,
     *,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where frames, sound and features go.", parser=_path)
@@ -239,7 +234,9 @@ def prepare(
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 15,
     size: Annotated[int, typer.Option(min=8, help="Side of a frame in pixels.")] = 256,
     resize: Annotated[Resize, typer.Option(help="How a frame becomes a square.")] = Resize.crop,
-    face: Annotated[bool, typer.Option("--face", help="Crop to the face (needs deepmsi[face]).")] = False,
+    face: Annotated[
+        bool, typer.Option("--face", help="Crop to the face (needs the extra `face` of the package).")
+    ] = False,
     text_encoder: Annotated[
         str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Store text features of this encoder.")
     ] = None,
@@ -251,9 +248,7 @@ def prepare(
     exclude: Annotated[
         Path | None, typer.Option(metavar="CSV", help="meld: further clips to leave out, with reasons.", parser=_path)
     ] = None,
-    label_set: Annotated[
-        str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")
-    ] = None,
+    label_set: LabelSetOpt = None,
     offset: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="iemocap: added to the times that cut the videos.")
     ] = None,
