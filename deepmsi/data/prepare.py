@@ -81,6 +81,8 @@ def prepare(
             raise DiskFullError(
                 f"{error}; what is done is kept: free some space and give the same command again"
             ) from error
+        finally:
+            sweep(folder / "shards")  # of workers that were stopped
         _finish(manifest, folder, options, [media, texts, sounds])
     return PreparedData.open(folder)
 

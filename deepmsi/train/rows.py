@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 
 # Cells of a manifest that a prepared folder keeps as they are.
 _CELLS = ("text", "label", "speaker", "dialogue", "split", "start", "end", "side", "extra")
+# What a failure costs a row. A video that cannot be opened is named once, for its sound too; without a face the frames
+# are of the whole picture.
+_COSTS: dict[str, set[str]] = {
+    "clip": {"video", "text", "audio"},
+    "video": {"video", "audio"},
+    "face": set(),
+    "text": {"text"},
+    "audio": {"audio"},
+}
 
 
 @dataclass
@@ -35,14 +44,15 @@ class Selection:
     indices: NDArray[np.int64]
     classes: NDArray[np.int64]
     left_out: dict[str, int] = field(default_factory=dict)
-    poorer: int = 0  # rows that take part without a modality whose file could not be read
+    poorer: list[str] = field(default_factory=list)  # for each row that takes part and lost a modality, how
     unused: list[str] = field(default_factory=list)  # labels to be left out that no row has
 
     def notes(self) -> list[str]:
         """One sentence per reason for which rows were left out, and one on those that lost a modality."""
         notes = [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
         if self.poorer:
-            notes.append(f"{self.poorer} row{'s' * (self.poorer > 1)} lost a modality whose file could not be read.")
+            count = len(self.poorer)
+            notes.append(f"{count} row{'s' * (count > 1)} lost a modality (the first: {self.poorer[0]}).")
         if self.unused:
             notes.append(f"No row has {' or '.join(map(repr, self.unused))}, which exclude_labels leaves out.")
         return notes
@@ -165,11 +175,14 @@ def select_rows(
         UserError: no row is left, fewer than two classes, or a row has a label that is not among the classes.
     """
     left_out: Counter[str] = Counter()
-    failed = {failure["id"] for failure in failures}
-    if gone := failed - {row.id for row in rows}:
+    if gone := {failure["id"] for failure in failures} - {row.id for row in rows}:
         first = next(failure["reason"] for failure in failures if failure["id"] in gone)
         left_out[f"nothing of them could be read (the first: {first})"] = len(gone)
-    indices, labels = [], []
+    losses: dict[str, list[Mapping[str, str]]] = {}
+    for failure in failures:
+        losses.setdefault(failure["id"], []).append(failure)
+    read = set(config.modalities) - set(hidden)
+    indices, labels, poorer = [], [], []
     for i, row in enumerate(rows):
         there = present_modalities(row, config)
         if row.label in exclude and row.label is not None:
@@ -181,6 +194,8 @@ def select_rows(
         else:
             indices.append(i)
             labels.append(row.label)
+            missing = {name for has, name in zip(there, MODALITIES, strict=True) if not has and name in read}
+            poorer += [loss["reason"] for loss in losses.get(row.id, ()) if missing & _COSTS[loss["modality"]]][:1]
     if not indices:
         reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.items()) or "there are none"
         raise UserError(f"No row is left to work with: {reasons}.")
@@ -195,7 +210,7 @@ def select_rows(
         np.array(indices, dtype=np.int64),
         np.array([position[label] for label in labels], dtype=np.int64),
         dict(left_out),
-        len({rows[i].id for i in indices} & failed),
+        poorer,
         sorted(set(exclude) - {row.label for row in rows}),
     )
 

@@ -198,7 +198,20 @@ def test_scores_tell_of_clips_that_could_not_be_read(deepmsi, trained, clip, tmp
     assert "could be read" in reason[0]
     assert reason[1] == 1
     assert "1 row left out: nothing of them could be read" in outcome.err
-    assert "1 row lost a modality whose file could not be read." in outcome.err
+    assert f"1 row lost a modality (the first: {tmp_path / 'bad.mp4'}: " in outcome.err
+
+
+def test_scores_tell_of_a_cut_without_sound(deepmsi, trained, clip, tmp_path) -> None:
+    rows = [
+        {"id": "a", "video": str(clip), "start": "0", "end": "0.5", "label": "joy"},
+        {"id": "b", "text": "hm", "audio": str(clip), "start": "90", "end": "91", "label": "joy"},
+    ]
+    manifest = write_manifest(tmp_path / "manifest.csv", *rows)
+    outcome = deepmsi("evaluate", trained, "--data", manifest, "--json")
+    assert outcome.code == 0, outcome
+    assert f"1 row lost a modality (the first: {clip}: there is no sound from 90 s to 91 s)." in outcome.err
+    outcome = deepmsi("evaluate", trained, "--data", manifest, "--drop", "audio", "--json")
+    assert "lost a modality" not in outcome.err, "it was hidden in any case"
 
 
 def test_a_label_with_one_row(mistake, clips, tmp_path) -> None:

@@ -272,6 +272,22 @@ def test_two_at_once_are_refused(clips, tmp_path):
         os.close(handle)
 
 
+def test_an_interruption_leaves_no_half_file_of_a_worker(clips, prepared, tmp_path, monkeypatch):
+    """A worker that is killed cannot take away what it had begun."""
+
+    def interrupted(tasks, *_):
+        (Path(tasks[0].folder) / "shards" / ".tmp-1-00000.frames.npy").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepmsi.data.prepare.run_tasks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(clips / "m.csv", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+    monkeypatch.undo()
+    run(clips / "m.csv", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
 def test_nothing_could_be_prepared(clips, tmp_path):
     """A text keeps no row alive where every path is wrong: a model of texts alone was trained in that case."""
     (clips / "bad.csv").write_text("id,video,text\na,broken.mp4,\nb,gone.mp4,well\nc,,well\n")
