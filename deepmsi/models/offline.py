@@ -181,6 +181,7 @@ class LogMelEncoder(nn.Module):
         self.masks = int(masks)
         self.logmel = LogMel(sample_rate, mels)
         self.stem = nn.Linear(mels, width)
+        self.stem.requires_grad_(layers > 0)  # without blocks nothing reads it, and data parallelism awaits gradients
         self.blocks = nn.ModuleList(_TimeBlock(width, kernel, dropout) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
         sizes = [mels, mels, width, width] if layers else [mels, mels]

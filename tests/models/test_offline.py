@@ -106,6 +106,13 @@ def test_every_parameter_of_the_audio_encoder_gets_a_gradient(audio: LogMelEncod
     assert [name for name, p in audio.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_no_parameter_of_an_audio_encoder_without_blocks_waits_for_a_gradient() -> None:
+    """Data parallelism would: two processes stopped at the second step."""
+    encoder = LogMelEncoder(8, layers=0)
+    encoder(torch.randn(2, 4000)).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in encoder.parameters())
+
+
 def test_specaugment_follows_the_generator_and_only_in_training(audio: LogMelEncoder) -> None:
     batch = WaveformProcessor()([speech(1.0), speech(0.6)])
     still = audio(**batch)
