@@ -12,10 +12,11 @@ from deepmsi.data import synthetic
 from deepmsi.errors import UserError
 
 
-def test_demo_goes_the_whole_way(deepmsi, tmp_path) -> None:
+@pytest.mark.parametrize(("settings", "lines"), [((), 7), (("--set", "drop=text"), 3)], ids=["whole", "without text"])
+def test_demo_goes_the_whole_way(deepmsi, tmp_path, settings, lines) -> None:
     out = tmp_path / "demo"
-    words = ("demo", "--out", out, "--speakers", "3", "--takes", "1", "--set", "train.epochs=1", "--set", "drop=text")
-    outcome = deepmsi(*words, "--json")
+    words = ("demo", "--out", out, "--speakers", "3", "--takes", "1", "--set", "train.epochs=1", *settings, "--json")
+    outcome = deepmsi(*words)
     assert outcome.code == 0, outcome
     summary = json.loads(outcome.out)
     assert summary["synthetic"] is True
@@ -30,6 +31,7 @@ def test_demo_goes_the_whole_way(deepmsi, tmp_path) -> None:
         assert f'id="{section}"' in text, section
     assert "synthe" in text.lower()
     assert list(summary["seconds"]) == ["clips", "prepare", "train", "evaluate", "predict", "report"]
+    assert len(list((out / "run" / "ablation").glob("*/metrics.json"))) == lines
     # the held-out speakers took no part in training
     made = json.loads((out / "run" / "run.json").read_text())
     held_out = {row["id"] for row in csv.DictReader((out / "data" / "held-out.csv").open(newline=""))}

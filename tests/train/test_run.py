@@ -603,7 +603,6 @@ JOINT: dict[str, Any] = {
 }
 SCRIPT = """
 import json, sys
-from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from small_corpus import make_recipe
