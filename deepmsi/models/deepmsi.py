@@ -17,7 +17,7 @@ from deepmsi.models.config import MODALITIES, DeepMSIConfig, building
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
 from deepmsi.models.fusion import Classifier, ProjectionHead, SemanticGuide
 from deepmsi.models.vision import VideoBranch
-from deepmsi.nn import CrossModalContrastiveLoss, KeptTokens
+from deepmsi.nn import TCN, CrossModalContrastiveLoss, KeptTokens, VSCSwin
 
 if TYPE_CHECKING:
     from deepmsi.models.predict import Prediction
@@ -421,6 +421,11 @@ class DeepMSI(
             )
             total = total + loss * (len(others) / count)
         return total
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names that weight decay is to spare beside vectors: those of its VSCSwin and TCN."""
+        parts = [(path, module) for path, module in self.named_modules() if isinstance(module, (VSCSwin, TCN))]
+        return {f"{path}.{name}" for path, module in parts for name in module.no_weight_decay()}
 
     def predict(
         self,

@@ -232,6 +232,10 @@ class TCN(nn.Module):
         """Return the blocks in order."""
         return cast(list[TemporalBlock], list(self.network))
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names that weight decay is to spare: the lengths of the weight norms, [Cout, 1, 1] each."""
+        return {name for name, _ in self.named_parameters() if name.endswith("parametrizations.weight.original0")}
+
     def last(self, x: Tensor) -> Tensor:
         """Map [B, Cin, T] to the last time step [B, Cout], computing nothing that does not reach it.
 

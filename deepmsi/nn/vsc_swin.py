@@ -413,6 +413,10 @@ class VSCSwin(nn.Module):
             features.append(again(function, given, its_guide, owners=(self,), draws=draws))
         return torch.cat(features)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names that timm's optimizers spare: the attention's scales and the position bias's network."""
+        return {name for name, _ in self.named_parameters() if "logit_scale" in name or "cpb_mlp" in name}
+
     def _stem_modules(self) -> list[nn.Module]:
         """Return the modules that :meth:`stem` uses."""
         found: list[nn.Module] = [self.patch_embed]

@@ -562,20 +562,20 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
 
     What compresses inside a pretrained backbone (λ among it) starts from nothing and takes `lr`.
 
-    What has two dimensions or more decays: matrices, and with them the lengths of weight norms and the attention's
-    scales, [heads, 1, 1], which timm's own lists spare, as they spare the network of the position bias. Biases, norms,
-    λ and the learned vectors of missing modalities do not.
+    What has two dimensions or more decays, but for what the model's parts spare (`DeepMSI.no_weight_decay`): matrices.
+    Biases, norms, λ and the learned vectors of missing modalities do not.
     """
     config = model.config
     pretrained = ["video.backbone."] if config.vision.pretrained else []
     pretrained += [
         f"{name}_encoder." for name in ("text", "audio") if getattr(config, name).encoder not in OWN_ENCODERS
     ]
+    spared = model.no_weight_decay()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             encoder = name.startswith(tuple(pretrained)) and ".compress." not in name
-            groups.setdefault((encoder, parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((encoder, parameter.ndim >= 2 and name not in spared), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -412,6 +412,11 @@ def test_small_preset() -> None:
         assert model(torch.randn(2, 3, 64, 64), guide).shape == (2, model.num_features)
 
 
+def test_spares_from_weight_decay_what_timm_spares() -> None:
+    theirs, ours, _ = pair("custom", torch.float32)
+    assert ours.no_weight_decay() == theirs.no_weight_decay() != set()
+
+
 def test_loading() -> None:
     theirs = timm.create_model(NAME, num_classes=7, img_size=64)
     model = VSCSwin.from_timm(NAME, img_size=64)

@@ -564,6 +564,10 @@ def test_encoders_have_their_own_rate() -> None:
             for name in ("text_encoder.w", "classifier.w"):
                 yield name, torch.nn.Parameter(torch.zeros(2, 2))
                 yield name + "b", torch.nn.Parameter(torch.zeros(2))
+            yield "spared", torch.nn.Parameter(torch.zeros(2, 2))
+
+        def no_weight_decay(self):
+            return {"spared"}
 
     groups = trainer_module.parameter_groups(Pretrained(), recipe.train)  # type: ignore[arg-type]
     assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [
@@ -572,6 +576,20 @@ def test_encoders_have_their_own_rate() -> None:
         (0.02, 0.0),
         (0.02, 0.01),
     ]
+    (still,) = (g for g in groups if (g["lr"], g["weight_decay"]) == (0.02, 0.0))
+    assert sorted(parameter.ndim for parameter in still["params"]) == [1, 2]
+
+
+def test_decay_spares_what_timm_spares_and_the_lengths_of_weight_norms() -> None:
+    recipe = make_recipe(**VIDEO)
+    model = DeepMSI(validated(DeepMSIConfig, {"num_labels": 3, **recipe.sections()}, "test"))
+    groups = trainer_module.parameter_groups(model, recipe.train)
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    still = {name for name, p in model.named_parameters() if id(p) not in decayed}
+    assert still == model.no_weight_decay() | {name for name, p in model.named_parameters() if p.ndim < 2}
+    for part in ("logit_scale", "cpb_mlp", "original0"):
+        assert any(part in name for name in still)
+    assert not any("qkv" in name or "original1" in name for name in still)
 
 
 def test_what_compresses_a_pretrained_backbone_takes_the_rate_of_new_layers() -> None:
