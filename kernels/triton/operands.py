@@ -6,6 +6,8 @@ and one part of 128 or 256 would multiply a third more.
 
 import os
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
 from triton.runtime import driver
@@ -34,6 +36,21 @@ def narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def add_gradient(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write grad x = grad y + grad for a part of the columns; rows that do not count stay grad y."""
+    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
+    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
+    grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
+    grad_x = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
+    tl.store(grad_x_ptr + at, grad_x, mask=written)
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Return a sum with one more part: the first as it is, from the second on in float32 and in place."""
+    return part if total is None else total.float().add_(part)
 
 
 def in_two(channels: int) -> dict[str, int]:

@@ -161,8 +161,9 @@ def project_cells_bwd(
     """
     with torch.cuda.device_of(x):
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        types = [torch.float32] * (3 if wants_layer else 2)
         grad_branch, *vectors = gradient_through_norm(
-            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps, wants_layer
+            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps, *types
         )
         grad_weight, grad_bias = weight.new_empty((0,)), weight.new_empty((0,), dtype=torch.float32)
         if wants_layer:

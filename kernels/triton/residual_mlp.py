@@ -13,7 +13,16 @@ import os
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, operands_in_registers, stages, tile, vector
+from deepmsi._triton.operands import (
+    add_gradient,
+    added,
+    in_two,
+    narrowed,
+    operands_in_registers,
+    stages,
+    tile,
+    vector,
+)
 from deepmsi._triton.residual_norm import (
     add_normed,
     add_projected,
@@ -187,17 +196,8 @@ def _fused_grad_x_kernel(
         grad_hidden = narrowed(grad_hidden * slope, DTYPE, UPCAST)
         grad_x = tl.dot(grad_hidden, fc1, grad_x, input_precision="ieee")
         grad_x_more = tl.dot(grad_hidden, fc1_more, grad_x_more, input_precision="ieee")
-    _add_grad(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
-    _add_grad(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
-
-
-@triton.jit
-def _add_grad(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
-    grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
-    grad_x = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
-    tl.store(grad_x_ptr + at, grad_x, mask=written)
+    add_gradient(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
+    add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
 
 
 @triton.jit
@@ -478,16 +478,18 @@ def residual_mlp_bwd(
         grad_y, x, branch = grad_y.contiguous(), x.contiguous(), branch.contiguous()
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
         row_scale = None if row_scale is None else row_scale.contiguous()
-        grad_branch, *norm = gradient_through_norm(
-            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps, wants_layers
+        types = (norm_weight.dtype, norm_bias.dtype, *[fc2_bias.dtype] * wants_layers)
+        grad_branch, grad_weight, grad_bias, *of_layer = gradient_through_norm(
+            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps, *types
         )
-        through = _fused_gradients if layer.fused else _wide_gradients
-        grad_x, *layers = through(layer, grad_y, grad_branch, x, wants_layers)
-        if wants_layers:
-            layers.append(norm[2].to(fc2_bias.dtype))
+        if x.shape[0]:
+            through = _fused_gradients if layer.fused else _wide_gradients
+            grad_x, *layers = through(layer, grad_y, grad_branch, x, wants_layers)
         else:
+            grad_x, *layers = map(torch.zeros_like, (grad_y, layer.fc1, layer.fc1_bias, layer.fc2))
+        if not wants_layers:
             layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-        return grad_x, *layers, norm[0].to(norm_weight.dtype), norm[1].to(norm_bias.dtype)
+        return grad_x, *layers, *of_layer, grad_weight, grad_bias
 
 
 def _fused_gradients(
@@ -496,8 +498,6 @@ def _fused_gradients(
     """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
     rows, channels = x.shape
     grad_x = torch.empty_like(grad_y)
-    if not rows:
-        return grad_x, torch.zeros_like(layer.fc1), torch.zeros_like(layer.fc1_bias), torch.zeros_like(layer.fc2)
     operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
     constants = layer.constants(layer.rows, _UNITS)
     programs = (triton.cdiv(rows, layer.rows),)
@@ -531,8 +531,7 @@ def _wide_gradients(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
     grad_x = torch.empty_like(grad_y)
-    weights = (layer.fc1, layer.fc1_bias, layer.fc2) if wants_layers else ()
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    grad_fc1 = grad_bias = grad_fc2 = None
     if layer.cu_seqlens is not None:
         # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights, and
         # spoil the gradient that they pass on.
@@ -546,8 +545,8 @@ def _wide_gradients(
             hidden, grad_hidden, hidden.numel(), BLOCK=_BLOCK_ELEMENTWISE, num_warps=8
         )
         if wants_layers:
-            sums[0] += grad_hidden.t() @ rows
-            sums[1] += grad_hidden.sum(0, dtype=torch.float32)
-            sums[2] += grad.t() @ hidden
+            grad_fc1 = added(grad_fc1, grad_hidden.t() @ rows)
+            grad_bias = added(grad_bias, grad_hidden.sum(0, dtype=torch.float32))
+            grad_fc2 = added(grad_fc2, grad.t() @ hidden)
         torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
-    return (grad_x, *(total.to(layer.dtype) for total in sums))
+    return (grad_x, *(total.to(layer.dtype) for total in (grad_fc1, grad_bias, grad_fc2) if total is not None))

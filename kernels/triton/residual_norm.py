@@ -16,6 +16,8 @@ import triton.language as tl
 _BLOCK_ELEMENTS = 4096
 _SUMMED_ELEMENTS = 2048
 _SUMMING_PROGRAMS = 1024
+# Channels of whose sums a program adds up the chunks: a sector of memory or two.
+_SUMMED_CHANNELS = 16
 
 
 @triton.jit
@@ -204,6 +206,35 @@ def _backward_kernel(
         tl.store(grad_layer_ptr + at, tl.sum(grad_layer, 0), mask=inside)
 
 
+@triton.jit
+def _sum_chunks_kernel(
+    sums_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    chunks,
+    channels,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Add up the chunks of each of two or three vectors [2 or 3, chunks, C], in fixed order."""
+    vector = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    total = tl.zeros([BLOCK_CHUNKS, BLOCK_C], tl.float32)
+    for first in range(0, chunks, BLOCK_CHUNKS):
+        chunk = first + tl.arange(0, BLOCK_CHUNKS)
+        at = (vector.to(tl.int64) * chunks + chunk)[:, None] * channels + column[None, :]
+        total += tl.load(sums_ptr + at, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
+    result = tl.sum(total, 0)
+    if vector == 0:
+        tl.store(first_ptr + column, result.to(first_ptr.dtype.element_ty), mask=inside)
+    elif vector == 1:
+        tl.store(second_ptr + column, result.to(second_ptr.dtype.element_ty), mask=inside)
+    elif third_ptr is not None:
+        tl.store(third_ptr + column, result.to(third_ptr.dtype.element_ty), mask=inside)
+
+
 def _blocks(channels: int, elements: int, warps: int) -> dict[str, int]:
     """Return the rows and columns of a program, and its warps."""
     width = max(16, triton.next_power_of_2(channels))
@@ -250,22 +281,24 @@ def gradient_through_norm(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
-    wants_layer: bool = False,
+    *types: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of branch [R, C], and in float32 of norm_weight and norm_bias [C].
+    """Return the gradients of branch [R, C], norm_weight and norm_bias [C], these in the first two of the types.
 
-    And, where that is wanted, of the bias [C] of the layer that gave the branch: the sum over rows. grad_y and branch
-    are contiguous.
+    And, where a third type is given, that of the bias [C] of the layer that gave the branch: the sum over rows. grad_y
+    and branch are contiguous.
     """
     rows, channels = branch.shape
     grad_branch = torch.empty_like(branch)
-    count = 3 if wants_layer else 2
+    # A tensor for each, since an operator's outputs share no memory.
+    new = branch.new_empty if branch.numel() else branch.new_zeros
+    vectors = [new(channels, dtype=kind) for kind in types]
     if not branch.numel():
-        return grad_branch, *(torch.zeros_like(norm_weight, dtype=torch.float32) for _ in range(count))
+        return grad_branch, *vectors
     options = _blocks(channels, _SUMMED_ELEMENTS, 8)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     chunks = min(blocks, _SUMMING_PROGRAMS)
-    sums = branch.new_empty((count, chunks, channels), dtype=torch.float32)
+    sums = branch.new_empty((len(types), chunks, channels), dtype=torch.float32)
     _backward_kernel[(chunks,)](
         grad_y,
         branch,
@@ -275,7 +308,7 @@ def gradient_through_norm(
         grad_branch,
         sums[0],
         sums[1],
-        sums[2] if wants_layer else None,
+        sums[2] if len(types) == 3 else None,
         rows,
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         channels,
@@ -286,8 +319,10 @@ def gradient_through_norm(
         PACKED=cu_seqlens is not None,
         **options,
     )
-    # One by one, since an operator's outputs share no memory.
-    return grad_branch, *(part.sum(0) for part in sums)
+    _sum_chunks_kernel[(triton.cdiv(channels, _SUMMED_CHANNELS), len(types))](
+        sums, *vectors, *[None] * (3 - len(types)), chunks, channels, BLOCK_CHUNKS=128, BLOCK_C=_SUMMED_CHANNELS
+    )
+    return grad_branch, *vectors
 
 
 def residual_norm_fwd(
@@ -306,7 +341,8 @@ def residual_norm_bwd(
     """Return the gradients of branch [R, C], norm_weight and norm_bias [C], both in the type of norm_weight."""
     with torch.cuda.device_of(branch):
         scale = None if row_scale is None else row_scale.contiguous()
-        grad_branch, *norm = gradient_through_norm(
-            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), scale, None, eps
+        types = (norm_weight.dtype, norm_weight.dtype)
+        grad_branch, grad_weight, grad_bias = gradient_through_norm(
+            grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), scale, None, eps, *types
         )
-        return grad_branch, norm[0].to(norm_weight.dtype), norm[1].to(norm_weight.dtype)
+        return grad_branch, grad_weight, grad_bias

@@ -4,12 +4,14 @@ The first goes from x to what the projection reads, a window of one head at a ti
 forgotten, and weights and position bias are read once for a chunk of windows. The second projects whole rows, norms
 them and adds x. Of thirteen passes over rows of C channels that a layer after the other takes, five are left. That
 pays where memory bounds the products, up to 256 channels in 16 bits. Backward goes through the norm (the kernel of
-`residual_norm`), makes q, k and v again by torch's product, some frames at a time, and goes through the attention (the
-kernels of `window_attention`).
+`residual_norm`), makes q, k and v again by torch's product, some frames at a time, goes through the attention (the
+kernels of `window_attention`), and adds the gradient of y in the product that takes that of q, k and v to x.
 """
 
+import os
+
 import torch
-from deepmsi._triton.operands import in_two, narrowed, stages, tile
+from deepmsi._triton.operands import add_gradient, added, in_two, narrowed, stages, tile
 from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
     EMPTY_KEY,
@@ -26,6 +28,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ROWS = 64
 # Programs of the first kernel: enough to fill any device several times, few enough that each reads its weights once
 # for many windows. No sum goes over windows, so bits do not depend on it.
@@ -163,6 +166,38 @@ def _project_kernel(
     add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
 
 
+@triton.jit
+def _grad_x_kernel(
+    grad_y_ptr,
+    grad_qkv_ptr,
+    qkv_ptr,
+    grad_x_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_MORE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """grad x = grad y + grad qkv Q for a block of rows."""
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
+    counts = row < rows
+    grad_x = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    grad_x_more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
+    for first in range(0, 3 * CHANNELS, BLOCK_K):
+        unit = first + tl.arange(0, BLOCK_K)
+        grad_qkv = tile(grad_qkv_ptr, row, counts, unit, 3 * CHANNELS, DTYPE, UPCAST)
+        qkv = tile(qkv_ptr, unit, unit < 3 * CHANNELS, column, CHANNELS, DTYPE, UPCAST)
+        qkv_more = tile(qkv_ptr, unit, unit < 3 * CHANNELS, beyond, CHANNELS, DTYPE, UPCAST)
+        grad_x = tl.dot(grad_qkv, qkv, grad_x, input_precision="ieee")
+        grad_x_more = tl.dot(grad_qkv, qkv_more, grad_x_more, input_precision="ieee")
+    add_gradient(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
+    add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
+
+
 def residual_window_attention_fwd(
     x: Tensor,
     qkv_weight: Tensor,
@@ -282,38 +317,53 @@ def residual_window_attention_bwd(
         grad_y = grad_y.contiguous()
         scales = None if row_scale is None else row_scale.contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-        grad_branch, *vectors = gradient_through_norm(
-            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps, wants_layers
+        types = (norm_weight.dtype, norm_bias.dtype, *[proj_bias.dtype] * wants_layers)
+        grad_branch, grad_weight, grad_bias, *of_layer = gradient_through_norm(
+            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps, *types
         )
         rows, channels = x.shape
         if offsets is not None:
             # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
             x = torch.where((torch.arange(rows, device=x.device) < offsets[-1])[:, None], x, 0)
         grad_x = torch.empty_like(grad_y)
-        weights = (qkv_weight, qkv_weight[:, 0], proj_weight) if wants_layers else ()
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        grad_table = torch.zeros_like(bias_table, memory_format=torch.contiguous_format)
-        grad_scale = bias_table.new_zeros(heads)
+        grad_table = grad_scale = grad_qkv_weight = grad_qkv_bias = grad_proj = None
         for part in _parts(rows, 3 * channels, None if cu_seqlens is not None else height * width):
             q_k_v = torch.nn.functional.linear(x[part], qkv_weight, qkv_bias)
             # Windows of one tile are gone through without their log-sum-exp.
             through = (grad_branch[part] @ proj_weight, q_k_v, attended[part], attended[:0])
             layout = (positions, cu_seqlens, heads, height, width, window, shift)
             grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)
-            grad_table += of_table
-            grad_scale += of_scale
+            grad_table, grad_scale = added(grad_table, of_table), added(grad_scale, of_scale)
             if wants_layers:
-                sums[0] += grad_qkv.t() @ x[part]
-                sums[1] += grad_qkv.sum(0, dtype=torch.float32)
-                sums[2] += grad_branch[part].t() @ attended[part]
-            torch.add(grad_y[part], grad_qkv @ qkv_weight, out=grad_x[part])
+                grad_qkv_weight = added(grad_qkv_weight, grad_qkv.t() @ x[part])
+                grad_qkv_bias = added(grad_qkv_bias, grad_qkv.sum(0, dtype=torch.float32))
+                grad_proj = added(grad_proj, grad_branch[part].t() @ attended[part])
+            _pass_to_x(grad_y[part], grad_qkv, qkv_weight, grad_x[part])
+        layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
         if wants_layers:
-            layers = [total.to(qkv_weight.dtype) for total in sums]
-            layers.append(vectors[2].to(proj_bias.dtype))
-        else:
-            layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
-        norm = (vectors[0].to(norm_weight.dtype), vectors[1].to(norm_bias.dtype))
-        return grad_x, *layers, *norm, grad_table, grad_scale
+            sums = (grad_qkv_weight, grad_qkv_bias, grad_proj)
+            layers = [*(total.to(qkv_weight.dtype) for total in sums if total is not None), *of_layer]
+        return grad_x, *layers, grad_weight, grad_bias, grad_table, grad_scale
+
+
+def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor) -> None:
+    """Write grad x [R, C] = grad y + grad qkv Q."""
+    rows, channels = grad_y.shape
+    if rows:
+        _grad_x_kernel[(triton.cdiv(rows, 2 * _ROWS),)](
+            grad_y,
+            grad_qkv,
+            qkv_weight.contiguous(),
+            grad_x,
+            rows,
+            CHANNELS=channels,
+            BLOCK_ROWS=2 * _ROWS,
+            **in_two(channels),
+            BLOCK_K=32,
+            UPCAST=_INTERPRET and grad_qkv.dtype == torch.bfloat16,
+            num_warps=8,
+            num_stages=3,
+        )
 
 
 def _parts(rows: int, width: int, of_frame: int | None) -> list[slice]:
@@ -322,7 +372,7 @@ def _parts(rows: int, width: int, of_frame: int | None) -> list[slice]:
     All of them where frames differ in length, which only the device knows.
     """
     if of_frame is None or not rows:
-        return [slice(0, rows)] if rows else []
+        return [slice(0, rows)]
     frames = rows // of_frame
     count = min(frames, triton.cdiv(rows * width, _QKV_ELEMENTS))
     size = triton.cdiv(frames, count) * of_frame

@@ -107,6 +107,15 @@ def test_fewer_hidden_channels_at_a_time_keep_the_error_budget(
     assert_budget(backend, device, torch.float16, *CASES["stage_2"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_parts_of_the_rows_keep_the_error_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("deepmsi._triton.residual_mlp._HIDDEN_ELEMENTS", 20 * 65)
+    assert_budget(backend, device, dtype, *CASES["edge"])
+
+
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
 @pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=[f"cpp-cpu-{t}" for *_, t in ON_THE_CPU])
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
