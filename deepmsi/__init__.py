@@ -3,21 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 from deepmsi._version import __version__
-from deepmsi.backend import explain, use_backend
 
 if TYPE_CHECKING:
+    from deepmsi.backend import explain, use_backend
     from deepmsi.models.config import DeepMSIConfig
     from deepmsi.models.deepmsi import DeepMSI
     from deepmsi.nn import fix_constants, fuse
 
 __all__ = ["DeepMSI", "DeepMSIConfig", "__version__", "explain", "fix_constants", "fuse", "use_backend"]
 
-# Importing deepmsi costs no more than importing torch: what needs pydantic or the hub's client waits.
+# Importing deepmsi costs nothing, so that the command line answers, and can be interrupted, before torch is there.
 _LAZY = {
     "DeepMSI": "deepmsi.models.deepmsi",
     "DeepMSIConfig": "deepmsi.models.config",
+    "explain": "deepmsi.backend",
     "fix_constants": "deepmsi.nn",
     "fuse": "deepmsi.nn",
+    "use_backend": "deepmsi.backend",
 }
 
 

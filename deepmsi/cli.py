@@ -2,7 +2,7 @@
 
 Results go to standard output, progress and logs to standard error. Exit codes: 0 the work was done; 1 `check`
 found problems, or an unexpected error, with its traceback; 2 a mistake that the user can mend, in one line; 130
-interrupted.
+interrupted; 143 told to end, by SIGTERM.
 """
 
 import codecs
@@ -13,11 +13,13 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 
@@ -65,7 +67,7 @@ LabelSetOpt = Annotated[str | None, typer.Option(help="iemocap: erc7433 (the def
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 FAILURES_SHOWN = 20
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class Resize(StrEnum):
@@ -96,6 +98,51 @@ class ExportBackend(StrEnum):
 
     reference = "reference"
     auto = "auto"
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # where something swallows the exception, the next one ends the process
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _on_signals(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Handle signals in the block, but those that are ignored.
+
+    Not among the processes of a launcher, which would wait for one that is gone as they unwind.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in handlers}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, handlers[number])
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[IO[str]]:
+    """Do a command's work: what interrupts it unwinds it, so that temporary folders and half-written files go.
+
+    Before, nothing has been written, and an interruption ends the process at once: the import of torch swallows some
+    exceptions, and goes on without numpy.
+
+    Yields where the result goes, see `_reserved_stdout`.
+    """
+    import torch  # noqa: F401
+
+    unwinding = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    with _on_signals(unwinding), _reserved_stdout() as result:
+        yield result
 
 
 @contextlib.contextmanager
@@ -189,7 +236,7 @@ def demo(
     """
     from deepmsi.demo import run_demo
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         summary = run_demo(out, seed=seed, speakers=speakers, takes=takes, overrides=settings or [])
         if as_json:
             _dump(summary.to_dict(), result)
@@ -213,7 +260,7 @@ def check(
     from deepmsi.data.check import check_release
 
     settings = _release_settings("check", source, raw, label_set=label_set)
-    with _reserved_stdout() as result:
+    with _working() as result:
         report = check_manifest(Path(source)) if raw is None else check_release(source, raw, **settings)
         if as_json:
             _dump(report.to_dict(), result)
@@ -271,7 +318,7 @@ def prepare(
 
     given = {"label_set": label_set, "offset": offset, "sides": sides, "partial": partial or None}
     settings = _release_settings("prepare", source, raw, exclusions=exclude, **given)
-    with _reserved_stdout() as result:
+    with _working() as result:
         said = {
             "frames": frames,
             "size": size,
@@ -350,7 +397,7 @@ def train(
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.run import train as train_recipe
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         loaded = load_recipe(recipe, settings or [])
         metrics = train_recipe(loaded, data, out, resume=resume, folds=_names(folds), auto_batch=auto_batch)
         if as_json:
@@ -384,7 +431,7 @@ def finetune(
     from deepmsi.train.finetune import finetune as finetune_encoder
     from deepmsi.train.recipe import load_recipe
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         loaded = load_recipe(recipe, settings or [])
         metrics = finetune_encoder(modality.value, loaded, data, out, resume=resume, folds=_names(folds))
         if as_json:
@@ -421,7 +468,7 @@ def evaluate(
     """Measure a trained model on labelled clips."""
     from deepmsi.train.evaluate import evaluate as evaluate_run
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         metrics = evaluate_run(run, data, out=out, drop=[drop])
         if as_json:
             _dump(metrics, result)
@@ -481,7 +528,7 @@ def predict(
     if chosen is TimelineFormat.srt and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         from deepmsi.data.files import write_text
         from deepmsi.models.predict import load_run
 
@@ -538,7 +585,7 @@ def ablate(
     shares, counts = _numbers("--keep", keep, float), _numbers("--frames", frames, int)
     if (shares or counts) and not retrain:
         raise UserError("--keep and --frames change the model, so each needs a training: add --retrain")
-    with _reserved_stdout() as result:
+    with _working() as result:
         variants = variants_of(run, shares, counts) if retrain else None
         lines = ablate_run(run, data, out, "retrain" if retrain else "evaluate", variants)
         if as_json:
@@ -565,7 +612,7 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write the model as one torch.export program: frames and utterance vectors in, logits out, any batch size."""
-    with _reserved_stdout() as result:
+    with _working() as result:
         from deepmsi.models.export import argument_of, export_model
         from deepmsi.models.predict import load_run
 
@@ -593,7 +640,7 @@ def report(
     from deepmsi.report import report as write_report
     from deepmsi.report import report_comparison
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         pages = [write_report(run) for run in runs]
         if len(runs) > 1:
             pages.append(report_comparison(runs))
@@ -617,7 +664,7 @@ def compare(
     from deepmsi.report.text import render_comparison
     from deepmsi.train.metrics import compare_predictions
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         comparison = compare_predictions(first, second)
         comparison["measured"] = {"a": measured(first), "b": measured(second)}
         if as_json:
@@ -640,7 +687,7 @@ def explain(
     """
     from deepmsi import __version__, backend
 
-    with _reserved_stdout() as result:
+    with _working() as result:
         graphs = None if run is None else _graphs_of(run)
         if as_json:
             ops = {
@@ -696,8 +743,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code (see the head of this file).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+
+    def leave(*_: object) -> NoReturn:
+        try:
+            _say(f"deepmsi: {_resume_hint(words)}")
+        finally:
+            os._exit(INTERRUPTED)
+
     try:
-        outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
+        with _on_signals({signal.SIGINT: leave}):
+            outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
         sys.stdout.flush()
         if outcome == INTERRUPTED:  # some releases of typer turn the interruption into its exit code
             raise KeyboardInterrupt
@@ -715,6 +770,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say(f"deepmsi: {_resume_hint(words)}")
         return INTERRUPTED
+    except _Terminated:
+        _say(f"deepmsi: {_resume_hint(words)}")
+        return TERMINATED
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8" or codecs.lookup(error.encoding).name != codecs.lookup(encoding).name:

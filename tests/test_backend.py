@@ -92,7 +92,7 @@ def test_no_backend_that_this_machine_can_run_is_missing() -> None:
 
 def test_environment_variable_is_checked_at_import() -> None:
     environment = {**os.environ, "DEEPMSI_BACKEND": "fast"}
-    done = subprocess.run([sys.executable, "-c", "import deepmsi"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import deepmsi.ops"], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "DEEPMSI_BACKEND must be one of" in done.stderr
 

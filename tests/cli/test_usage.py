@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, contextlib, io\n"
         "from deepmsi.cli import main\n"
         "with contextlib.redirect_stdout(io.StringIO()): assert main(['train', '--help']) == 0\n"
-        "heavy = {'transformers', 'timm', 'torchvision', 'av', 'sklearn', 'matplotlib', 'triton'}\n"
+        "heavy = {'torch', 'transformers', 'timm', 'torchvision', 'av', 'sklearn', 'matplotlib', 'triton'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -186,6 +189,36 @@ class TestEndings:
         outcome = deepmsi("train", "demo", "--data", "my clips", "--out", "run")
         assert outcome.code == 130
         assert outcome.err.strip().endswith("deepmsi train demo --data 'my clips' --out run --resume")
+
+
+def test_interruption_while_torch_is_imported(tmp_path) -> None:
+    """The first second or two of every command; parts of torch swallow exceptions as they are imported."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from deepmsi import cli; sys.exit(cli.main(['explain']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "deepmsi: interrupted; nothing half-written is left, run the same command again"
+    assert done.returncode == 130
+
+
+def test_sigterm_leaves_no_temporary_folder(monkeypatch, deepmsi, trained, clips, tmp_path) -> None:
+    """`evaluate` without --out prepares a manifest in one."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def killed(*args: object) -> None:
+        assert list(tmp_path.iterdir()), "the folder is there"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("deepmsi.train.evaluate.open_shared", killed)
+    outcome = deepmsi("evaluate", trained, "--data", clips / "manifest.csv")
+    assert outcome.code == 143
+    assert outcome.err.strip().splitlines()[-1].startswith("deepmsi: interrupted")
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_nothing_else_reaches_standard_output(monkeypatch, deepmsi, tmp_path) -> None:
