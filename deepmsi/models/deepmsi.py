@@ -164,14 +164,15 @@ class DeepMSI(
             input_values, audio_attention_mask: `[U, S]` float and bool, for the audio encoder.
             modality_mask: `[U, 3]` bool, true where video, text, audio is present; None: what is passed is
                 present in every row. What an absent row holds has no influence.
-            labels: `[U]` int64.
+            labels: `[U]` int64; a loss takes an utterance or more.
             return_kept: whether to return which tokens of each frame were kept, too.
 
         Returns:
             `DeepMSIOutput`.
 
         Raises:
-            UserError: an input has a wrong shape or dtype, or belongs to a modality or encoder that is not configured.
+            UserError: an input has a wrong shape or dtype, or belongs to a modality or encoder that is not configured;
+                or labels are given and U is 0.
         """
         said = {
             "text": _Said(text_features, input_ids, attention_mask),
@@ -379,6 +380,10 @@ class DeepMSI(
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in float32 or wider, by class weights where configured, over all processes' batch."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        joined = world > 1 and self.training
+        if not len(labels) and not joined:  # one NaN would spread to every weight; a process without rows adds zero
+            raise UserError("the batch holds no utterance, and a mean over none is no loss: leave it out.")
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights = None if self.class_weights is None else self.class_weights.to(wide)
         loss = nn.functional.cross_entropy(
@@ -393,8 +398,7 @@ class DeepMSI(
             if weights is not None
             else torch.full((), labels.shape[0], dtype=loss.dtype, device=loss.device)
         )
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world > 1 and self.training:
+        if joined:
             # Data parallelism takes the mean over the processes: the joined batch wants their sum.
             dist.all_reduce(total)
             loss = loss * world

@@ -378,6 +378,7 @@ def test_compiles_whole(tiny, batch):
             "pixel_values holds 2|1 rows have text",
         ),
         ({}, {"text_features": torch.zeros(2, 12), "modality_mask": torch.ones(2, 2).bool()}, r"\[utterances, 3\]"),
+        ({}, {"text_features": torch.zeros(0, 12), "labels": torch.zeros(0, dtype=torch.int64)}, "holds no utterance"),
     ],
 )
 def test_a_wrong_call_earns_a_sentence(tiny, sections, inputs, words):
