@@ -110,7 +110,7 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _on_signals(handlers: Mapping[int, Any]) -> Iterator[None]:
+def _on_signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     """Handle signals in the block, but those that are ignored.
 
     Not among the processes of a launcher, which would wait for one that is gone as they unwind.

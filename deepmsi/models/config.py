@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -71,7 +72,7 @@ class Section(BaseModel):
 
 def _holds_boolean(value: Any) -> bool:
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, bool) or any(map(_holds_boolean, parts))
+    return isinstance(value, bool | np.bool_) or any(map(_holds_boolean, parts))
 
 
 def _admits(annotation: Any, *kinds: Any) -> bool:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from deepmsi.errors import UserError
-from deepmsi.train.recipe import AugmentSettings, Recipe, load_recipe, shipped_recipes
+from deepmsi.train.recipe import AugmentSettings, Recipe, TrainSettings, load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("name", ["clips", "demo", "iemocap", "meld", "ravdess"])
@@ -118,6 +119,13 @@ def test_a_mistaken_override_gets_its_sentence(override: str, sentence: str) -> 
     with pytest.raises(UserError, match=sentence) as caught:
         load_recipe("demo", [override])
     assert "\n" not in str(caught.value)
+
+
+def test_booleans_of_numpy_are_no_numbers() -> None:
+    assert TrainSettings(lr=np.float64(0.5), cuda_graphs=np.True_).lr == 0.5
+    for setting in ({"lr": np.True_}, {"epochs": np.True_}, {"betas": (np.False_, 0.9)}):
+        with pytest.raises(ValueError, match="write a number"):
+            TrainSettings(**setting)
 
 
 @pytest.mark.parametrize(
