@@ -22,6 +22,7 @@ from deepmsi.data.media import (
     as_seconds,
     open_media,
     origin_of,
+    pixel_aspect_of,
     streams_of,
 )
 from deepmsi.errors import UserError
@@ -57,7 +58,7 @@ def decode_frames(
     t_k = t_first + (k + ½)(t_last - t_first)/count for k = 0..count-1, each the frame with the greatest
     presentation time ≤ t_k (SPEC 1); t_first and t_last are the presentation times of the first and the last
     frame in [start, end). A clip with fewer frames repeats them; a cut that lies between two frames shows the
-    one on screen. Rotation is applied, then ``side``, then the face crop, then ``resize``.
+    one on screen. Pixels are made square and rotation is applied, then ``side``, then the face crop, then ``resize``.
 
     Args:
         path: the media file; of several video streams the default one, or the first that decodes.
@@ -82,13 +83,13 @@ def decode_frames(
     detector = shared_detector() if face is True else face or None
     if detector is None:
 
-        def convert(frame: Any) -> np.ndarray:
-            return geometry.fit(geometry.half(geometry.to_rgb(frame), side), size, resize)
+        def convert(aspect: Fraction, frame: Any) -> np.ndarray:
+            return geometry.fit(geometry.half(geometry.to_rgb(frame, aspect), side), size, resize)
 
         return np.stack(_pick_frames(path, count, start, end, convert))
 
-    def prepare(frame: Any) -> np.ndarray:
-        return geometry.half(geometry.to_rgb(frame), side)
+    def prepare(aspect: Fraction, frame: Any) -> np.ndarray:
+        return geometry.half(geometry.to_rgb(frame, aspect), side)
 
     pictures = _pick_frames(path, count, start, end, prepare)
     box = detector.box(pictures)
@@ -191,13 +192,13 @@ def _between(start: float | None, end: float | None) -> str:
 
 
 def _pick_frames(
-    path: Path, count: int, start: float | None, end: float | None, convert: Callable[[Any], np.ndarray]
+    path: Path, count: int, start: float | None, end: float | None, convert: Callable[[Fraction, Any], np.ndarray]
 ) -> list[np.ndarray]:
     with open_media(path) as container:
-        indices = [s.index for s in streams_of(container, "video")]
-    if not indices:
+        streams = [(s.index, partial(convert, pixel_aspect_of(s))) for s in streams_of(container, "video")]
+    if not streams:
         raise NoStreamError(f"{path}: the file has no video stream")
-    return _first_success([_FramePicker(path, i, count, start, end, convert).pick for i in indices])
+    return _first_success([_FramePicker(path, i, count, start, end, shown).pick for i, shown in streams])
 
 
 class _SeekTooFarError(Exception):

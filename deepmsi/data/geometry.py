@@ -1,6 +1,7 @@
-"""Turns a decoded picture into the square that the model sees: rotation, half, face, resize."""
+"""Turns a decoded picture into the square that the model sees: pixels, rotation, half, face, resize."""
 
 import struct
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,16 @@ Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 
 
-def to_rgb(frame: Any) -> np.ndarray:
-    """Convert a PyAV frame to ``[H, W, 3]`` uint8 the way up that a player shows it.
+def to_rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
+    """Convert a PyAV frame to ``[H, W, 3]`` uint8 as wide and the way up that a player shows it.
 
-    The display matrix of phones (turns by quarter circles, mirroring) is applied; pixels count as square.
+    Pixels that are not square (``pixel_aspect`` is their width over their height) are made so, in the width that is
+    stored; then the display matrix of phones (turns by quarter circles, mirroring) is applied.
     """
     image = frame.to_ndarray(format="rgb24")
+    height, width = image.shape[:2]
+    if (shown := max(1, round(width * pixel_aspect))) != width:
+        image = np.ascontiguousarray(_resample(image, height, shown).transpose(1, 2, 0))
     matrix = _display_matrix(frame)
     if matrix is None:
         return image

@@ -22,6 +22,10 @@ _CONTENT = {b"data": b"", b"LIST": b"movi"}
 _OPEN = (range(1), range(0x7FFF0000, 0x80000000), range(0xFFFF0000, 0x100000000))
 
 
+# Pixels further from a square are a damaged header's: lenses and formats squeeze by 2 at most.
+_NARROWEST, _WIDEST = Fraction(1, 4), Fraction(4)
+
+
 class NoStreamError(UserError):
     """The file can be read and has no stream of the kind asked for."""
 
@@ -37,7 +41,7 @@ class MediaInfo:
     Attributes:
         format: FFmpeg's name of the container.
         duration: seconds, or None where the file does not say.
-        width, height: pixels as stored (before rotation) of the chosen video stream, or None.
+        width, height: pixels as stored (not made square, not rotated) of the chosen video stream, or None.
         frame_rate: mean frames per second of it, or None.
         sample_rate, channels: of the chosen audio stream, or None.
         video_streams, audio_streams: how many there are; cover pictures do not count.
@@ -138,6 +142,12 @@ def streams_of(container: Any, kind: StreamType) -> list[Any]:
     if kind == "video":
         streams = [s for s in streams if not s.disposition & av.stream.Disposition.attached_pic]
     return sorted(streams, key=lambda s: not s.disposition & av.stream.Disposition.default)
+
+
+def pixel_aspect_of(stream: Any) -> Fraction:
+    """Width over height of a video stream's pixels; 1 where it tells nothing that can be."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if _NARROWEST <= aspect <= _WIDEST else Fraction(1)
 
 
 def origin_of(container: Any) -> Fraction:

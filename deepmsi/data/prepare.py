@@ -29,6 +29,8 @@ from deepmsi.errors import UserError
 __all__ = ["PrepareOptions", "encoder_notes", "expected_rows", "prepare"]
 
 FAILURES = "failures.csv"
+DECODED = 2
+"""Rises where clips are decoded to other arrays than before: shards from before are made anew, as their keys differ."""
 _ROWS_PER_SHARD = 16  # a kill loses at most this many clips per worker
 _MEDIA = ("video", "audio", "frames", "text_features", "audio_features")
 
@@ -170,7 +172,7 @@ def _decode(
     tasks = []
     for shard, chunk in enumerate(chunks):
         sources = [source for _, source in chunk]
-        key = digest([VERSION, settings, [_identity(source) for source in sources]])
+        key = digest([VERSION, DECODED, settings, [_identity(source) for source in sources]])
         tasks.append(Task(str(folder), shard, key, settings, sources, manifest.kind == "released"))
     found = tqdm(tasks, desc="checking shards", leave=False, disable=not progress)
     missing = [task for task in found if read_record(folder, task.shard, "media", task.key, check=True) is None]

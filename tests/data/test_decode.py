@@ -154,6 +154,61 @@ def test_rotation_is_applied(tmp_path, clip_writer, matrix, corner, shape):
     assert (columns, rows) == tuple(round(n * 64 / 64) for n in shape)
 
 
+def discs(path, aspect, turned=False):
+    """Two bright discs of 24 shown pixels, in the halves of a picture of 96 x 48, as pixels of ``aspect`` store it."""
+    width = round(96 / aspect)
+    y, x = np.mgrid[:48, :width]
+    x = (x + 0.5) * float(aspect)
+    bright = np.minimum(np.hypot(x - 24, y - 23.5), np.hypot(x - 72, y - 23.5)) < 12
+    picture = np.where(bright, 220, 30).astype(np.uint8)[..., None].repeat(3, 2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = width, 48, "yuv444p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return rotated(path, (0, 1, -1, 0)) if turned else path
+
+
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(16, 15), Fraction(3, 4), Fraction(1)], ids=str)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_pixels_are_made_square(tmp_path, aspect, suffix):
+    def shape(frame):
+        bright = frame[1] > 125
+        return bright.any(1).sum(), bright.any(0).sum()
+
+    clip = discs(tmp_path / f"a{suffix}", aspect)
+    left = shape(decode_frames(clip, 1, size=48, side="left")[0])
+    assert np.abs(np.subtract(left, 24)).max() <= 1, left
+    padded = shape(decode_frames(clip, 1, size=96, resize="pad")[0])
+    assert np.abs(np.subtract(padded, (24, 48))).max() <= 1, padded
+    if suffix == ".mp4":
+        turned = shape(decode_frames(discs(tmp_path / "b.mp4", aspect, turned=True), 1, size=96, resize="pad")[0])
+        assert np.abs(np.subtract(turned, (48, 24))).max() <= 1, "the width that is stored is what is scaled"
+
+
+@pytest.mark.parametrize("aspect", [Fraction(1, 200), Fraction(200)], ids=str)
+def test_pixels_that_cannot_be_count_as_square(tmp_path, aspect):
+    clip = discs(tmp_path / "a.mp4", Fraction(1))
+    data = clip.read_bytes()
+    at = data.index(b"pasp") + 4
+    assert struct.unpack(">2I", data[at : at + 8]) == (1, 1)
+    clip.write_bytes(data[:at] + struct.pack(">2I", aspect.numerator, aspect.denominator) + data[at + 8 :])
+    frame = decode_frames(clip, 1, size=96, resize="pad")[0]
+    assert (frame.max(0) > 12).any(1).sum() == 48
+
+
+def test_a_face_is_looked_for_in_square_pixels(tmp_path):
+    class Detector:
+        def box(self, pictures):
+            assert [picture.shape for picture in pictures] == [(48, 96, 3)] * 2
+            return 12, 12, 24, 24
+
+    frames = decode_frames(discs(tmp_path / "a.mp4", Fraction(2)), 2, size=24, face=Detector())
+    assert (frames[:, 1] > 125).mean() > 0.7, "the disc fills the box: π/4 of it"
+
+
 def test_fit_agrees_with_pillow():
     image = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
     pillow = pytest.importorskip("PIL.Image")
@@ -445,11 +500,11 @@ def test_long_file_is_not_held(tmp_path, clip_writer, monkeypatch):
 
     original = geometry.to_rgb
 
-    def counting(frame):
+    def counting(frame, aspect):
         gc.collect()
         alive.append(sum(type(o) is av.VideoFrame for o in gc.get_objects()))
         converted.append(frame.pts)
-        return original(frame)
+        return original(frame, aspect)
 
     monkeypatch.setattr(geometry, "to_rgb", counting)
     decode_frames(clip, 4, size=16)

@@ -288,6 +288,19 @@ def test_an_interruption_leaves_no_half_file_of_a_worker(clips, prepared, tmp_pa
     assert contents(tmp_path / "out") == contents(prepared)
 
 
+def test_what_was_decoded_otherwise_is_decoded_anew(clips, prepared, tmp_path, monkeypatch):
+    """Shards of before do not pass for those of now; what both decode alike has the fingerprint that runs know."""
+    monkeypatch.setattr("deepmsi.data.prepare.DECODED", 1)
+    before = run(clips / "m.csv", tmp_path / "out").fingerprint
+    shards = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "shards").iterdir())]
+    monkeypatch.undo()
+    assert PreparedData.open(tmp_path / "out").fingerprint == before, "it is still read"
+    assert run(clips / "m.csv", tmp_path / "out").fingerprint == before
+    again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "shards").iterdir())]
+    assert all(now > then for now, then in zip(again, shards, strict=True))
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
 def test_nothing_could_be_prepared(clips, tmp_path):
     """A text keeps no row alive where every path is wrong: a model of texts alone was trained in that case."""
     (clips / "bad.csv").write_text("id,video,text\na,broken.mp4,\nb,gone.mp4,well\nc,,well\n")
