@@ -234,7 +234,8 @@ def staged(target: Path) -> Iterator[Path]:
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         staging.mkdir()
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}).") from None
+        place = f"{target} cannot be written, as {target.parent} takes no new folder"
+        raise UserError(f"{place} ({error.strerror}): save elsewhere.") from None
     if target.is_dir():
         with suppress(OSError):  # a file system may have one set of rights for all
             staging.chmod(target.stat().st_mode & 0o7777)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,22 @@ def test_a_file_system_that_has_one_set_of_rights_for_all_takes_a_model(tiny, tm
     monkeypatch.setattr(Path, "chmod", refused)
     tiny().save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "saved before"])
+def test_saving_where_nothing_can_be_written(tiny, mount, there):
+    """A folder is exchanged as a whole, so it is the one around it that has to take another."""
+    disk = mount("8m")
+    if there:
+        tiny().save_pretrained(disk / "model")
+    before = {path: path.stat() for path in disk.rglob("*")}
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(UserError) as caught:
+        tiny(seed=5).save_pretrained(disk / "model")
+    assert str(caught.value) == (
+        f"{disk / 'model'} cannot be written, as {disk} takes no new folder (Read-only file system): save elsewhere."
+    )
+    assert {path: path.stat() for path in disk.rglob("*")} == before
 
 
 def test_saving_over_a_file(tiny, tmp_path):
