@@ -186,7 +186,7 @@ def fix_constants(model: Model) -> Model:
     a call that wants gradients of the weights; where they have changed otherwise, in place or by another tensor in
     their place, these are computed in every call again. What torch does not count as a change stays unseen
     (``parameter.data``, numpy's views, collectives): call it again then. Of weights that still have gradients nothing
-    is kept, since a step may follow: ``zero_grad()`` first.
+    is kept, since a step may follow: ``zero_grad()`` first. Nor is anything of shards (FSDP).
     In a graph of ``torch.compile`` everything is computed in every call.
 
     Args:

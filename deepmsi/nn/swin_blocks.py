@@ -500,11 +500,15 @@ class PatchEmbed(HoldsConstants):
     def fold(self, mean: Tensor, std: Tensor) -> None:
         """Fold (pixel / 255 - mean) / std [3, 1, 1] into the embedding of uint8 frames, for inference.
 
-        W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is.
+        W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is. Of weights
+        that nothing is kept of, such as shards (FSDP), the frames are normalised in every call.
         """
         self.pixel_mean, self.pixel_std = mean, std
         own = cast(Tensor, self.proj.bias)
         self._folded_from = content_of(self.proj.weight, own)
+        if self._folded_from is None:  # nothing would tell when it no longer holds
+            self.pixel_weight = self.pixel_bias = None
+            return
         weight, bias = self.proj.weight.double(), own.double()
         scaled = weight / std.double()
         self.pixel_weight = (scaled / 255).to(self.proj.weight.dtype)
@@ -516,9 +520,10 @@ class PatchEmbed(HoldsConstants):
         Where that is folded in, uint8 frames are embedded as they are while the weights stay and no gradient of them is
         wanted; else ``prepare`` normalises them, or what was folded in does.
         """
-        if self.pixel_weight is not None and frames.dtype == torch.uint8:
-            if self._holds() and plain(pixels := frames.to(self.pixel_weight.dtype), self.proj):
-                return self._embedded(pixels, self.pixel_weight, self.pixel_bias)
+        if self.pixel_mean is not None and frames.dtype == torch.uint8:
+            weight, bias = self.pixel_weight, self.pixel_bias
+            if weight is not None and self._holds() and plain(pixels := frames.to(weight.dtype), self.proj):
+                return self._embedded(pixels, weight, bias)
             prepare = prepare or self._normalised
         source = None
         if prepare is not None:

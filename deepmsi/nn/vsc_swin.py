@@ -319,7 +319,7 @@ class VSCSwin(nn.Module):
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
             raise ValueError(f"VSCSwin: frames must be [F, {', '.join(map(str, expected))}], not {list(frames.shape)}")
-        folded = self.patch_embed.pixel_weight is not None and frames.dtype == torch.uint8
+        folded = self.patch_embed.pixel_mean is not None and frames.dtype == torch.uint8
         if prepare is None and not frames.is_floating_point() and not folded:
             raise ValueError(f"VSCSwin: frames must be normalised, or prepare must do it, not {frames.dtype}")
 

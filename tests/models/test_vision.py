@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -200,6 +201,26 @@ def test_weights_that_change_in_place_are_read_again(computed: bool) -> None:
     fresh = build()
     fresh.load_state_dict(video.state_dict())
     torch.testing.assert_close(video(pixels, None)[0], fresh(pixels, None)[0])
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
+def test_of_shards_nothing_is_folded(tmp_path: Path) -> None:
+    """FSDP has whole weights during calls alone: frames are normalised in each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    video, pixels = branch(schedule=None), torch.stack(videos())
+    with torch.no_grad():
+        expected = video(pixels, None)[0]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(video, mesh=init_device_mesh("cpu", (1,)))
+        video.fold()
+        assert video.backbone.patch_embed.pixel_weight is None
+        with torch.no_grad():
+            torch.testing.assert_close(video(pixels, None)[0], expected)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_statistics_of_each_position_are_not_folded() -> None:
