@@ -20,6 +20,7 @@ from deepmsi.data.media import (
     EmptyCutError,
     NoStreamError,
     as_seconds,
+    check_end,
     open_media,
     origin_of,
     pixel_aspect_of,
@@ -126,6 +127,7 @@ def decode_audio(
     path = Path(path)
     with open_media(path) as container:
         indices = [s.index for s in streams_of(container, "audio")]
+        check_end(path, container)
     if stream is not None:
         if stream not in indices:
             raise NoStreamError(f"{path}: stream {stream} is no audio stream (those are {indices or 'none'})")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +20,9 @@ _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 # back to fill it in left 0, 2 GiB less a few, or the most there is.
 _CONTENT = {b"data": b"", b"LIST": b"movi"}
 _OPEN = (range(1), range(0x7FFF0000, 0x80000000), range(0xFFFF0000, 0x100000000))
-
-
+# Containers whose header states the exact length of their sound or none, and the seconds at its end that are no loss.
+# AIFF is none of them: who writes it into a pipe states 2 GiB less a few.
+_EXACT, _TAIL = ("flac", "au"), Fraction(1, 10)
 # Pixels further from a square are a damaged header's: lenses and formats squeeze by 2 at most.
 _NARROWEST, _WIDEST = Fraction(1, 4), Fraction(4)
 
@@ -79,6 +80,7 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
     with open_media(path) as container:
         video, audio = streams_of(container, "video"), streams_of(container, "audio")
         duration = None if container.duration is None else container.duration / 1e6
+        check_end(path, container)
         if duration is None and (video or audio):
             chosen = (video or audio)[0]
             duration = float(chosen.duration * chosen.time_base) if chosen.duration else None
@@ -134,6 +136,29 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: the file cannot be read ({error.strerror})") from error
     if part:
         raise UserError(f"{path}: the file is truncated, it ends inside its {part!r} part; copy it again")
+
+
+def check_end(path: Path, container: Any) -> None:
+    """Raise UserError where the sound ends before the length that the file states: FFmpeg reads as far as it goes.
+
+    The container is left at its end.
+    """
+    for stream in container.streams.audio if container.format.name in _EXACT else ():
+        if not stream.duration:  # written in one go, when the length was not known
+            continue
+        second = int(1 / stream.time_base)
+        with suppress(av.error.FFmpegError):  # then all of it is gone through
+            container.seek(max(0, stream.duration - second), stream=stream)
+        end = 0
+        with suppress(av.error.FFmpegError):
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None:
+                    end = max(end, packet.pts + (packet.duration or 0))
+        if end < stream.duration - _TAIL * second:
+            stated = float(stream.duration * stream.time_base)
+            raise UserError(
+                f"{path}: the file is truncated, it ends before the {stated:.2f} s that it states; copy it again"
+            )
 
 
 def streams_of(container: Any, kind: StreamType) -> list[Any]:

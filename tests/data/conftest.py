@@ -38,7 +38,7 @@ def write_clip(
                 video.options = {"crf": "4", "preset": "ultrafast"}
         audio = None
         if sound is not None:
-            name = {".flac": "flac", ".wav": "pcm_s16le"}.get(path.suffix, "aac")
+            name = {".flac": "flac", ".wav": "pcm_s16le", ".au": "pcm_s16be"}.get(path.suffix, "aac")
             audio = container.add_stream(name, rate=rate, layout="stereo" if channels == 2 else "mono")
         if video is not None:
             for k, time in enumerate(times):

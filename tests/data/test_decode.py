@@ -370,6 +370,27 @@ def test_a_cut_wav_or_avi_file_is_refused(tmp_path, clip_writer, kind, part):
         try_decoding(clip, kind)
 
 
+@pytest.mark.parametrize("suffix", [".flac", ".au"])
+def test_a_file_that_ends_before_its_stated_length_is_refused(tmp_path, clip_writer, suffix):
+    whole = clip_writer(tmp_path / f"whole{suffix}", [], sound=3.0, channels=1)
+    assert len(decode_audio(whole)) == 3 * 16000
+    data, cut = whole.read_bytes(), tmp_path / f"cut{suffix}"
+    for share in (0.9, 0.5, 0.2):
+        cut.write_bytes(data[: int(share * len(data))])
+        for read in (probe, decode_audio, lambda p: decode_audio(p, start=0.1, end=0.3)):
+            with pytest.raises(UserError, match=r"truncated, it ends before the 3\.00 s"):
+                read(cut)
+
+
+def test_a_flac_file_of_unstated_length_is_read(tmp_path, clip_writer):
+    """As a program writes it that cannot go back to its header."""
+    clip = clip_writer(tmp_path / "a.flac", [], sound=2.0, channels=1)
+    data = bytearray(clip.read_bytes())
+    data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])  # the 36 bits of the number of samples
+    clip.write_bytes(data)
+    assert len(decode_audio(clip)) == 2 * 16000
+
+
 def test_an_avi_file_that_is_cut_in_a_later_part_is_refused(tmp_path):
     """An AVI file goes on in another RIFF at every GiB, which has its own content."""
 
