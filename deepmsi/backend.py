@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from deepmsi import _built_for
 from deepmsi._version import __version__
+from deepmsi.errors import UserError
 
 OPS = (
     "vsc_compress",
@@ -67,7 +68,10 @@ def host_info() -> dict[str, str]:
         host: Any = importlib.import_module("deepmsi._host")
     except ImportError as error:
         return {"host module": f"not built ({error})"}
-    return dict(host.info())
+    try:
+        return dict(host.info())
+    except RuntimeError as error:  # what DEEPMSI_ISA asks for
+        raise UserError(str(error)) from None
 
 
 _ISA = host_info().get("instruction set in use")
@@ -218,13 +222,13 @@ _TRITON: str | None = None if importlib.util.find_spec("triton") else "triton is
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _checked(name: str, where: str) -> str:
+def _checked(name: str, where: str, wrong: type[Exception] = ValueError) -> str:
     if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"{where} must be one of reference, triton, cpp, auto, not {name!r}")
+        raise wrong(f"{where} must be one of reference, triton, cpp, auto, not {name!r}")
     return name
 
 
-_environment: str = _checked(os.environ.get("DEEPMSI_BACKEND", "auto") or "auto", "DEEPMSI_BACKEND")
+_environment: str = _checked(os.environ.get("DEEPMSI_BACKEND", "auto") or "auto", "DEEPMSI_BACKEND", UserError)
 _override: str | None = None
 
 

@@ -204,6 +204,16 @@ def test_interruption_while_torch_is_imported(tmp_path) -> None:
     assert done.returncode == 130
 
 
+@pytest.mark.parametrize("variable", ["DEEPMSI_BACKEND", "DEEPMSI_ISA"])
+def test_a_mistaken_environment_is_one_line(variable) -> None:
+    environment = {**os.environ, variable: "fast"}
+    code = "import sys; from deepmsi import cli; sys.exit(cli.main(['explain']))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"deepmsi: {variable} must ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_sigterm_leaves_no_temporary_folder(monkeypatch, deepmsi, trained, clips, tmp_path) -> None:
     """`evaluate` without --out prepares a manifest in one."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
