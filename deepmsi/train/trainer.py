@@ -397,7 +397,7 @@ class UtteranceTrainer(Trainer):
     def use_graphs(self) -> None:
         """Let the video branch be captured where `train.cuda_graphs` asks for it, or say why it is not."""
         settings = self.fit.recipe.train
-        if not settings.cuda_graphs:
+        if not settings.cuda_graphs or self.compression.measuring:  # the first epoch finds the shapes; asked again then
             return
         reason = why_not_training(self.core, self.args.device, settings.accumulation, self.world)
         if reason is not None:

@@ -174,3 +174,14 @@ def test_what_is_not_captured_is_told_with_the_reason(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     train(recipe(cuda_graphs=True, epochs=1), video_corpus, tmp_path / "run", folds=["1"])
     assert "the video branch is not captured as a CUDA graph: no CUDA device is visible." in capsys.readouterr().err
+
+
+def test_no_reason_is_given_while_the_capacity_is_not_yet_found(
+    video_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU it was to set train.capacity_quantile, which is set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train(recipe(cuda_graphs=True, capacity_quantile=0.9, epochs=1), video_corpus, tmp_path / "run", folds=["1"])
+    found, *after = capsys.readouterr().err.split("vision.capacity=[")
+    assert "CUDA graph" not in found
+    assert [text.count("not captured as a CUDA graph") for text in after] == [1]
