@@ -536,7 +536,7 @@ def predict(
         if text and "text" not in model.modalities:
             _say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
-        predictions = model.predict(clips, texts=texts, timeline=timeline)
+        predictions = model.predict(clips, texts=texts, timeline=timeline, progress=True)
         if chosen is TimelineFormat.json:
             document = json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
         elif timeline is None:

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
@@ -67,7 +69,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> CheckReport:
+def check(manifest_path: str | os.PathLike[str], workers: int | None = None, progress: bool = True) -> CheckReport:
     """Look through a manifest: its rows, its files, its labels.
 
     Of each media file the headers are read and the first frame is decoded; array files are read whole.
@@ -75,6 +77,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
     Args:
         manifest_path: what ``read_manifest`` takes.
         workers: threads; None is one per usable core.
+        progress: show a progress bar on standard error, where that is a terminal.
 
     Raises:
         UserError: the manifest cannot be read at all.
@@ -83,7 +86,11 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None) -> 
     findings = list(findings)
     files = _files(manifest.rows)
     with ThreadPoolExecutor(workers or usable_cpus()) as pool:
-        looked = dict(zip(files, pool.map(lambda file: _look(file[0], file[1], manifest.kind), files), strict=True))
+        found = pool.map(lambda file: _look(file[0], file[1], manifest.kind), files)
+        bar = tqdm(
+            found, total=len(files), desc="checking", unit="file", leave=False, disable=None if progress else True
+        )
+        looked = dict(zip(files, bar, strict=True))
     for row, where in zip(manifest.rows, manifest.origins, strict=True):
         findings += [replace(found, where=where, id=row.id) for found in _row_findings(row, looked)]
     findings += _length_findings(manifest, looked)
@@ -168,7 +175,7 @@ def _look(column: str, path: Path, kind: str) -> _Look:
                 return _Look()
             return _Look(length=len(arrays.as_feature(load, path)))
         info = probe(path)
-        try_decoding(path, column)
+        try_decoding(path, "audio" if column == "audio" else "video")
         if column == "video" and info.has_audio:
             try_decoding(path, "audio")
         return _Look(info=info)

@@ -19,6 +19,7 @@ from deepmsi.data.geometry import Resize, Side
 from deepmsi.data.media import (
     EmptyCutError,
     NoStreamError,
+    StreamType,
     as_seconds,
     check_end,
     open_media,
@@ -125,16 +126,17 @@ def decode_audio(
         UserError: the file cannot be read.
     """
     path = Path(path)
-    with open_media(path) as container:
-        indices = [s.index for s in streams_of(container, "audio")]
+
+    def decode(container: Any, chosen: Any) -> np.ndarray:
+        try:
+            sound = _sound(container, chosen, path, start, end, sample_rate, start)
+        except _SeekTooFarError:
+            with open_media(path) as again:
+                sound = _sound(again, again.streams[chosen.index], path, start, end, sample_rate, None)
         check_end(path, container)
-    if stream is not None:
-        if stream not in indices:
-            raise NoStreamError(f"{path}: stream {stream} is no audio stream (those are {indices or 'none'})")
-        indices = [stream]
-    if not indices:
-        raise NoStreamError(f"{path}: the file has no audio stream")
-    sound = _first_success([partial(_decode_stream, path, i, start, end, sample_rate) for i in indices])
+        return sound
+
+    sound = _first_success(path, "audio", decode, stream)
     if len(sound) == 0:
         raise EmptyCutError(f"{path}: there is no sound {_between(start, end)}")
     return sound
@@ -157,7 +159,7 @@ def decode_pcm(
     return np.rint(np.clip(sound, -1, 32767 / 32768) * 32768).astype(np.int16)
 
 
-def try_decoding(path: str | os.PathLike[str], kind: str) -> None:
+def try_decoding(path: str | os.PathLike[str], kind: StreamType) -> None:
     """Decode the first frame of ``kind`` ("video" or "audio") and drop it.
 
     Raises:
@@ -165,23 +167,44 @@ def try_decoding(path: str | os.PathLike[str], kind: str) -> None:
         UserError: the file cannot be read or nothing in it decodes.
     """
     path = Path(path)
-    with open_media(path) as container:
-        indices = [s.index for s in streams_of(container, "audio" if kind == "audio" else "video")]
-    if not indices:
-        raise NoStreamError(f"{path}: the file has no {kind} stream")
-    for index in indices:
-        with open_media(path) as container:
-            if next(_decoded(container, container.streams[index]), None) is not None:
-                return
-    raise UserError(f"{path}: not one {kind} frame can be decoded")
+
+    def decode(container: Any, stream: Any) -> None:
+        if next(_decoded(container, stream), None) is None:
+            raise UserError(f"{path}: not one {kind} frame can be decoded")
+
+    _first_success(path, kind, decode)
 
 
-def _first_success(attempts: Sequence[Callable[[], Any]]) -> Any:
-    """The result of the first attempt that raises no UserError; where all do, the first one's error."""
-    errors = []
-    for attempt in attempts:
+def _first_success(path: Path, kind: StreamType, attempt: Callable[[Any, Any], Any], only: int | None = None) -> Any:
+    """What ``attempt(container, stream)`` gives for the first stream of a kind for which it raises no UserError.
+
+    Each attempt has a container of its own, at its beginning, which also lists the streams: the headers of a
+    recording of hours take longer to read than a window of it.
+
+    Args:
+        path: the media file.
+        kind: of the streams.
+        attempt: given an open container and one of its streams.
+        only: index of the one stream to try; None tries all.
+
+    Raises:
+        NoStreamError: there is none.
+        UserError: all raise; the first one's error.
+    """
+    errors: list[UserError] = []
+    count = 1
+    while len(errors) < count:
         try:
-            return attempt()
+            with open_media(path) as container:
+                there = streams_of(container, kind)
+                streams = [s for s in there if only in (None, s.index)]
+                count = len(streams)
+                if not streams and only is not None:
+                    those = [s.index for s in there] or "none"
+                    raise NoStreamError(f"{path}: stream {only} is no {kind} stream (those are {those})")
+                if not streams:
+                    raise NoStreamError(f"{path}: the file has no {kind} stream")
+                return attempt(container, streams[len(errors)])
         except UserError as error:
             errors.append(error)
     raise errors[0]
@@ -196,11 +219,11 @@ def _between(start: float | None, end: float | None) -> str:
 def _pick_frames(
     path: Path, count: int, start: float | None, end: float | None, convert: Callable[[Fraction, Any], np.ndarray]
 ) -> list[np.ndarray]:
-    with open_media(path) as container:
-        streams = [(s.index, partial(convert, pixel_aspect_of(s))) for s in streams_of(container, "video")]
-    if not streams:
-        raise NoStreamError(f"{path}: the file has no video stream")
-    return _first_success([_FramePicker(path, i, count, start, end, shown).pick for i, shown in streams])
+    def pick(container: Any, stream: Any) -> list[np.ndarray]:
+        shown = partial(convert, pixel_aspect_of(stream))
+        return _FramePicker(path, stream.index, count, start, end, shown).pick(container)
+
+    return _first_success(path, "video", pick)
 
 
 class _SeekTooFarError(Exception):
@@ -227,8 +250,8 @@ class _FramePicker:
         self.path, self.index, self.count, self.convert = path, index, count, convert
         self.start, self.end = start, end
 
-    def pick(self) -> list[np.ndarray]:
-        guess = self._span_of_packets()
+    def pick(self, container: Any) -> list[np.ndarray]:
+        guess = self._span_of_packets(container)
         for _ in range(3):
             try:
                 span, pictures = self._pass(guess, self.start)
@@ -239,27 +262,26 @@ class _FramePicker:
             guess = span
         raise UserError(f"{self.path}: each pass over the video sees other frames; the file is damaged")
 
-    def _span_of_packets(self) -> _Span | None:
+    def _span_of_packets(self, container: Any) -> _Span | None:
         """Guess the span from the stamps of packets alone; None where they do not tell."""
-        with open_media(self.path) as container:
-            stream = container.streams[self.index]
-            low, high = _window(container, stream, self.start, self.end)
-            try:
-                _seek(container, stream, self.start)
-            except _SeekTooFarError:
+        stream = container.streams[self.index]
+        low, high = _window(container, stream, self.start, self.end)
+        try:
+            _seek(container, stream, self.start)
+        except _SeekTooFarError:
+            return None
+        first = last = None
+        for packet in _packets(container, stream):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None:
                 return None
-            first = last = None
-            for packet in _packets(container, stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                if packet.pts is None:
-                    return None
-                if low <= packet.pts < high:
-                    first = packet.pts if first is None else min(first, packet.pts)
-                    last = packet.pts if last is None else max(last, packet.pts)
-                if packet.dts is not None and packet.dts >= high:
-                    break
-            return None if first is None or last is None else _Span(first, last)
+            if low <= packet.pts < high:
+                first = packet.pts if first is None else min(first, packet.pts)
+                last = packet.pts if last is None else max(last, packet.pts)
+            if packet.dts is not None and packet.dts >= high:
+                break
+        return None if first is None or last is None else _Span(first, last)
 
     def _pass(self, span: _Span | None, seek_to: float | None) -> tuple[_Span, list[np.ndarray]]:
         """Decode the cut once: the span that was seen, and the pictures for the span that was given."""
@@ -393,45 +415,42 @@ def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
             yield stamp, frame
 
 
-def _decode_stream(path: Path, index: int, start: float | None, end: float | None, sample_rate: int) -> np.ndarray:
-    try:
-        return _sound(path, index, start, end, sample_rate, start)
-    except _SeekTooFarError:
-        return _sound(path, index, start, end, sample_rate, None)
-
-
 def _sound(
-    path: Path, index: int, start: float | None, end: float | None, sample_rate: int, seek_to: float | None
+    container: Any,
+    stream: Any,
+    path: Path,
+    start: float | None,
+    end: float | None,
+    sample_rate: int,
+    seek_to: float | None,
 ) -> np.ndarray:
     """Decode one stream run by run; a run is sound without a gap or a change of format."""
-    with open_media(path) as container:
-        stream = container.streams[index]
-        jumped = _seek(container, stream, seek_to)
-        origin = origin_of(container)
-        low = origin + as_seconds(start or 0)
-        high = None if end is None else origin + as_seconds(end)
-        pieces: list[np.ndarray] = []
-        run: _Run | None = None
-        for frame in _decoded(container, stream):
-            if frame.samples == 0:
-                continue
-            base = frame.time_base or stream.time_base
-            at = None if frame.pts is None else frame.pts * base
-            if run is None and jumped and (at is None or at > low):
-                raise _SeekTooFarError
-            if run is None or not run.continues(frame, at):
-                if run is not None:
-                    pieces += run.finish()
-                begin = at if at is not None else (run.until if run is not None else origin)
-                run = _Run(frame, begin, low, high, sample_rate)
-            pieces += run.feed(frame)
-            if high is not None and run.until >= high:
-                break
-        if run is None:
-            if jumped:
-                raise _SeekTooFarError
-            raise UserError(f"{path}: not one audio frame can be decoded")
-        pieces += run.finish()
+    jumped = _seek(container, stream, seek_to)
+    origin = origin_of(container)
+    low = origin + as_seconds(start or 0)
+    high = None if end is None else origin + as_seconds(end)
+    pieces: list[np.ndarray] = []
+    run: _Run | None = None
+    for frame in _decoded(container, stream):
+        if frame.samples == 0:
+            continue
+        base = frame.time_base or stream.time_base
+        at = None if frame.pts is None else frame.pts * base
+        if run is None and jumped and (at is None or at > low):
+            raise _SeekTooFarError
+        if run is None or not run.continues(frame, at):
+            if run is not None:
+                pieces += run.finish()
+            begin = at if at is not None else (run.until if run is not None else origin)
+            run = _Run(frame, begin, low, high, sample_rate)
+        pieces += run.feed(frame)
+        if high is not None and run.until >= high:
+            break
+    if run is None:
+        if jumped:
+            raise _SeekTooFarError
+        raise UserError(f"{path}: not one audio frame can be decoded")
+    pieces += run.finish()
     return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
 
 

@@ -437,11 +437,12 @@ class DeepMSI(
         texts: Sequence[str | None] | None = None,
         timeline: float | None = None,
         batch_size: int = 8,
+        progress: bool = False,
     ) -> list[Prediction]:
         """Predict from media files; see `deepmsi.models.predict.predict`."""
         from deepmsi.models.predict import predict
 
-        return predict(self, clips, texts, timeline=timeline, batch_size=batch_size)
+        return predict(self, clips, texts, timeline=timeline, batch_size=batch_size, progress=progress)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write a checkpoint folder; it appears whole or not at all.

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
@@ -95,6 +97,7 @@ def predict(
     *,
     timeline: float | None = None,
     batch_size: int = 8,
+    progress: bool = False,
 ) -> list[Prediction]:
     """Predict from media files, clip by clip or window by window.
 
@@ -108,12 +111,14 @@ def predict(
             holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
         batch_size: utterances per forward pass; no more than that are decoded at a time.
+        progress: show progress bars on standard error, where that is a terminal.
 
     Returns:
         One `Prediction` per clip, or per window in order of time; a window that has nothing to read gets no label.
 
     Raises:
-        UserError: a file cannot be read, or has nothing that the model reads, in none of its windows.
+        UserError: a file cannot be read, or has nothing that the model reads, in none of its windows. What the headers
+            of the files tell is looked at before the first one is decoded.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1.")
@@ -127,10 +132,11 @@ def predict(
     if timeline is not None and any(texts):
         raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")
     encoders = _Encoders(model, any(texts))
-    windows = (
-        window for clip, text in zip(clips, texts, strict=True) for window in _windows(model, str(clip), text, timeline)
-    )
-    items = (_decode(model, window, tolerant=timeline is not None) for window in windows)
+    bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if progress else True)
+    named = bar(list(zip(clips, texts, strict=True)), desc="headers", unit="clip")
+    windows = [window for clip, text in named for window in _windows(model, str(clip), text, timeline)]
+    shown = bar(windows, desc="predict", unit="clip" if timeline is None else "window")
+    items = (_decode(model, window, tolerant=timeline is not None) for window in shown)
     training = model.training
     model.eval()
     try:

@@ -488,6 +488,22 @@ def test_several_streams_take_the_default(shared_data: Path):
         decode_audio(clip, stream=2)
 
 
+def test_a_file_is_opened_no_more_often_than_it_is_read(tmp_path, clip_writer, monkeypatch):
+    """The headers of a recording of hours take longer than a window of it."""
+    clip, opened = clip_writer(tmp_path / "a.mp4", sound=2.0), []
+    original = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: opened.append(args) or original(*args, **options))
+    reads = (
+        (2, lambda: decode_frames(clip, 4, start=0.5, end=1.5, size=16)),  # its packets, then its frames
+        (1, lambda: decode_audio(clip, start=0.5, end=1.5)),
+        (1, lambda: try_decoding(clip, "video")),
+    )
+    for times, read in reads:
+        opened.clear()
+        read()
+        assert len(opened) == times
+
+
 @pytest.mark.parametrize("name", ["bbaf2n.mpg", "id2_vcd_swwp2s.mpg", "lrwp9a.mpg", "swiz3n.mpg"])
 def test_grid_clips(shared_data: Path, name):
     clip = shared_data / "decode" / name

@@ -128,6 +128,25 @@ def test_a_timeline_covers_the_recording(model, tmp_path):
     assert len(model.predict([clip], timeline=60.0)) == 1
 
 
+def test_a_bar_shows_how_far_it_is(model, tmp_path, monkeypatch):
+    """Of a recording of hours it is silent for minutes."""
+    shown = []
+    monkeypatch.setattr("deepmsi.models.predict.tqdm", lambda items, **options: shown.append((items, options)) or items)
+    model.predict([write_clip(tmp_path / "a.wav", 3.2, video=False)], timeline=1.0, progress=True)
+    assert [(len(items), options["unit"], options["disable"]) for items, options in shown] == [
+        (1, "clip", None),
+        (3, "window", None),
+    ]
+    model.predict([tmp_path / "a.wav"])
+    assert [options["disable"] for _, options in shown[2:]] == [True, True]
+
+
+def test_a_clip_that_is_not_there_is_told_before_others_are_decoded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepmsi.models.predict._decode", lambda *_, **__: pytest.fail("nothing is to be decoded"))
+    with pytest.raises(UserError, match="there is no such file"):
+        model.predict([*[write_clip(tmp_path / "a.wav", video=False)] * 9, tmp_path / "gone.mp4"])
+
+
 def test_a_window_is_its_cut(model, tmp_path):
     clip = write_clip(tmp_path / "long.mp4", seconds=3.0)
     second = model.predict([clip], timeline=1.0)[1]
