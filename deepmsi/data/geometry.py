@@ -20,7 +20,9 @@ def to_rgb(frame: Any, pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
     Pixels that are not square (``pixel_aspect`` is their width over their height) are made so, in the width that is
     stored; then the display matrix of phones (turns by quarter circles, mirroring) is applied.
     """
-    image = frame.to_ndarray(format="rgb24")
+    from deepmsi.data.media import ONE_THREAD
+
+    image = frame.to_ndarray(format="rgb24", **ONE_THREAD)
     height, width = image.shape[:2]
     if (shown := max(1, round(width * pixel_aspect))) != width:
         image = np.ascontiguousarray(_resample(image, height, shown).transpose(1, 2, 0))

@@ -98,8 +98,11 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
         )
 
 
+_PYAV = int(av.__version__.split(".")[0])
 # Titles in another code page are no reason to refuse a clip; from version 19 on PyAV thinks so, too.
-_ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV < 19 else {}
+# From version 17 on PyAV starts a thread for every core to convert a picture, which takes longer than a small one does.
+ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
 
 
 @contextmanager

@@ -6,12 +6,13 @@ import sys
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import av
 import numpy as np
 import pytest
 
-from deepmsi.data import media
+from deepmsi.data import geometry, media
 from deepmsi.data.decode import decode_audio, decode_frames, try_decoding
 from deepmsi.data.face import FaceDetector, shared_detector
 from deepmsi.data.geometry import fit
@@ -533,7 +534,6 @@ def test_long_file_is_not_held(tmp_path, clip_writer, monkeypatch):
         tmp_path / "a.mp4", list(range(0, 30000, 100)), paint=lambda k: np.full((48, 64, 3), k % 250, np.uint8)
     )
     converted, alive = [], []
-    from deepmsi.data import geometry
 
     original = geometry.to_rgb
 
@@ -547,6 +547,22 @@ def test_long_file_is_not_held(tmp_path, clip_writer, monkeypatch):
     decode_frames(clip, 4, size=16)
     assert len(converted) == 4
     assert 1 <= max(alive) <= 40, "a decoder's few frames in flight, not the film's 300"
+
+
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 17, reason="PyAV below 17 starts no threads")
+def test_a_picture_is_converted_on_one_thread():
+    """Clips are decoded in parallel processes: threads for each picture would only compete."""
+
+    class Frame:
+        side_data: ClassVar = {}
+
+        def to_ndarray(self, **options):
+            asked.append(options)
+            return np.zeros((4, 4, 3), np.uint8)
+
+    asked: list[dict] = []
+    geometry.to_rgb(Frame())
+    assert asked == [{"format": "rgb24", "threads": 1}]
 
 
 def test_face_crop(shared_data: Path):
