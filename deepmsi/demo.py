@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.errors import UserError
+from deepmsi.progress import progress_bar
 
 MARK = "SYNTHETIC.txt"
 
@@ -87,8 +88,6 @@ def run_demo(
     Raises:
         UserError: `out` holds something else, or a setting is wrong.
     """
-    from tqdm import tqdm
-
     from deepmsi.data.prepare import prepare
     from deepmsi.data.synthetic import LABELS, NOTICE, write_synthetic_set
     from deepmsi.models.predict import load_run
@@ -106,7 +105,7 @@ def run_demo(
     count = speakers * takes * len(LABELS)
     steps.begin("clips", f"making {count} synthetic clips of {speakers} drawn speakers")
     print(NOTICE, end="", file=sys.stderr)
-    with tqdm(total=count, unit="clip", file=sys.stderr) as bar:
+    with progress_bar(total=count, description="clips", unit="clip") as bar:
         for done in write_synthetic_set(source, seed=seed, speakers=speakers, takes=takes):
             bar.update(done - bar.n)
 

@@ -14,14 +14,15 @@ PACKAGE = ROOT / "deepmsi"
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
+    "progress": set(),
     "reference": set(),
     "testing": {"backend"},
     "backend": {"_version"},
     "ops": {"backend", "reference", "errors"},
     "nn": {"ops", "backend", "errors"},
-    "models": {"nn", "ops", "backend", "errors", "_version"},
-    "data": {"models", "nn", "ops", "backend", "errors", "_version"},
-    "train": {"data", "models", "nn", "ops", "backend", "errors", "_version", "recipes"},
+    "models": {"nn", "ops", "backend", "errors", "progress", "_version"},
+    "data": {"models", "nn", "ops", "backend", "errors", "progress", "_version"},
+    "train": {"data", "models", "nn", "ops", "backend", "errors", "progress", "_version", "recipes"},
     "report": {"train", "data", "models", "nn", "ops", "backend", "errors", "_version"},
 }
 # Lazily, inside a function, prediction on files decodes with `data` and `train`'s recipes.

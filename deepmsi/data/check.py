@@ -10,8 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
@@ -20,6 +18,7 @@ from deepmsi.data.pool import usable_cpus
 from deepmsi.data.release import count_differences, read_release
 from deepmsi.data.released import FILES
 from deepmsi.errors import UserError
+from deepmsi.progress import progress_bar
 
 SHORTEST, LONGEST = 0.2, 60.0
 """Seconds outside of which an utterance is pointed out."""
@@ -77,7 +76,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None, pro
     Args:
         manifest_path: what ``read_manifest`` takes.
         workers: threads; None is one per usable core.
-        progress: show a progress bar on standard error, where that is a terminal.
+        progress: show on standard error how far it is.
 
     Raises:
         UserError: the manifest cannot be read at all.
@@ -87,9 +86,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None, pro
     files = _files(manifest.rows)
     with ThreadPoolExecutor(workers or usable_cpus()) as pool:
         found = pool.map(lambda file: _look(file[0], file[1], manifest.kind), files)
-        bar = tqdm(
-            found, total=len(files), desc="checking", unit="file", leave=False, disable=None if progress else True
-        )
+        bar = progress_bar(found, total=len(files), description="checking", unit="file", shown=progress)
         looked = dict(zip(files, bar, strict=True))
     for row, where in zip(manifest.rows, manifest.origins, strict=True):
         findings += [replace(found, where=where, id=row.id) for found in _row_findings(row, looked)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from deepmsi.data.files import digest
 from deepmsi.data.manifest import Row
@@ -15,6 +14,7 @@ from deepmsi.data.options import PrepareOptions
 from deepmsi.data.shards import Outcome, ShardFiles, read_record, record_name, write_record
 from deepmsi.data.store import DTYPES, VERSION, Kind, as_waveform, shard_name
 from deepmsi.errors import UserError
+from deepmsi.progress import progress_bar
 
 _ROWS_PER_SHARD = 128
 _BATCH = 8
@@ -123,8 +123,8 @@ def _stage(
         module, processor = build()
         module.eval()
         done = len(numbers) - sum(len(chunks[shard]) for shard in missing)
-        with tqdm(
-            total=len(numbers), initial=done, desc=f"{modality} features", unit="row", disable=not progress
+        with progress_bar(
+            total=len(numbers), initial=done, description=f"{modality} features", unit="row", shown=progress
         ) as bar:
             for shard in missing:
                 key, chunk = shards[shard]

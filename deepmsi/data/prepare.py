@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from deepmsi.data import features
 from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_json, write_text
 from deepmsi.data.manifest import Manifest, Row, read_manifest
@@ -25,6 +23,7 @@ from deepmsi.data.pool import run_tasks, usable_cpus
 from deepmsi.data.shards import Source, Task, read_record
 from deepmsi.data.store import FORMAT, INDEX, STARTED, VERSION, PreparedData, PreparedRow
 from deepmsi.errors import UserError
+from deepmsi.progress import progress_bar
 
 __all__ = ["PrepareOptions", "encoder_notes", "expected_rows", "prepare"]
 
@@ -54,7 +53,7 @@ def prepare(
         out: the folder; it is made.
         options: how; an existing folder must have been prepared with the same ones.
         workers: processes that decode; None is one per usable core, 0 decodes in this process.
-        progress: show a progress bar on standard error.
+        progress: show on standard error how far it is.
 
     Returns:
         The prepared folder, opened.
@@ -174,19 +173,19 @@ def _decode(
         sources = [source for _, source in chunk]
         key = digest([VERSION, DECODED, settings, [_identity(source) for source in sources]])
         tasks.append(Task(str(folder), shard, key, settings, sources, manifest.kind == "released"))
-    found = tqdm(tasks, desc="checking shards", leave=False, disable=not progress)
+    found = progress_bar(tasks, description="checking shards", unit="shard", shown=progress)
     missing = [task for task in found if read_record(folder, task.shard, "media", task.key, check=True) is None]
     if missing:
         with contextlib.suppress(FileNotFoundError):
             (folder / INDEX).unlink()  # an index must not vouch for shards that change
         if workers is None:
             workers = usable_cpus()
-        with tqdm(
+        with progress_bar(
             total=len(numbered),
             initial=len(numbered) - sum(len(task.sources) for task in missing),
-            desc="decoding",
+            description="decoding",
             unit="clip",
-            disable=not progress,
+            shown=progress,
         ) as bar:
             run_tasks(missing, workers, bar.update)
     features.remove_beyond(folder, "media", len(tasks))

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.encoders import build_feature_encoder
+from deepmsi.progress import progress_bar
 
 SHORTEST_WINDOW = 0.25
 """Part of a window's length that the rest of a recording must have to be a window of its own."""
@@ -111,7 +110,7 @@ def predict(
             holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
         batch_size: utterances per forward pass; no more than that are decoded at a time.
-        progress: show progress bars on standard error, where that is a terminal.
+        progress: show on standard error how far it is.
 
     Returns:
         One `Prediction` per clip, or per window in order of time; a window that has nothing to read gets no label.
@@ -132,10 +131,11 @@ def predict(
     if timeline is not None and any(texts):
         raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")
     encoders = _Encoders(model, any(texts))
-    bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if progress else True)
-    named = bar(list(zip(clips, texts, strict=True)), desc="headers", unit="clip")
+    pairs = list(zip(clips, texts, strict=True))
+    named = progress_bar(pairs, description="headers", unit="clip", shown=progress)
     windows = [window for clip, text in named for window in _windows(model, str(clip), text, timeline)]
-    shown = bar(windows, desc="predict", unit="clip" if timeline is None else "window")
+    unit = "clip" if timeline is None else "window"
+    shown = progress_bar(windows, description="predict", unit=unit, shown=progress)
     items = (_decode(model, window, tolerant=timeline is not None) for window in shown)
     training = model.training
     model.eval()

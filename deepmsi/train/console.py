@@ -6,6 +6,7 @@ import sys
 
 from tqdm import tqdm
 
+from deepmsi.progress import progress_bar
 from deepmsi.train.processes import process_rank
 
 
@@ -16,14 +17,6 @@ def note(sentence: str) -> None:
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on standard error; silent in other processes and where standard error is no terminal."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        unit=unit,
-        leave=False,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        disable=True if process_rank()[0] else None,
-    )
+    """A progress bar on standard error; silent in other processes."""
+    shown = process_rank()[0] == 0
+    return progress_bar(total=total, description=description, unit=unit, initial=initial, shown=shown)

@@ -255,11 +255,11 @@ def test_check(tmp_path, clip_writer):
 def test_check_shows_how_far_it_is(tmp_path, monkeypatch):
     """Of thousands of clips it is silent for minutes."""
     shown = []
-    monkeypatch.setattr("deepmsi.data.check.tqdm", lambda found, **options: shown.append(options) or found)
+    monkeypatch.setattr("deepmsi.data.check.progress_bar", lambda found, **options: shown.append(options) or found)
     manifest = write(tmp_path / "m.csv", "id,video,audio\na,a.mp4,a.wav\nb,a.mp4,b.wav\n")
     for progress in (True, False):
         assert len(check(manifest, progress=progress).problems) == 4
-    assert [(options["total"], options["disable"]) for options in shown] == [(3, None), (3, True)]
+    assert [(options["total"], options["shown"]) for options in shown] == [(3, True), (3, False)]
 
 
 def test_check_tells_of_splits_that_training_refuses(tmp_path):

@@ -131,14 +131,15 @@ def test_a_timeline_covers_the_recording(model, tmp_path):
 def test_a_bar_shows_how_far_it_is(model, tmp_path, monkeypatch):
     """Of a recording of hours it is silent for minutes."""
     shown = []
-    monkeypatch.setattr("deepmsi.models.predict.tqdm", lambda items, **options: shown.append((items, options)) or items)
+    show = "deepmsi.models.predict.progress_bar"
+    monkeypatch.setattr(show, lambda items, **options: shown.append((items, options)) or items)
     model.predict([write_clip(tmp_path / "a.wav", 3.2, video=False)], timeline=1.0, progress=True)
-    assert [(len(items), options["unit"], options["disable"]) for items, options in shown] == [
-        (1, "clip", None),
-        (3, "window", None),
+    assert [(len(items), options["unit"], options["shown"]) for items, options in shown] == [
+        (1, "clip", True),
+        (3, "window", True),
     ]
     model.predict([tmp_path / "a.wav"])
-    assert [options["disable"] for _, options in shown[2:]] == [True, True]
+    assert [options["shown"] for _, options in shown[2:]] == [False, False]
 
 
 def test_a_clip_that_is_not_there_is_told_before_others_are_decoded(model, tmp_path, monkeypatch):
