@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "progress": set(),
     "reference": set(),
     "testing": {"backend"},
-    "backend": {"_version"},
+    "backend": {"errors", "_version"},
     "ops": {"backend", "reference", "errors"},
     "nn": {"ops", "backend", "errors"},
     "models": {"nn", "ops", "backend", "errors", "progress", "_version"},

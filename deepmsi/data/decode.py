@@ -128,13 +128,12 @@ def decode_audio(
     path = Path(path)
 
     def decode(container: Any, chosen: Any) -> np.ndarray:
+        check_end(path, container)
         try:
-            sound = _sound(container, chosen, path, start, end, sample_rate, start)
+            return _sound(container, chosen, path, start, end, sample_rate, start)
         except _SeekTooFarError:
             with open_media(path) as again:
-                sound = _sound(again, again.streams[chosen.index], path, start, end, sample_rate, None)
-        check_end(path, container)
-        return sound
+                return _sound(again, again.streams[chosen.index], path, start, end, sample_rate, None)
 
     sound = _first_success(path, "audio", decode, stream)
     if len(sound) == 0:

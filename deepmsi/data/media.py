@@ -144,17 +144,20 @@ def check_file(path: Path) -> None:
 def check_end(path: Path, container: Any) -> None:
     """Raise UserError where the sound ends before the length that the file states: FFmpeg reads as far as it goes.
 
-    The container is left at its end.
+    The container stays where it is: the file is opened anew, where its format states an exact length.
     """
-    for stream in container.streams.audio if container.format.name in _EXACT else ():
+    if container.format.name not in _EXACT:
+        return
+    with open_media(path) as own:
+        stream = own.streams.audio[0]
         if not stream.duration:  # written in one go, when the length was not known
-            continue
+            return
         second = int(1 / stream.time_base)
         with suppress(av.error.FFmpegError):  # then all of it is gone through
-            container.seek(max(0, stream.duration - second), stream=stream)
+            own.seek(max(0, stream.duration - second), stream=stream)
         end = 0
         with suppress(av.error.FFmpegError):
-            for packet in container.demux(stream):
+            for packet in own.demux(stream):
                 if packet.size and packet.pts is not None:
                     end = max(end, packet.pts + (packet.duration or 0))
         if end < stream.duration - _TAIL * second:
