@@ -17,7 +17,7 @@ from deepmsi.nn.fusing import bias_table, bias_weights, fuses, fuses_attention, 
 from deepmsi.nn.recompute import Source, again, again_in_parts, remade
 from deepmsi.nn.vsc import VSC
 from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_window_attention, window_attention
-from deepmsi.ops._arguments import autocast, autocasts, needs_grad, without_autocast
+from deepmsi.ops._arguments import autocast, autocast_type, autocasts, needs_grad, without_autocast
 from deepmsi.ops.window_attention import head_scale_of
 
 
@@ -491,6 +491,7 @@ class PatchEmbed(HoldsConstants):
         for name in ("pixel_weight", "pixel_bias", "pixel_mean", "pixel_std"):
             self.register_buffer(name, None, persistent=False)
         self._folded_from: Content | None = None
+        self._folded_for: torch.dtype | None = None
 
     def forget(self) -> None:
         self.pixel_weight = self.pixel_bias = self.pixel_mean = self.pixel_std = self._folded_from = None
@@ -500,19 +501,20 @@ class PatchEmbed(HoldsConstants):
     def fold(self, mean: Tensor, std: Tensor) -> None:
         """Fold (pixel / 255 - mean) / std [3, 1, 1] into the embedding of uint8 frames, for inference.
 
-        W (u / 255 - m) / s + b is W / (255 s) u + (b - Σ W m / s). Half precisions hold every u as it is. Of weights
-        that nothing is kept of, such as shards (FSDP), the frames are normalised in every call.
+        W (u / 255 - m) / s + b is V u + (b - Σ V 255 m) with V = W / (255 s). Half precisions hold every u as it is. V
+        is rounded to the type of the product first, so that its error meets u - 255 m, as W's does, and not all of u.
+        It holds under the autocast, or without one, of now. Of weights that nothing is kept of, such as shards (FSDP),
+        the frames are normalised in every call.
         """
         self.pixel_mean, self.pixel_std = mean, std
-        own = cast(Tensor, self.proj.bias)
-        self._folded_from = content_of(self.proj.weight, own)
+        weight, bias = self.proj.weight, cast(Tensor, self.proj.bias)
+        self._folded_from, self._folded_for = content_of(weight, bias), autocast_type(weight)
         if self._folded_from is None:  # nothing would tell when it no longer holds
             self.pixel_weight = self.pixel_bias = None
             return
-        weight, bias = self.proj.weight.double(), own.double()
-        scaled = weight / std.double()
-        self.pixel_weight = (scaled / 255).to(self.proj.weight.dtype)
-        self.pixel_bias = (bias - (scaled * mean.double()).sum((1, 2, 3))).to(self.proj.weight.dtype)
+        scaled = (weight.double() / (255 * std.double())).to(self._folded_for)
+        self.pixel_weight = scaled.to(weight.dtype)
+        self.pixel_bias = (bias.double() - (scaled * (255 * mean.double())).sum((1, 2, 3))).to(weight.dtype)
 
     def forward(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Map [F, 3, S, S] to [F, S/p, S/p, C]; frames that ``prepare`` makes are made again in backward.
@@ -545,7 +547,7 @@ class PatchEmbed(HoldsConstants):
         weights = (self.proj.weight, cast(Tensor, self.proj.bias))
         if self._folded_from is not None and needs_grad(*weights):
             self._folded_from = None  # what follows may change them unseen
-        return stands(self._folded_from, *weights)
+        return self._folded_for == autocast_type(self.proj.weight) and stands(self._folded_from, *weights)
 
     def _embedded(self, frames: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Embed and norm frames, by the layer's own weights or by others."""

@@ -467,7 +467,8 @@ class VSCSwin(nn.Module):
     def fold_pixels(self, mean: Tensor, std: Tensor) -> "VSCSwin":
         """Take uint8 frames as they are in inference, (pixel / 255 - mean) / std [3, 1, 1] folded into the embedding.
 
-        They are then not given to ``prepare``. Undone as :func:`fix_constants` is.
+        They are then not given to ``prepare``. Call it under the autocast that the model will run under. Undone as
+        :func:`fix_constants` is.
         """
         self.eval()
         self.patch_embed.fold(mean, std)

@@ -137,6 +137,19 @@ def test_folding_keeps_the_error_budget(dtype: torch.dtype, autocast: bool) -> N
     assert_within_budget(folded, plain, exact, "embedding")
 
 
+def test_rounding_the_folded_weights_shifts_no_colour() -> None:
+    """A frame of the mean colour is embedded as the bias, whatever its weights are rounded to; and float32 stays so."""
+    video = branch()
+    embed, pixels = video.backbone.patch_embed, torch.stack(videos()).flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        video.fold()
+    read = embed.pixel_weight.bfloat16().double()
+    mean_colour = (read * (255 * video.mean.double().view(3, 1, 1))).sum((1, 2, 3)) + embed.pixel_bias
+    torch.testing.assert_close(mean_colour, embed.proj.bias.double(), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(pixels), embed(video.normalize(pixels)), rtol=1e-5, atol=1e-5)
+
+
 def test_folding_changes_no_feature_and_goes_in_training() -> None:
     video = branch(schedule="paper")
     pixels = torch.stack(videos())
