@@ -43,7 +43,9 @@ def progress_bar(
     if sys.stderr.isatty():
         where: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     else:
-        where = {"file": _Lines(), **dict.fromkeys(("mininterval", "maxinterval", "delay"), _BETWEEN_LINES)}
+        # At position 0 no bar moves the cursor, whatever others there are.
+        times = dict.fromkeys(("mininterval", "maxinterval", "delay"), _BETWEEN_LINES)
+        where = {"file": _Lines(), "position": 0, **times}
     return tqdm(
         items, desc=description, unit=unit, total=total, initial=initial, leave=False, disable=not shown, **where
     )

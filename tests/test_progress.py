@@ -2,8 +2,10 @@
 
 import io
 import sys
+import time
 
 import pytest
+from tqdm import tqdm
 
 from deepmsi.progress import progress_bar
 from deepmsi.train.console import note
@@ -15,7 +17,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    log, now = io.StringIO(), [0.0]
+    log, now = io.StringIO(), [time.time()]  # a clock ahead of that of tqdm's thread, which draws overdue bars
+    above = tqdm(total=1, file=io.StringIO())  # one that was never closed, below which tqdm would draw
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     with progress_bar(total=600, description="decoding", unit="clip") as bar:
@@ -23,6 +26,7 @@ def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 0.5
             bar.update()
         note("A sentence in between.")
+    above.close()
     *lines, sentence = log.getvalue().splitlines()
     assert [line.split("|")[0] for line in lines] == [f"decoding: {20 * minute:3d}%" for minute in (1, 2, 3, 4)]
     assert [line.split("|")[2].split()[0] for line in lines] == ["120/600", "240/600", "360/600", "480/600"]
