@@ -330,8 +330,8 @@ class UtteranceTrainer(Trainer):
         """AdamW; pretrained encoders have a rate of their own, and vectors and scalars do not decay."""
         if self.optimizer is None:
             settings = self.fit.recipe.train
-            # One pass over weights and moments on a GPU. Not in fp16, whose scaler could not tell of a step it skipped.
-            fused = True if self.args.device.type == "cuda" and settings.precision != "fp16" else None
+            # One pass over weights and moments. Not in fp16, whose scaler could not tell of a step it skipped.
+            fused = True if self.args.device.type in ("cpu", "cuda") and settings.precision != "fp16" else None
             self.optimizer = torch.optim.AdamW(
                 parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas, fused=fused
             )

@@ -146,7 +146,7 @@ def test_a_checkpoint_of_other_groups_of_parameters_is_refused(
 
 @pytest.mark.parametrize(("stored", "fused"), [(True, None), (None, True)])
 def test_a_run_that_goes_on_elsewhere_steps_as_it_would_there(stored: bool | None, fused: bool | None) -> None:
-    """A checkpoint of a GPU asks for its fused step, which a CPU has, too, with other bits."""
+    """A checkpoint says whether its steps were fused, which gives other bits."""
     weight = torch.ones(3, requires_grad=True)
     states = []
     for choice in (stored, fused):
@@ -159,6 +159,19 @@ def test_a_run_that_goes_on_elsewhere_steps_as_it_would_there(stored: bool | Non
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
     assert states[0]["param_groups"][0]["fused"] is stored, "what was read is not changed"
     optimizer.step()
+
+
+def test_steps_are_fused(split_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Recorded(torch.optim.AdamW):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self.defaults["fused"])
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    train(make_recipe(train={"epochs": 1}), split_corpus, tmp_path / "run")
+    assert made == [True]
 
 
 def test_the_small_model_overfits_a_small_set(video_corpus: Path, tmp_path: Path) -> None:
