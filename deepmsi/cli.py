@@ -106,6 +106,8 @@ class _Terminated(BaseException):
 
 def _terminate(number: int, frame: object) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # where something swallows the exception, the next one ends the process
+    # Who ends a whole group ends the loader's workers, too, which torch's handler would make an error of.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise _Terminated
 
 
@@ -737,7 +739,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the words after `deepmsi`; those of the process by default.
+        argv: the words after `deepmsi`; those of the process by default, which an interruption may then end at once.
 
     Returns:
         the exit code (see the head of this file).
@@ -751,7 +753,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(INTERRUPTED)
 
     try:
-        with _on_signals({signal.SIGINT: leave}):
+        with _on_signals({signal.SIGINT: leave} if argv is None else {}):
             outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
         sys.stdout.flush()
         if outcome == INTERRUPTED:  # some releases of typer turn the interruption into its exit code

@@ -191,17 +191,24 @@ class TestEndings:
         assert outcome.err.strip().endswith("deepmsi train demo --data 'my clips' --out run --resume")
 
 
-def test_interruption_while_torch_is_imported(tmp_path) -> None:
-    """The first second or two of every command; parts of torch swallow exceptions as they are imported."""
+@pytest.mark.parametrize(("arguments", "swallowed"), [("", True), ("['explain']", False)], ids=["command", "called"])
+def test_interruption_while_torch_is_imported(tmp_path, arguments, swallowed) -> None:
+    """The first second or two of every command; parts of torch swallow exceptions as they are imported.
+
+    The process of the command ends at once, that of someone who calls `main` goes on.
+    """
     (tmp_path / "torch.py").write_text(
-        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        "import os, signal\n"
+        f"try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    if not {swallowed}: raise\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from deepmsi import cli; sys.exit(cli.main(['explain']))"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['deepmsi', 'explain']\n"
+        f"from deepmsi import cli; code = cli.main({arguments}); print('after'); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "deepmsi: interrupted; nothing half-written is left, run the same command again"
     assert done.returncode == 130
+    assert done.stdout.strip() == ("after" if arguments else "")
 
 
 @pytest.mark.parametrize("variable", ["DEEPMSI_BACKEND", "DEEPMSI_ISA"])
@@ -229,6 +236,28 @@ def test_sigterm_leaves_no_temporary_folder(monkeypatch, deepmsi, trained, clips
     assert outcome.err.strip().splitlines()[-1].startswith("deepmsi: interrupted")
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_to_a_group_is_no_error_of_its_workers(monkeypatch, deepmsi) -> None:
+    """As `timeout` and systemd send it: torch's handler raises where a DataLoader's worker has been ended."""
+
+    def worker_fails(*_: object) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
+
+    def killed(run: Path) -> Path:
+        signal.signal(signal.SIGCHLD, worker_fails)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr("deepmsi.report.report", killed)
+    try:
+        assert deepmsi("report", "run").code == 143
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_nothing_else_reaches_standard_output(monkeypatch, deepmsi, tmp_path) -> None:
