@@ -38,9 +38,10 @@ def progress_bar(
         unit: what is counted.
         total: how many; None is the length of the items.
         initial: how many were done before.
-        shown: False shows nothing.
+        shown: False shows nothing, as where there is no standard error.
     """
-    if sys.stderr.isatty():
+    shown = shown and sys.stderr is not None
+    if shown and sys.stderr.isatty():
         where: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     else:
         # At position 0 no bar moves the cursor, whatever others there are.

@@ -45,3 +45,9 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, shown: bool) -> N
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert list(progress_bar([1, 2], description="checking", unit="file", shown=shown)) == [1, 2]
     assert ("\rchecking:" in terminal.getvalue()) == shown
+
+
+def test_where_there_is_no_standard_error_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it was closed before the process began, and under pythonw."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress_bar([1, 2], description="checking", unit="file")) == [1, 2]
