@@ -382,7 +382,7 @@ class DeepMSI(
         """Mean cross-entropy in float32 or wider, by class weights where configured, over all processes' batch."""
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         joined = world > 1 and self.training
-        if not len(labels) and not joined:  # one NaN would spread to every weight; a process without rows adds zero
+        if labels.shape[0] == 0 and not joined:  # NaN would spread to every weight; a process without rows adds zero
             raise UserError("the batch holds no utterance, and a mean over none is no loss: leave it out.")
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights = None if self.class_weights is None else self.class_weights.to(wide)

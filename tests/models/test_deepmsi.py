@@ -338,6 +338,15 @@ def test_compiles_whole(tiny, batch):
     torch.testing.assert_close(compiled.loss, expected.loss)
 
 
+def test_a_loss_is_exported_for_any_batch_size(tiny, batch):
+    model = tiny().eval()
+    given = {"text_features": batch["text_features"], "audio_features": batch["audio_features"], "labels": LABELS}
+    size = {0: torch.export.Dim("utterances")}
+    program = torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, size)).module()
+    fewer = {name: tensor[:3] for name, tensor in given.items()}
+    torch.testing.assert_close(program(**fewer).loss, model(**fewer).loss)
+
+
 @pytest.mark.parametrize(
     ("sections", "inputs", "words"),
     [
