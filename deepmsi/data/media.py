@@ -144,7 +144,9 @@ def check_file(path: Path) -> None:
 def check_end(path: Path, container: Any) -> None:
     """Raise UserError where the sound ends before the length that the file states: FFmpeg reads as far as it goes.
 
-    The container stays where it is: the file is opened anew, where its format states an exact length.
+    A piece of a FLAC file that FFmpeg copied (``-c copy``) states the length of the whole, and nothing else tells it
+    from a truncated file. The container stays where it is: the file is opened anew, where its format states an exact
+    length.
     """
     if container.format.name not in _EXACT:
         return
@@ -163,7 +165,8 @@ def check_end(path: Path, container: Any) -> None:
         if end < stream.duration - _TAIL * second:
             stated = float(stream.duration * stream.time_base)
             raise UserError(
-                f"{path}: the file is truncated, it ends before the {stated:.2f} s that it states; copy it again"
+                f"{path}: the file is truncated, it ends before the {stated:.2f} s that it states; copy it again, or, "
+                "where it was cut out of another one without being encoded anew, encode it"
             )
 
 

@@ -383,6 +383,19 @@ def test_a_file_that_ends_before_its_stated_length_is_refused(tmp_path, clip_wri
                 read(cut)
 
 
+def test_a_piece_of_a_flac_file_that_states_the_length_of_the_whole_is_told_what_to_do(tmp_path, clip_writer):
+    """FFmpeg copies the header of the whole, and such a piece cannot be told from a truncated file."""
+    whole, piece = clip_writer(tmp_path / "whole.flac", [], sound=3.0, channels=1), tmp_path / "piece.flac"
+    with av.open(str(whole)) as source, av.open(str(piece), "w") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.pts is not None and packet.pts * packet.time_base < 1:
+                packet.stream = stream
+                target.mux(packet)
+    with pytest.raises(UserError, match=r"ends before the 3\.00 s .* without being encoded anew, encode it"):
+        decode_audio(piece)
+
+
 def test_a_flac_file_of_unstated_length_is_read(tmp_path, clip_writer):
     """As a program writes it that cannot go back to its header."""
     clip = clip_writer(tmp_path / "a.flac", [], sound=2.0, channels=1)
