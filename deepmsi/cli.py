@@ -202,7 +202,13 @@ def _dump(value: Any, stream: IO[str]) -> None:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    """Print a sentence on standard error, on a line of its own also where an error left a bar behind."""
+    if "tqdm" not in sys.modules:
+        print(message, file=sys.stderr)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -748,7 +754,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def leave(*_: object) -> NoReturn:
         try:
-            _say(f"deepmsi: {_resume_hint(words)}")
+            print(f"deepmsi: {_resume_hint(words)}", file=sys.stderr)
         finally:
             os._exit(INTERRUPTED)
 

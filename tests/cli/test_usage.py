@@ -1,6 +1,7 @@
 """The command line's own manners: help, usage errors, exit codes, a clean standard output."""
 
 import errno
+import io
 import json
 import os
 import runpy
@@ -14,6 +15,7 @@ import pytest
 
 from deepmsi import cli
 from deepmsi.errors import UserError
+from deepmsi.progress import progress_bar
 
 COMMANDS = ("demo", "check", "prepare", "train", "evaluate", "predict", "export", "report", "explain")
 
@@ -158,6 +160,24 @@ class TestEndings:
     def test_user_error_stays_on_one_line(self, monkeypatch, mistake) -> None:
         self.ending(monkeypatch, UserError("a sentence\nwith a break"))
         assert mistake("report", "run") == "deepmsi: a sentence with a break"
+
+    def test_a_bar_that_is_left_behind_shares_no_line_with_it(self, monkeypatch) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        bars = []
+
+        def fail(run: Path) -> Path:
+            bars.append(progress_bar(total=2, description="reporting", unit="run"))
+            raise UserError("a sentence")
+
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        monkeypatch.setattr("deepmsi.report.report", fail)
+        assert cli.main(["report", "run"]) == 2
+        bars[0].close()
+        assert "\rreporting:" in terminal.getvalue()
+        assert "\rdeepmsi: a sentence\n" in terminal.getvalue()
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["full", "quota"])
     def test_full_disk(self, monkeypatch, mistake, number) -> None:
