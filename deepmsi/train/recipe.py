@@ -55,7 +55,9 @@ class TrainSettings(Section):
     encoder_lr: float | None = Field(
         None, gt=0, le=10, description="for encoders that start from pretrained weights; null takes lr"
     )
-    weight_decay: float = Field(0.01, ge=0, le=100, description="not of biases, norms and vectors")
+    weight_decay: float = Field(
+        0.01, ge=0, le=100, description="of matrices but those that DeepMSI.no_weight_decay names"
+    )
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")

@@ -327,7 +327,7 @@ class UtteranceTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; pretrained encoders have a rate of their own, and vectors and scalars do not decay."""
+        """AdamW over `parameter_groups`."""
         if self.optimizer is None:
             settings = self.fit.recipe.train
             # One pass over weights and moments. Not in fp16, whose scaler could not tell of a step it skipped.
