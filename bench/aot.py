@@ -392,8 +392,8 @@ def table(rows: list[Resources]) -> str:
     """Return a Markdown table."""
     lines = [
         f"Compiled ahead of time with Triton {triton.__version__}, not run: registers and spilled bytes of a thread,",
-        "shared bytes of a block, and how many times warps compute the same product. Equal kernels are listed once,",
-        "under the first case that launches them.",
+        "shared bytes of a block, and how many times warps compute the same product. Equal kernels of an operation are",
+        "listed once, under the first case that launches them.",
         "",
         "| op | kernel | direction | case | dtype | target | warps | registers | spills | shared | repeats |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -425,10 +425,10 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = list(pool.map(compiled, *zip(*jobs, strict=True)))
-    distinct: dict[tuple[str, str], Resources] = {}
+    distinct: dict[tuple[str, str, str], Resources] = {}
     for part in parts:
         for name, row in part:
-            distinct.setdefault((name, row.target), row)
+            distinct.setdefault((name, row.op, row.target), row)
     rows = list(distinct.values())
 
     recording = not (options.quick or options.op) and targets == sorted(SHARED)
