@@ -6,16 +6,15 @@ are cut narrow so that enough programs read at a time. Splitting the sum as well
 that waits for itself, so a network's last step is one launch for each of its products. Sums have a fixed order.
 """
 
-import os
 from typing import Any
 
 import torch
+from deepmsi._triton.operands import upcasts
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _BLOCK_ELEMENTS = 1024
 # Products of float32 that are added up by themselves: the error of a sum grows with its length.
 _STRETCH = 256
@@ -359,8 +358,7 @@ class _Call:
         self.sizes = (count, length, inputs, self.outputs, dilation, step, self.first)
         self.constants: dict[str, Any] = {
             "TAPS": taps,
-            # The interpreter multiplies bfloat16 as if it were integers.
-            "UPCAST": _INTERPRET and x.dtype == torch.bfloat16,
+            "UPCAST": upcasts(x.dtype),
             "STRETCH": _STRETCH if x.dtype == torch.float32 else None,
         }
 

@@ -6,6 +6,7 @@ and one part of 128 or 256 would multiply a third more.
 
 import os
 
+import torch
 from torch import Tensor
 
 import triton
@@ -57,6 +58,11 @@ def in_two(channels: int) -> dict[str, int]:
     """Return the widths of the two parts that cover so many columns."""
     first = max(16, triton.next_power_of_2(channels) // 2)
     return {"BLOCK_C": first, "BLOCK_MORE": max(16, triton.next_power_of_2(channels - first))}
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Whether products are to be taken in float32: the interpreter multiplies bfloat16 as if it were integers."""
+    return _INTERPRET and dtype == torch.bfloat16
 
 
 def operands_in_registers() -> bool:

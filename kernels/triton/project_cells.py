@@ -4,17 +4,14 @@ One kernel forward: a program takes a block of cells through the product, a part
 whole rows. Backward goes through the norm (the kernel of `residual_norm`) and leaves the products to torch.
 """
 
-import os
-
 import torch
-from deepmsi._triton.operands import in_two, narrowed, tile, vector
+from deepmsi._triton.operands import in_two, narrowed, tile, upcasts, vector
 from deepmsi._triton.residual_norm import counted, gradient_through_norm, keep, statistics
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ROWS = 64
 
 
@@ -137,7 +134,7 @@ def project_cells_fwd(
                 BIASED=bias is not None,
                 PACKED=cu_seqlens is not None,
                 KEPT=with_grad,
-                UPCAST=_INTERPRET and weight.dtype == torch.bfloat16,
+                UPCAST=upcasts(weight.dtype),
                 num_warps=4,
                 num_stages=3,
             )

@@ -9,7 +9,6 @@ Above that, and in float32, arithmetic bounds the products. The first is a kerne
 are torch's, and backward makes the hidden rows again by torch's product, some rows at a time.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from deepmsi._triton.operands import (
     operands_in_registers,
     stages,
     tile,
+    upcasts,
     vector,
 )
 from deepmsi._triton.residual_norm import (
@@ -35,7 +35,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _MOST_FUSED = 256
 # Hidden channels at a time, and rows where a program holds sums over them.
 _UNITS = 32
@@ -331,8 +330,7 @@ class _Layer:
         self.hidden, self.channels = fc1_weight.shape
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.frames = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        # The interpreter multiplies bfloat16 as if it were integers.
-        self.upcast = _INTERPRET and self.dtype == torch.bfloat16
+        self.upcast = upcasts(self.dtype)
 
     @property
     def fused(self) -> bool:

@@ -8,10 +8,8 @@ pays where memory bounds the products, up to 256 channels in 16 bits. Backward g
 kernels of `window_attention`), and adds the gradient of y in the product that takes that of q, k and v to x.
 """
 
-import os
-
 import torch
-from deepmsi._triton.operands import add_gradient, added, in_two, narrowed, stages, tile
+from deepmsi._triton.operands import add_gradient, added, in_two, narrowed, stages, tile, upcasts
 from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
     EMPTY_KEY,
@@ -28,7 +26,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ROWS = 64
 # Programs of the first kernel: enough to fill any device several times, few enough that each reads its weights once
 # for many windows. No sum goes over windows, so bits do not depend on it.
@@ -360,7 +357,7 @@ def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Ten
             BLOCK_ROWS=2 * _ROWS,
             **in_two(channels),
             BLOCK_K=32,
-            UPCAST=_INTERPRET and grad_qkv.dtype == torch.bfloat16,
+            UPCAST=upcasts(grad_qkv.dtype),
             num_warps=8,
             num_stages=3,
         )

@@ -9,16 +9,15 @@ read what another wrote are launches of their own: a program never reads back wh
 Products of 16-bit rows are exact in the float32 that sums them; float32 products are true float32.
 """
 
-import os
 from typing import Any
 
 import torch
+from deepmsi._triton.operands import upcasts
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ROWS = 32  # rows of a tile
 _MOST_PARTS = 64  # programs that share a frame
 
@@ -627,7 +626,7 @@ def vsc_compress_fwd(
         index = torch.empty(packed, device=x.device, dtype=torch.int64)
         gate = torch.empty(packed, device=x.device, dtype=x.dtype)
         if frames:
-            upcast = _INTERPRET and x.dtype == torch.bfloat16
+            upcast = upcasts(x.dtype)
             _nearest_kernel[(frames * parts,)](
                 x, cu, cu_out, order, norm, assignment, closeness, *size, channels, parts, fuse_threshold,
                 UPCAST=upcast, **call.search,

@@ -11,16 +11,15 @@ gradients of a row's logits must sum to zero. Sums over windows are partial sums
 in fixed order: no atomics.
 """
 
-import os
 from typing import Any
 
 import torch
+from deepmsi._triton.operands import upcasts
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Programs of a backward pass that sum over windows. It depends on nothing of the device, so that bits do not either.
 _SUMMING_PROGRAMS = 1024
 _BLOCK_PLACES = 128
@@ -607,8 +606,7 @@ class Windows:
             "PACKED": positions is not None,
             # Whether some slots of a window do not see each other.
             "MASKED": positions is not None or shift > 0 or not full,
-            # The interpreter multiplies bfloat16 as if it were integers.
-            "UPCAST": _INTERPRET and dtype == torch.bfloat16,
+            "UPCAST": upcasts(dtype),
         }
         self.map: Tensor | None = None
         if positions is not None and self.frames:
