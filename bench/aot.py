@@ -269,6 +269,8 @@ DTYPES = {
 }
 # Under autocast the others are of one type, too.
 MIXING = ("project_cells", "residual_norm", "residual_mlp", "residual_window_attention")
+# What ptxas said of each kernel that this process compiled, by its hash.
+_REPORTS: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -306,21 +308,18 @@ def launches(number: int, dtypes: tuple[str, ...]) -> list[Launch]:
     return made
 
 
-def resources(launch: Launch, capability: int) -> tuple[str, Resources] | None:
-    """Compile a launch and read ptxas's report; None where this process compiled an equal one before.
-
-    The string is equal for equal kernels, in any process.
-    """
+def resources(launch: Launch, capability: int) -> tuple[str, Resources]:
+    """Compile a launch and read ptxas's report. The string is equal for equal kernels, in any process."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         kernel = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
-    if not said.getvalue():
-        return None
+    # Nothing is said of a kernel that this process holds already; which one it holds hangs on which jobs it was given.
+    report = _REPORTS.setdefault(kernel.hash, said.getvalue())
 
     def number(pattern: str) -> int:
-        found = re.search(pattern, said.getvalue())
+        found = re.search(pattern, report)
         if found is None:
-            raise SystemExit(f"ptxas did not report {pattern!r} for {launch.kernel.__name__}:\n{said.getvalue()}")
+            raise SystemExit(f"ptxas did not report {pattern!r} for {launch.kernel.__name__}:\n{report}")
         return int(found.group(1))
 
     return kernel.hash, Resources(
@@ -370,8 +369,7 @@ def compiled(number: int, dtypes: tuple[str, ...], capability: int) -> list[tupl
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     driver.set_active(_Target(capability))  # what is launched may depend on it, too
-    found = (resources(launch, capability) for launch in launches(number, dtypes))
-    return [one for one in found if one is not None]
+    return [resources(launch, capability) for launch in launches(number, dtypes)]
 
 
 def faults(found: Resources, allowed: budget.Budget) -> list[str]:

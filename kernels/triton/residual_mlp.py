@@ -43,7 +43,10 @@ _SUMMED_ROWS = 32
 _SUMMING_PROGRAMS = 1024
 # Elements of the hidden rows that live at once in a wide layer.
 _HIDDEN_ELEMENTS = 2**27
-_BLOCK_ELEMENTWISE = 4096
+# Rows and hidden channels of these that a program passes through GELU at once, and programs that do: short ones, for
+# memory bounds them, and several times as many as run at once waste little of the last turn.
+_GELU_ROWS, _GELU_UNITS = 16, 128
+_GELU_PROGRAMS = 4096
 
 HALF_ROOT = tl.constexpr(0.7071067811865476)  # sqrt(1/2)
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0
@@ -311,14 +314,39 @@ def _linear_gelu_kernel(
 
 
 @triton.jit
-def _gelu_backward_kernel(hidden_ptr, grad_ptr, size, BLOCK: tl.constexpr):
-    """In place: what fc1 gave becomes its GELU, and the gradient of that the gradient of what fc1 gave."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    hidden = tl.load(hidden_ptr + at, mask=at < size, other=0.0)
-    grad = tl.load(grad_ptr + at, mask=at < size, other=0.0)
-    active, slope = _gelu_and_slope(hidden.to(tl.float32), hidden.dtype)
-    tl.store(hidden_ptr + at, active.to(hidden.dtype), mask=at < size)
-    tl.store(grad_ptr + at, (grad.to(tl.float32) * slope).to(grad.dtype), mask=at < size)
+def _gelu_backward_kernel(
+    hidden_ptr,
+    grad_ptr,
+    grad_bias_ptr,
+    rows,
+    blocks,
+    chunks,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """In place: what fc1 gave becomes its GELU, and the gradient of that the gradient of what fc1 gave.
+
+    For some hidden channels and a chunk of blocks of rows, whose sum of that gradient goes to [chunks, H].
+    """
+    unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    chunk = tl.program_id(1)
+    # Block on block, and over the rows of one at the end alone: that sum goes through shared memory.
+    grad_bias = tl.zeros([BLOCK_ROWS, BLOCK_H], tl.float32)
+    begin = (chunk.to(tl.int64) * blocks // chunks).to(tl.int32)
+    end = ((chunk + 1).to(tl.int64) * blocks // chunks).to(tl.int32)
+    for block in range(begin, end):
+        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        at = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
+        inside = (row < rows)[:, None] & (unit < HIDDEN)[None, :]
+        hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+        active, slope = _gelu_and_slope(hidden.to(tl.float32), hidden.dtype)
+        grad = (grad.to(tl.float32) * slope).to(grad.dtype)
+        grad_bias += grad.to(tl.float32)
+        tl.store(hidden_ptr + at, active.to(hidden.dtype), mask=inside)
+        tl.store(grad_ptr + at, grad, mask=inside)
+    tl.store(grad_bias_ptr + chunk * HIDDEN + unit, tl.sum(grad_bias, 0), mask=unit < HIDDEN)
 
 
 class _Layer:
@@ -401,6 +429,26 @@ class _Layer:
             num_stages=2 if wide else 3,
         )
         return out
+
+    def gelu_backward(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        """Pass both [R, H] through GELU in place, the gradient backward; return the sum of that over rows [H]."""
+        rows = hidden.shape[0]
+        blocks, parts = triton.cdiv(rows, _GELU_ROWS), triton.cdiv(self.hidden, _GELU_UNITS)
+        chunks = min(blocks, triton.cdiv(_GELU_PROGRAMS, parts))
+        sums = hidden.new_empty((chunks, self.hidden), dtype=torch.float32)
+        _gelu_backward_kernel[(parts, chunks)](
+            hidden,
+            grad,
+            sums,
+            rows,
+            blocks,
+            chunks,
+            HIDDEN=self.hidden,
+            BLOCK_ROWS=_GELU_ROWS,
+            BLOCK_H=_GELU_UNITS,
+            num_warps=8,
+        )
+        return sums.sum(0)
 
 
 def residual_mlp_fwd(
@@ -539,12 +587,10 @@ def _wide_gradients(
         rows, grad = x[part], grad_branch[part]
         hidden = torch.addmm(layer.fc1_bias, rows, layer.fc1.t())
         grad_hidden = grad @ layer.fc2
-        _gelu_backward_kernel[(triton.cdiv(hidden.numel(), _BLOCK_ELEMENTWISE),)](
-            hidden, grad_hidden, hidden.numel(), BLOCK=_BLOCK_ELEMENTWISE, num_warps=8
-        )
+        of_bias = layer.gelu_backward(hidden, grad_hidden)
         if wants_layers:
             grad_fc1 = added(grad_fc1, grad_hidden.t() @ rows)
-            grad_bias = added(grad_bias, grad_hidden.sum(0, dtype=torch.float32))
+            grad_bias = added(grad_bias, of_bias)
             grad_fc2 = added(grad_fc2, grad.t() @ hidden)
         torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
     return (grad_x, *(total.to(layer.dtype) for total in (grad_fc1, grad_bias, grad_fc2) if total is not None))

@@ -169,6 +169,7 @@ def _grad_x_kernel(
     grad_qkv_ptr,
     qkv_ptr,
     grad_x_ptr,
+    grad_bias_ptr,
     rows,
     CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -177,7 +178,10 @@ def _grad_x_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grad x = grad y + grad qkv Q for a block of rows."""
+    """grad x = grad y + grad qkv Q for a block of rows.
+
+    And, where there is a place for it, the block's sum of grad qkv, which passes by anyway: [blocks, 3C].
+    """
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
@@ -191,6 +195,9 @@ def _grad_x_kernel(
         qkv_more = tile(qkv_ptr, unit, unit < 3 * CHANNELS, beyond, CHANNELS, DTYPE, UPCAST)
         grad_x = tl.dot(grad_qkv, qkv, grad_x, input_precision="ieee")
         grad_x_more = tl.dot(grad_qkv, qkv_more, grad_x_more, input_precision="ieee")
+        if grad_bias_ptr is not None:
+            at = tl.program_id(0) * 3 * CHANNELS + unit
+            tl.store(grad_bias_ptr + at, tl.sum(grad_qkv.to(tl.float32), 0), mask=unit < 3 * CHANNELS)
     add_gradient(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
     add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
 
@@ -331,11 +338,11 @@ def residual_window_attention_bwd(
             layout = (positions, cu_seqlens, heads, height, width, window, shift)
             grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)
             grad_table, grad_scale = added(grad_table, of_table), added(grad_scale, of_scale)
+            of_bias = _pass_to_x(grad_y[part], grad_qkv, qkv_weight, grad_x[part], wants_layers)
             if wants_layers:
                 grad_qkv_weight = added(grad_qkv_weight, grad_qkv.t() @ x[part])
-                grad_qkv_bias = added(grad_qkv_bias, grad_qkv.sum(0, dtype=torch.float32))
+                grad_qkv_bias = added(grad_qkv_bias, of_bias)
                 grad_proj = added(grad_proj, grad_branch[part].t() @ attended[part])
-            _pass_to_x(grad_y[part], grad_qkv, qkv_weight, grad_x[part])
         layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
         if wants_layers:
             sums = (grad_qkv_weight, grad_qkv_bias, grad_proj)
@@ -343,15 +350,18 @@ def residual_window_attention_bwd(
         return grad_x, *layers, grad_weight, grad_bias, grad_table, grad_scale
 
 
-def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor) -> None:
-    """Write grad x [R, C] = grad y + grad qkv Q."""
+def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor, wants_bias: bool) -> Tensor | None:
+    """Write grad x [R, C] = grad y + grad qkv Q; return the sum of grad qkv over rows [3C] in float32, where wanted."""
     rows, channels = grad_y.shape
+    blocks = triton.cdiv(rows, 2 * _ROWS)
+    sums = grad_qkv.new_empty((blocks, 3 * channels), dtype=torch.float32) if wants_bias else None
     if rows:
-        _grad_x_kernel[(triton.cdiv(rows, 2 * _ROWS),)](
+        _grad_x_kernel[(blocks,)](
             grad_y,
             grad_qkv,
             qkv_weight.contiguous(),
             grad_x,
+            sums,
             rows,
             CHANNELS=channels,
             BLOCK_ROWS=2 * _ROWS,
@@ -361,6 +371,7 @@ def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Ten
             num_warps=8,
             num_stages=3,
         )
+    return None if sums is None else sums.sum(0)
 
 
 def _parts(rows: int, width: int, of_frame: int | None) -> list[slice]:
