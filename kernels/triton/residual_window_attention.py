@@ -12,13 +12,13 @@ import torch
 from deepmsi._triton.operands import add_gradient, added, in_two, narrowed, stages, tile, upcasts
 from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
-    EMPTY_KEY,
     EMPTY_QUERY,
     LOG2_E,
     Windows,
+    entries,
     factor_of,
-    inverse_norm,
     slots,
+    tile_logits,
     window_attention_bwd,
 )
 from torch import Tensor
@@ -83,16 +83,13 @@ def _attend_kernel(
         k_bias = tl.load(qkv_bias_ptr + CHANNELS + unit, mask=mine, other=0.0).to(tl.float32)
         v_bias = tl.load(qkv_bias_ptr + 2 * CHANNELS + unit, mask=mine, other=0.0).to(tl.float32)
     factor = factor_of(head_scale_ptr, scale, head, COSINE) * LOG2_E
-    slot = tl.arange(0, BLOCK)
-    within = slot < WINDOW * WINDOW
-    code = slot // WINDOW * (2 * WINDOW - 1) + slot % WINDOW
-    entry = code[:, None] - code[None, :] + 2 * WINDOW * (WINDOW - 1)
-    bias = tl.load(table_ptr + entry * HEADS + head, mask=within[:, None] & within[None, :], other=0.0) * LOG2_E
+    entry, within = entries(WINDOW, BLOCK)
+    bias = tl.load(table_ptr + entry * HEADS + head, mask=within, other=0.0) * LOG2_E
     begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
     end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
     for window in range(begin, end):
         row, kind, _ = slots(map_ptr, window, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
-        held = kind >= 0 if MASKED else slot >= 0
+        held = kind >= 0 if MASKED else tl.arange(0, BLOCK) >= 0
         x = tile(x_ptr, row, held, column, CHANNELS, DTYPE, UPCAST)
         more = tile(x_ptr, row, held, beyond, CHANNELS, DTYPE, UPCAST)
         q = tl.dot(x, tl.trans(to_q), input_precision="ieee")
@@ -100,14 +97,7 @@ def _attend_kernel(
         k = tl.dot(x, tl.trans(to_k), input_precision="ieee")
         k = tl.dot(more, tl.trans(to_k_more), k, input_precision="ieee") + k_bias[None, :]
         q, k = narrowed(q, DTYPE, UPCAST), narrowed(k, DTYPE, UPCAST)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if COSINE:
-            logits = logits * (inverse_norm(q, COSINE) * factor)[:, None] * inverse_norm(k, COSINE)[None, :] + bias
-        else:
-            logits = logits * factor + bias
-        if MASKED:
-            seen = kind[:, None] == tl.where(held, kind, EMPTY_KEY)[None, :]
-            logits = tl.where(seen, logits, float("-inf"))
+        logits = tile_logits(q, k, factor, bias, kind, COSINE, MASKED)
         top = tl.where(held, tl.max(logits, 1), 0.0)
         p = tl.exp2(logits - top[:, None])
         inverse = 1.0 / tl.where(held, tl.sum(p, 1), 1.0)

@@ -14,7 +14,7 @@ in fixed order: no atomics.
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import upcasts
+from deepmsi._triton.operands import operands_in_registers, upcasts
 from torch import Tensor
 
 import triton
@@ -22,6 +22,8 @@ import triton.language as tl
 
 # Programs of a backward pass that sum over windows. It depends on nothing of the device, so that bits do not either.
 _SUMMING_PROGRAMS = 1024
+# Programs that attend: enough to fill any device several times, few enough that each reads its bias for many windows.
+_ATTENDING_PROGRAMS = 2048
 _BLOCK_PLACES = 128
 _BLOCK_ROWS = 32
 
@@ -98,6 +100,15 @@ def slots(
 
 
 @triton.jit
+def entries(WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Return which entry of the position bias stands between two slots of one tile, and whether it has them."""
+    slot = tl.arange(0, BLOCK)
+    within = slot < WINDOW * WINDOW
+    code = slot // WINDOW * (2 * WINDOW - 1) + slot % WINDOW
+    return code[:, None] - code[None, :] + 2 * WINDOW * (WINDOW - 1), within[:, None] & within[None, :]
+
+
+@triton.jit
 def _read(x_ptr, row, stride, kind, DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
     """Read rows of one head [BLOCK, BLOCK_D], with zeros for empty slots and past DEPTH."""
     column = tl.arange(0, BLOCK_D)
@@ -160,6 +171,26 @@ def _logits(
 
 
 @triton.jit
+def _seen(logits, kind, MASKED: tl.constexpr):
+    """Put -inf where two slots of a window of one tile do not see each other."""
+    if MASKED:
+        seen = kind[:, None] == tl.where(kind >= 0, kind, EMPTY_KEY)[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def tile_logits(q, k, factor, bias, kind, COSINE: tl.constexpr, MASKED: tl.constexpr):
+    """Return the logits of a window of one tile, whose factor and position bias are in powers of two, for exp2."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if COSINE:
+        logits = logits * (inverse_norm(q, COSINE) * factor)[:, None] * inverse_norm(k, COSINE)[None, :] + bias
+    else:
+        logits = logits * factor + bias
+    return _seen(logits, kind, MASKED)
+
+
+@triton.jit
 def factor_of(head_scale_ptr, scale, head, COSINE: tl.constexpr):
     if COSINE:
         return tl.load(head_scale_ptr + head)
@@ -185,6 +216,57 @@ def _through_norm(gradient, along, unit, inverse, COSINE: tl.constexpr):
 
 
 @triton.jit
+def _forward_tile_kernel(
+    qkv_ptr,
+    stride_row,
+    bias_ptr,
+    head_scale_ptr,
+    map_ptr,
+    out_ptr,
+    lse_ptr,
+    scale,
+    windows,
+    chunks,
+    heads,
+    height,
+    width,
+    shift,
+    DEPTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend: softmax(factor · cos(q, k) + bias) v for one head of a chunk of windows of one tile each."""
+    head = tl.program_id(0) % heads
+    chunk = tl.program_id(0) // heads
+    channels = heads * DEPTH
+    qkv_ptr += head * DEPTH
+    bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    factor = factor_of(head_scale_ptr, scale, head, COSINE) * LOG2_E
+    entry, within = entries(WINDOW, BLOCK)
+    bias = tl.load(bias_ptr + entry, mask=within, other=0.0)
+    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
+    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    for index in range(begin, end):
+        row, kind, _ = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
+        k = _read(qkv_ptr + channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
+        v = _read(qkv_ptr + 2 * channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
+        logits = tile_logits(q, k, factor, bias, kind, COSINE, MASKED)
+        top, shown = _top(tl.full([BLOCK], float("-inf"), tl.float32), logits)
+        p = tl.exp2(logits - shown[:, None])
+        total = tl.sum(p, 1)
+        total = tl.where(total > 0, total, 1.0)
+        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
+        _write(out_ptr + head * DEPTH, row, channels, kind, out, DEPTH, BLOCK_D)
+        tl.store(lse_ptr + row * heads + head, (top + tl.log2(total)) * LN_2, mask=kind >= 0)
+
+
+@triton.jit
 def _forward_kernel(
     qkv_ptr,
     stride_row,
@@ -207,7 +289,7 @@ def _forward_kernel(
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Attend: softmax(factor · cos(q, k) + bias) v for one block of queries of one head of one window."""
+    """Attend: softmax(factor · cos(q, k) + bias) v for one block of queries of one head of one large window."""
     SLOTS: tl.constexpr = WINDOW * WINDOW
     BLOCKS: tl.constexpr = (SLOTS + BLOCK - 1) // BLOCK
     head = tl.program_id(0) % heads
@@ -234,12 +316,9 @@ def _forward_kernel(
         logits = _logits(c, factor, bias_ptr, kind, code, key_kind, key_code, WINDOW, MASKED)
         higher, shown = _top(top, logits)
         p = tl.exp2(logits - shown[:, None])
-        if BLOCKS > 1:
-            shrink = tl.exp2(top - shown)
-            total = total * shrink
-            result = result * shrink[:, None]
-        total += tl.sum(p, 1)
-        result = tl.dot(p.to(v.dtype), v, result, input_precision="ieee")
+        shrink = tl.exp2(top - shown)
+        total = total * shrink + tl.sum(p, 1)
+        result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
         top = higher
     total = tl.where(total > 0, total, 1.0)
     _write(out_ptr + head * DEPTH, row, channels, kind, result * (1.0 / total)[:, None], DEPTH, BLOCK_D)
@@ -282,20 +361,21 @@ def _backward_tile_kernel(
     grad_qkv_ptr += head * DEPTH
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
     factor = factor_of(head_scale_ptr, scale, head, COSINE)
+    entry, within = entries(WINDOW, BLOCK)
+    bias = tl.load(bias_ptr + entry, mask=within, other=0.0)
     grad_logits = tl.zeros([BLOCK, BLOCK], tl.float32)
     grad_scale = tl.zeros([BLOCK], tl.float32)
     begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
     end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
     for index in range(begin, end):
-        row, kind, code = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
+        row, kind, _ = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         k = _read(qkv_ptr + channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         v = _read(qkv_ptr + 2 * channels, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
         grad_out = _read(grad_out_ptr, row, channels, kind, DEPTH, BLOCK_D, UPCAST)
         q_inverse, k_inverse = inverse_norm(q, COSINE), inverse_norm(k, COSINE)
         c = _cosines(q, k, q_inverse, k_inverse, COSINE)
-        key_kind = tl.where(kind >= 0, kind, EMPTY_KEY)
-        logits = _logits(c, factor, bias_ptr, kind, code, key_kind, code, WINDOW, MASKED)
+        logits = _seen(c * (factor * LOG2_E) + bias, kind, MASKED)
         _, shown = _top(tl.full([BLOCK], float("-inf"), tl.float32), logits)
         p = tl.exp2(logits - shown[:, None])
         total = tl.sum(p, 1)
@@ -306,8 +386,8 @@ def _backward_tile_kernel(
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         d = p * (grad_p - tl.sum(p * grad_p, 1)[:, None])
         grad_logits += d
-        along = d * c
-        along_q = tl.sum(along, 1)
+        # From the cosines, not from the product below: that of rounded numbers is off by hundredths of their sum.
+        along_q = tl.sum(d * c, 1)
         grad_scale += along_q
         q, k = _unit(q, q_inverse, COSINE), _unit(k, k_inverse, COSINE)
         d = d.to(q.dtype)
@@ -638,6 +718,16 @@ class Windows:
             spread = 4 if self.constants["BLOCK_D"] > 32 else 2
         return min(most, spread * self.block // 16)
 
+    @property
+    def stages(self) -> int:
+        """Return of how many windows a program holds the rows: the next ones come while it computes.
+
+        Where it goes through windows of one tile that they fill. What float32 and the masks of others take, and cards
+        whose operands lie in registers, leaves none for that.
+        """
+        filled = self.blocks == 1 and self.padded == self.constants["WINDOW"] ** 2
+        return 2 if filled and self.dtype != torch.float32 and not operands_in_registers() else 1
+
     def zero_tail(self, *outputs: Tensor) -> None:
         """Zero the rows that are no frame's."""
         if self.cu_seqlens is None or not self.rows:
@@ -671,25 +761,17 @@ def window_attention_fwd(
         out = qkv.new_empty((rows, channels))
         lse = qkv.new_empty((rows, heads), dtype=torch.float32)
         call.zero_tail(out, lse)
-        if call.windows:
-            _forward_kernel[(call.windows * call.blocks * heads,)](
-                qkv,
-                qkv.stride(0),
-                call.bias_by_heads(),
-                call.head_scale,
-                call.map,
-                out,
-                lse,
-                scale,
-                heads,
-                height,
-                width,
-                shift,
-                **call.constants,
-                num_warps=call.warps(16),
-                num_stages=1,
-            )
-    return out, lse
+        if not call.windows:
+            return out, lse
+        given = (qkv, qkv.stride(0), call.bias_by_heads(), call.head_scale, call.map, out, lse, scale)
+        sizes = (heads, height, width, shift)
+        options = {**call.constants, "num_warps": call.warps(16), "num_stages": call.stages}
+        if call.blocks == 1:
+            chunks = min(call.windows, triton.cdiv(_ATTENDING_PROGRAMS, heads))
+            _forward_tile_kernel[(chunks * heads,)](*given, call.windows, chunks, *sizes, **options)
+        else:
+            _forward_kernel[(call.windows * call.blocks * heads,)](*given, *sizes, **options)
+        return out, lse
 
 
 def window_attention_bwd(
@@ -723,7 +805,7 @@ def window_attention_bwd(
         grad_logits = bias_table.new_empty((chunks, heads * call.padded * call.padded))
         shared = (grad_out.contiguous(), qkv, qkv.stride(0), call.bias_by_heads(), call.head_scale, call.map)
         sizes = (heads, height, width, shift)
-        options = {**call.constants, "num_warps": call.warps(8), "num_stages": 1}
+        options = {**call.constants, "num_warps": call.warps(8), "num_stages": call.stages}
         if call.blocks == 1:
             grad_scale = bias_table.new_empty((chunks, heads))
             _backward_tile_kernel[(chunks * heads,)](
