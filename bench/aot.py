@@ -231,6 +231,8 @@ CASES: tuple[tuple[str, str, Callable[[Types], Tensor], bool], ...] = (
     ("window_attention", "packed 16, window 8, head 32", lambda d: _window(d, True, 16, 8, 32), False),
     ("window_attention", "dense 10, window 5, head 32", lambda d: _window(d, False, 10, 5, 32), False),
     ("window_attention", "dense 14, window 7, head 32", lambda d: _window(d, False, 14, 7, 32), False),
+    ("window_attention", "dense 16, window 8, head 64", lambda d: _window(d, False, 16, 8, 64), False),
+    ("window_attention", "dense 16, window 8, head 128", lambda d: _window(d, False, 16, 8, 128), False),
     ("window_attention", "dense 16, window 16, head 64", lambda d: _window(d, False, 16, 16, 64), False),
     ("dilated_causal_conv1d", "last step, 1 x 1 of 1024", lambda d: _conv(d, 1, 1), True),
     ("dilated_causal_conv1d", "last step, 8 x 8 of 1024", lambda d: _conv(d, 8, 8), False),

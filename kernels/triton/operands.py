@@ -70,7 +70,16 @@ def operands_in_registers() -> bool:
 
     Hopper's tensor cores and those of large Blackwells read operands from shared memory.
     """
-    return not _INTERPRET and driver.active.get_current_target().arch // 10 in (8, 12)
+    return _generation() in (8, 12)
+
+
+def on_hopper() -> bool:
+    """Whether the current GPU is of Hopper's kind."""
+    return _generation() == 9
+
+
+def _generation() -> int | None:
+    return None if _INTERPRET else driver.active.get_current_target().arch // 10
 
 
 def stages(channels: int, size: int = 2) -> int:

@@ -327,7 +327,8 @@ def _gelu_backward_kernel(
 ):
     """In place: what fc1 gave becomes its GELU, and the gradient of that the gradient of what fc1 gave.
 
-    For some hidden channels and a chunk of blocks of rows, whose sum of that gradient goes to [chunks, H].
+    For some hidden channels and a chunk of blocks of rows. The chunk's sum of that gradient goes to [chunks, H], where
+    there is a place for it.
     """
     unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     chunk = tl.program_id(1)
@@ -343,10 +344,12 @@ def _gelu_backward_kernel(
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
         active, slope = _gelu_and_slope(hidden.to(tl.float32), hidden.dtype)
         grad = (grad.to(tl.float32) * slope).to(grad.dtype)
-        grad_bias += grad.to(tl.float32)
+        if grad_bias_ptr is not None:
+            grad_bias += grad.to(tl.float32)
         tl.store(hidden_ptr + at, active.to(hidden.dtype), mask=inside)
         tl.store(grad_ptr + at, grad, mask=inside)
-    tl.store(grad_bias_ptr + chunk * HIDDEN + unit, tl.sum(grad_bias, 0), mask=unit < HIDDEN)
+    if grad_bias_ptr is not None:
+        tl.store(grad_bias_ptr + chunk * HIDDEN + unit, tl.sum(grad_bias, 0), mask=unit < HIDDEN)
 
 
 class _Layer:
@@ -430,12 +433,12 @@ class _Layer:
         )
         return out
 
-    def gelu_backward(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        """Pass both [R, H] through GELU in place, the gradient backward; return the sum of that over rows [H]."""
+    def gelu_backward(self, hidden: Tensor, grad: Tensor, wants_bias: bool) -> Tensor | None:
+        """Pass both [R, H] through GELU in place, the gradient backward; return its sum over rows [H], where wanted."""
         rows = hidden.shape[0]
         blocks, parts = triton.cdiv(rows, _GELU_ROWS), triton.cdiv(self.hidden, _GELU_UNITS)
         chunks = min(blocks, triton.cdiv(_GELU_PROGRAMS, parts))
-        sums = hidden.new_empty((chunks, self.hidden), dtype=torch.float32)
+        sums = hidden.new_empty((chunks, self.hidden), dtype=torch.float32) if wants_bias else None
         _gelu_backward_kernel[(parts, chunks)](
             hidden,
             grad,
@@ -448,7 +451,7 @@ class _Layer:
             BLOCK_H=_GELU_UNITS,
             num_warps=8,
         )
-        return sums.sum(0)
+        return None if sums is None else sums.sum(0)
 
 
 def residual_mlp_fwd(
@@ -587,7 +590,7 @@ def _wide_gradients(
         rows, grad = x[part], grad_branch[part]
         hidden = torch.addmm(layer.fc1_bias, rows, layer.fc1.t())
         grad_hidden = grad @ layer.fc2
-        of_bias = layer.gelu_backward(hidden, grad_hidden)
+        of_bias = layer.gelu_backward(hidden, grad_hidden, wants_layers)
         if wants_layers:
             grad_fc1 = added(grad_fc1, grad_hidden.t() @ rows)
             grad_bias = added(grad_bias, of_bias)

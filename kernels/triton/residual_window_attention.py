@@ -243,7 +243,7 @@ def residual_window_attention_fwd(
                 BIASED=qkv_bias is not None,
                 **in_two(channels),
                 **call.constants,
-                num_warps=call.warps(4),
+                num_warps=call.warps,
                 num_stages=stages(channels, x.element_size()),
             )
         y = torch.empty_like(x)

@@ -1,6 +1,7 @@
-"""Window attention in Triton: forward and backward of one head of one window per program, dense and packed.
+"""Window attention in Triton, forward and backward, dense and packed.
 
-A program finds the rows of its window by arithmetic, or for packed tokens in a map from places to rows that a small
+A program takes one head of a chunk of windows of one tile, or of a block of a larger window. It finds a window's rows
+by arithmetic, or for packed tokens in a map from places to rows that a small
 kernel makes by bisection. Windows are the cyclic ones on the grid padded to whole windows, since they are the fewest:
 a slot whose coordinate wraps belongs to another shifted window than one that does not, and those two bits are the
 whole mask. Windows of up to 64 slots are one tile; larger ones go by blocks of 64 keys.
@@ -14,7 +15,7 @@ in fixed order: no atomics.
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import operands_in_registers, upcasts
+from deepmsi._triton.operands import on_hopper, upcasts
 from torch import Tensor
 
 import triton
@@ -666,8 +667,9 @@ class Windows:
         self.rows, self.dtype = rows, dtype
         depth, tile = channels // heads, window * window
         wide = max(16, triton.next_power_of_2(depth))
-        # A window of several blocks and wide heads: what a program holds of 64 slots does not fit its registers.
-        most = 32 if tile > 64 and wide > 32 else 64
+        # What a program holds of 64 slots of wide heads does not fit its registers where a window has several blocks,
+        # nor shared memory where heads of 128 are in float32.
+        most = 32 if (wide > 32 and tile > 64) or (wide > 64 and dtype == torch.float32) else 64
         self.block = min(most, max(16, triton.next_power_of_2(tile)))
         self.blocks = triton.cdiv(tile, self.block)
         self.padded = self.blocks * self.block
@@ -708,7 +710,8 @@ class Windows:
         scaled = self.table.new_empty((self.heads, self.table.shape[0]))
         return torch.mul(self.table.t(), LOG2_E.value, out=scaled)
 
-    def warps(self, most: int) -> int:
+    @property
+    def warps(self) -> int:
         """Return the warps of a program: one for each 16 rows, since more would repeat the products on tensor cores.
 
         float32, whose products hold their operands, is spread, the more so in wide heads.
@@ -716,17 +719,18 @@ class Windows:
         spread = 1
         if self.dtype == torch.float32:
             spread = 4 if self.constants["BLOCK_D"] > 32 else 2
-        return min(most, spread * self.block // 16)
+        return spread * self.block // 16
 
     @property
     def stages(self) -> int:
-        """Return of how many windows a program holds the rows: the next ones come while it computes.
+        """Return of how many windows a program holds the rows: two, so that the next ones come while it computes.
 
-        Where it goes through windows of one tile that they fill. What float32 and the masks of others take, and cards
-        whose operands lie in registers, leaves none for that.
+        Of windows of 4 or 8, which fill their tile. In float32, with heads of more than 32 channels, where tiles have
+        empty slots and on other cards than Hopper's, registers would not do for it.
         """
         filled = self.blocks == 1 and self.padded == self.constants["WINDOW"] ** 2
-        return 2 if filled and self.dtype != torch.float32 and not operands_in_registers() else 1
+        narrow = self.dtype != torch.float32 and self.constants["BLOCK_D"] <= 32
+        return 2 if filled and narrow and on_hopper() else 1
 
     def zero_tail(self, *outputs: Tensor) -> None:
         """Zero the rows that are no frame's."""
@@ -765,7 +769,7 @@ def window_attention_fwd(
             return out, lse
         given = (qkv, qkv.stride(0), call.bias_by_heads(), call.head_scale, call.map, out, lse, scale)
         sizes = (heads, height, width, shift)
-        options = {**call.constants, "num_warps": call.warps(16), "num_stages": call.stages}
+        options = {**call.constants, "num_warps": call.warps, "num_stages": call.stages}
         if call.blocks == 1:
             chunks = min(call.windows, triton.cdiv(_ATTENDING_PROGRAMS, heads))
             _forward_tile_kernel[(chunks * heads,)](*given, call.windows, chunks, *sizes, **options)
@@ -805,7 +809,7 @@ def window_attention_bwd(
         grad_logits = bias_table.new_empty((chunks, heads * call.padded * call.padded))
         shared = (grad_out.contiguous(), qkv, qkv.stride(0), call.bias_by_heads(), call.head_scale, call.map)
         sizes = (heads, height, width, shift)
-        options = {**call.constants, "num_warps": call.warps(8), "num_stages": call.stages}
+        options = {**call.constants, "num_warps": call.warps, "num_stages": call.stages}
         if call.blocks == 1:
             grad_scale = bias_table.new_empty((chunks, heads))
             _backward_tile_kernel[(chunks * heads,)](

@@ -116,6 +116,25 @@ def test_parts_of_the_rows_keep_the_error_budget(
     assert_budget(backend, device, dtype, *CASES["edge"])
 
 
+@pytest.mark.parametrize("lengths", [None, (70, 0, 21)], ids=["all", "some"])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(300, torch.float16), (40, torch.float32), (40, torch.float16)], ids=str
+)
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_a_program_of_many_blocks_of_rows_keeps_the_error_budget(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str,
+    channels: int,
+    dtype: torch.dtype,
+    lengths: tuple[int, ...] | None,
+) -> None:
+    testing.need("residual_mlp", backend, device, dtype)
+    monkeypatch.setattr("deepmsi._triton.residual_mlp._GELU_PROGRAMS", 5)
+    monkeypatch.setattr("deepmsi._triton.residual_mlp._SUMMING_PROGRAMS", 7)
+    assert_budget(backend, device, dtype, (101,), channels, 200, True, lengths=lengths)
+
+
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
 @pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=[f"cpp-cpu-{t}" for *_, t in ON_THE_CPU])
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:

@@ -292,6 +292,16 @@ def test_parts_of_the_frames_give_the_gradients_of_all(
         torch.testing.assert_close(value, whole[name], rtol=2e-3, atol=2e-3 * whole[name].abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["shifted", "packed"])
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_a_program_of_many_windows_keeps_the_error_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, name: str
+) -> None:
+    testing.need(OP, backend, device, torch.float16)
+    monkeypatch.setattr("deepmsi._triton.residual_window_attention._PROGRAMS", 4)
+    assert_budget(backend, device, torch.float16, **LAYOUTS[name])
+
+
 @pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
 def test_what_the_kernels_do_not_hold_is_refused(backend: str, device: str) -> None:
     testing.need(OP, backend, device, torch.float16)

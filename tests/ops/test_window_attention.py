@@ -1,5 +1,6 @@
 """window_attention: the reference against loops over pairs of tokens, every backend against the reference, torch."""
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -305,6 +306,7 @@ CASES = {
     "window_7": Case((14, 7), 7, 3, depth=24, frames=1),
     "window_8": Case((16, 8), 8, 4, depth=32, frames=1),
     "window_8_unshifted": Case((8, 8), 8, 0, heads=1, depth=64, frames=1),
+    "window_8_wide": Case((8, 8), 8, 4, heads=1, depth=72, frames=1),
     "window_9": Case((9, 9), 9, 0, heads=1, frames=2),
     "window_16": Case((16, 16), 16, 5, heads=1, frames=1),
     "ragged_4": Case((9, 6), 4, 1, frames=1),
@@ -435,6 +437,30 @@ def test_any_sizes_keep_the_error_budget(
     for backend, device in PLACES:
         if backends.why_not(OP, backend, device, torch.float32) is None:
             assert_kernel_keeps_the_budget(case, cosine, backend, device, torch.float32)
+
+
+CHUNKED = {
+    "dense": Case((8, 12), 4, 2, frames=3),
+    "packed": Case((8, 8), 4, 1, lengths=(9, 0, 50, 31), tail=3),
+    "ragged": Case((7, 9), 5, 2, frames=2),
+}
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["v2", "v1"])
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_a_program_of_many_windows_keeps_the_error_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, name: str, cosine: bool
+) -> None:
+    need(backend, device)
+    kernels = importlib.import_module("deepmsi._triton.window_attention")
+    alone = run(CHUNKED[name], cosine, backend, device, torch.float32, torch.float32)
+    monkeypatch.setattr(kernels, "_ATTENDING_PROGRAMS", 5)
+    monkeypatch.setattr(kernels, "_SUMMING_PROGRAMS", 5)
+    assert_kernel_keeps_the_budget(CHUNKED[name], cosine, backend, device, torch.float32)
+    together = run(CHUNKED[name], cosine, backend, device, torch.float32, torch.float32)
+    assert torch.equal(together["out"], alone["out"])
+    assert torch.equal(together["qkv"], alone["qkv"])
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
