@@ -49,6 +49,14 @@ def add_gradient(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNE
     tl.store(grad_x_ptr + at, grad_x, mask=written)
 
 
+@triton.jit
+def chunk_of(items, chunk, chunks):
+    """Return where one of so many chunks of consecutive items begins and ends; they differ by one item at most."""
+    begin = (chunk.to(tl.int64) * items // chunks).to(tl.int32)
+    end = ((chunk + 1).to(tl.int64) * items // chunks).to(tl.int32)
+    return begin, end
+
+
 def added(total: Tensor | None, part: Tensor) -> Tensor:
     """Return a sum with one more part: the first as it is, from the second on in float32 and in place."""
     return part if total is None else total.float().add_(part)

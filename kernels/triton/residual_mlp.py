@@ -15,6 +15,7 @@ import torch
 from deepmsi._triton.operands import (
     add_gradient,
     added,
+    chunk_of,
     in_two,
     narrowed,
     operands_in_registers,
@@ -243,8 +244,7 @@ def _fused_grad_weights_kernel(
     grad_fc2 = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     grad_fc2_more = tl.zeros([BLOCK_H, BLOCK_MORE], tl.float32)
     grad_bias = tl.zeros([BLOCK_H], tl.float32)
-    begin = (chunk * blocks // chunks).to(tl.int32)
-    end = ((chunk + 1) * blocks // chunks).to(tl.int32)
+    begin, end = chunk_of(blocks, chunk, chunks)
     for block in range(begin, end):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         counts = row < valid
@@ -334,8 +334,7 @@ def _gelu_backward_kernel(
     chunk = tl.program_id(1)
     # Block on block, and over the rows of one at the end alone: that sum goes through shared memory.
     grad_bias = tl.zeros([BLOCK_ROWS, BLOCK_H], tl.float32)
-    begin = (chunk.to(tl.int64) * blocks // chunks).to(tl.int32)
-    end = ((chunk + 1).to(tl.int64) * blocks // chunks).to(tl.int32)
+    begin, end = chunk_of(blocks, chunk, chunks)
     for block in range(begin, end):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         at = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]

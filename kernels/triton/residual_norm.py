@@ -5,7 +5,7 @@ made again in the backward pass, which reads the rows anyway.
 """
 
 import torch
-from deepmsi._triton.operands import vector
+from deepmsi._triton.operands import chunk_of, vector
 from torch import Tensor
 
 import triton
@@ -178,8 +178,7 @@ def _backward_kernel(
     grad_bias = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     grad_layer = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     chunk = tl.program_id(0).to(tl.int64)
-    begin = (chunk * blocks // chunks).to(tl.int32)
-    end = ((chunk + 1) * blocks // chunks).to(tl.int32)
+    begin, end = chunk_of(blocks, chunk, chunks)
     for block in range(begin, end):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         at = row.to(tl.int64)[:, None] * channels + column[None, :]

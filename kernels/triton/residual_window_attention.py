@@ -9,7 +9,7 @@ kernels of `window_attention`), and adds the gradient of y in the product that t
 """
 
 import torch
-from deepmsi._triton.operands import add_gradient, added, in_two, narrowed, stages, tile, upcasts
+from deepmsi._triton.operands import add_gradient, added, chunk_of, in_two, narrowed, stages, tile, upcasts
 from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
     EMPTY_QUERY,
@@ -85,8 +85,7 @@ def _attend_kernel(
     factor = factor_of(head_scale_ptr, scale, head, COSINE) * LOG2_E
     entry, within = entries(WINDOW, BLOCK)
     bias = tl.load(table_ptr + entry * HEADS + head, mask=within, other=0.0) * LOG2_E
-    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
-    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    begin, end = chunk_of(windows, chunk, chunks)
     for window in range(begin, end):
         row, kind, _ = slots(map_ptr, window, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         held = kind >= 0 if MASKED else tl.arange(0, BLOCK) >= 0

@@ -15,7 +15,7 @@ in fixed order: no atomics.
 from typing import Any
 
 import torch
-from deepmsi._triton.operands import on_hopper, upcasts
+from deepmsi._triton.operands import chunk_of, on_hopper, upcasts
 from torch import Tensor
 
 import triton
@@ -250,8 +250,7 @@ def _forward_tile_kernel(
     factor = factor_of(head_scale_ptr, scale, head, COSINE) * LOG2_E
     entry, within = entries(WINDOW, BLOCK)
     bias = tl.load(bias_ptr + entry, mask=within, other=0.0)
-    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
-    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    begin, end = chunk_of(windows, chunk, chunks)
     for index in range(begin, end):
         row, kind, _ = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
@@ -366,8 +365,7 @@ def _backward_tile_kernel(
     bias = tl.load(bias_ptr + entry, mask=within, other=0.0)
     grad_logits = tl.zeros([BLOCK, BLOCK], tl.float32)
     grad_scale = tl.zeros([BLOCK], tl.float32)
-    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
-    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    begin, end = chunk_of(windows, chunk, chunks)
     for index in range(begin, end):
         row, kind, _ = slots(map_ptr, index, 0, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         q = _read(qkv_ptr, row, stride_row, kind, DEPTH, BLOCK_D, UPCAST)
@@ -602,8 +600,7 @@ def _backward_logits_kernel(
     bias_ptr += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
     factor = factor_of(head_scale_ptr, scale, head, COSINE)
     grad_logits = tl.zeros([BLOCK, BLOCK], tl.float32)
-    begin = (chunk.to(tl.int64) * windows // chunks).to(tl.int32)
-    end = ((chunk + 1).to(tl.int64) * windows // chunks).to(tl.int32)
+    begin, end = chunk_of(windows, chunk, chunks)
     for index in range(begin, end):
         row, kind, code = slots(map_ptr, index, from_query, height, width, shift, EMPTY_QUERY, WINDOW, BLOCK, PACKED)
         key_row, key_kind, key_code = slots(
