@@ -27,17 +27,6 @@ from deepmsi import _built_for
 from deepmsi._version import __version__
 from deepmsi.errors import UserError
 
-OPS = (
-    "vsc_compress",
-    "window_attention",
-    "dilated_causal_conv1d",
-    "cross_modal_contrastive",
-    "project_cells",
-    "position_bias",
-    "residual_norm",
-    "residual_mlp",
-    "residual_window_attention",
-)
 BACKENDS = ("reference", "triton", "cpp")
 
 _PACKAGE = Path(__file__).parent
@@ -151,6 +140,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("residual_window_attention", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
     ("residual_window_attention", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_windows, _has_large_windows),
 }
+OPS = tuple(dict.fromkeys(op for op, _ in KERNELS))
 
 
 def _file_of(name: str) -> Path | None:
