@@ -90,16 +90,15 @@ def project_cells(
         # Triton's kernel rounds x while it reads it, but backward would keep it as it was.
         x = autocast(x)
     weight, bias = autocast_layers((weight, bias), chosen)
+    if chosen == "reference":
+        with without_autocast(x.device.type):
+            return reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps).to(dtype)
     if chosen == "cpp":
         if packed is not None and not with_grad:
             check_packed(_OP, (packed,), 1)
             weight = packed
         if x.stride(5) != 1:
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies
-        arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
-        return torch.ops.deepmsi.project_cells_cpp_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
-    if chosen == "triton":
-        arguments = (weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
-        return torch.ops.deepmsi.project_cells_triton_fwd(x, *arguments)[0].view(*x.shape[:3], channels)
-    with without_autocast(x.device.type):
-        return reference(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps).to(dtype)
+    forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
+    y, _ = forward(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps, with_grad)
+    return y.view(*x.shape[:3], channels)
