@@ -1,7 +1,5 @@
 """The public function of window attention: check, resolve, call."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -177,13 +175,11 @@ def window_attention(
         ValueError: An argument has the wrong shape, type or range.
         RuntimeError: The backend that was asked for cannot run this call.
     """
+    places = qkv.shape[:-1]
     if positions is None and cu_seqlens is None and qkv.dim() == 2 and min(grid) > 0:
-        frames, rest = divmod(qkv.shape[0], grid[0] * grid[1])
-        if rest == 0:
-            whole = qkv.view(frames, *grid, qkv.shape[1])
-            options: Any = {"bias_table": bias_table, "logit_scale": logit_scale, "scale": scale}
-            options |= {"head_scale": head_scale, "backend": backend}
-            return window_attention(whole, heads, grid, window, shift, **options).flatten(0, 2)
+        area = grid[0] * grid[1]
+        if qkv.shape[0] % area == 0:
+            qkv = qkv.view(qkv.shape[0] // area, *grid, qkv.shape[1])
     qkv = autocast(qkv)
     logit_scale, scale = check_windows(
         _OP,
@@ -204,7 +200,9 @@ def window_attention(
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype)
     with without_autocast(qkv.device.type):
         if chosen == "reference":
-            return reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+            where = (positions, cu_seqlens)
+            out = reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, *where)
+            return out.reshape(*places, out.shape[-1])
         out, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
             qkv.reshape(-1, qkv.shape[-1]),
             bias_table.float(),
@@ -217,4 +215,4 @@ def window_attention(
             window,
             shift,
         )
-        return out.view(*qkv.shape[:-1], out.shape[-1])
+        return out.view(*places, out.shape[-1])

@@ -185,9 +185,9 @@ def test_autocast_takes_qkv_alone(backend: str, device: str) -> None:
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("layout", ["dense", "rows", "packed"])
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
-def test_compiles_whole_and_for_changing_sizes(backend: str, device: str, packed: bool) -> None:
+def test_compiles_whole_and_for_changing_sizes(backend: str, device: str, layout: str) -> None:
     need(backend, device)
     table, scale = table_of(2, torch.float32, device), torch.ones(HEADS, device=device)
 
@@ -208,13 +208,14 @@ def test_compiles_whole_and_for_changing_sizes(backend: str, device: str, packed
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for count in (3, 5):
-        if packed:
+        if layout == "packed":
             places = torch.arange(count, dtype=torch.int32, device=device)
             arguments = (places.repeat(2), offsets([count, count], device))
             qkv = randn(2 * count, 3 * HEADS * DEPTH, seed=count, device=device)
         else:
             arguments = (None, None)
             qkv = randn(count, 4, 4, 3 * HEADS * DEPTH, seed=count, device=device)
+            qkv = qkv.flatten(0, 2) if layout == "rows" else qkv
         one, other = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
         out, exact = compiled(one, *arguments), run(other, *arguments)
         torch.testing.assert_close(out, exact)
