@@ -165,11 +165,15 @@ class HoldsConstants(nn.Module):
 
     def forget(self) -> None:
         """Undo :meth:`fix`."""
+        for held in self._fixed():
+            held.forget()
 
     def kept(self) -> list[Tensor]:
         """Return the tensors that :meth:`fix` computed, but for buffers."""
-        every = tree_leaves(list(vars(self).values()))
-        return [tensor for held in every if isinstance(held, Fixed) for tensor in held.tensors()]
+        return [tensor for held in self._fixed() for tensor in held.tensors()]
+
+    def _fixed(self) -> list[Fixed[Any]]:
+        return [held for held in tree_leaves(list(vars(self).values())) if isinstance(held, Fixed)]
 
     def train(self, mode: bool = True) -> Self:
         if mode:

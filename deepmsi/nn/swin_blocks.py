@@ -194,8 +194,7 @@ class WindowAttention(HoldsConstants):
 
     def forget(self) -> None:
         self.fixed_table = self._fixed_from = None
-        for kept in (self._laid_out, self._qkv_bias, self._head_scale):
-            kept.forget()
+        super().forget()
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
@@ -264,9 +263,6 @@ class Mlp(HoldsConstants):
 
     def fix(self) -> None:
         self._laid_out.fix_layers("residual_mlp", self.fc1, self.fc2)
-
-    def forget(self) -> None:
-        self._laid_out.forget()
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
@@ -579,9 +575,6 @@ class PatchMerging(HoldsConstants):
 
     def fix(self) -> None:
         self._laid_out.fix_layers("project_cells", self.reduction)
-
-    def forget(self) -> None:
-        self._laid_out.forget()
 
     def laid_out(self) -> Tensor | None:
         """Return the layer's weight as :meth:`fix` laid it out, while it stays."""
