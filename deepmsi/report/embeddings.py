@@ -32,29 +32,27 @@ class EmbeddingMap:
     trained: bool
 
 
-def embedding_map(facts: RunFacts, most: int = MOST_ROWS) -> tuple[EmbeddingMap | None, str | None]:
+def embedding_map(facts: RunFacts) -> tuple[EmbeddingMap | None, str | None]:
     """Run the kept model over scored rows and lay its fused embeddings out by t-SNE.
 
     The fused embedding is what the classifier reads: the projections of video, text and audio, side by side.
 
-    Args:
-        facts: the run; its prepared data must be there.
-        most: rows at the most, evenly chosen.
+    Of more rows than `MOST_ROWS` as many are chosen, evenly.
 
     Returns:
-        the map, or None and the reason why there is none.
+        the map, or None and the reason why there is none; without prepared data, which the page names once, no reason.
     """
+    if facts.data is None:
+        return None, None
     from sklearn.manifold import TSNE
 
     from deepmsi.models.predict import load_run
 
-    if facts.data is None:
-        return None, "the map of the embeddings needs the prepared data of the run"
     place = {row.id: i for i, row in enumerate(facts.data.rows)}
     scored = list({row.id: row for row in facts.predictions if row.id in place}.values())
     if len(scored) < FEWEST_ROWS:
         return None, f"a map of the embeddings needs {FEWEST_ROWS} scored rows, and {len(scored)} are there"
-    chosen = [scored[i] for i in np.unique(np.linspace(0, len(scored) - 1, min(most, len(scored))).astype(int))]
+    chosen = [scored[i] for i in np.unique(np.linspace(0, len(scored) - 1, min(MOST_ROWS, len(scored))).astype(int))]
     try:
         model = load_run(facts.path)
         fused = _fused(model, facts.data, [place[row.id] for row in chosen])

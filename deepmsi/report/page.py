@@ -196,11 +196,7 @@ def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:
     """Kept tokens over frames of a few clips that were read rightly, with the sentences for what is missing."""
     from deepmsi.report.tokens import kept_tokens
 
-    if facts.data is None:
-        return [], []
     stages, reason = kept_tokens(facts)
-    if reason is not None:
-        return [], [reason]
     strips = []
     for clip in stages:
         pictures = [{"caption": "frame", "uri": figures.image_uri(figures.frame_pixels(clip.frame))}]
@@ -213,14 +209,12 @@ def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:
                 }
             )
         strips.append({"id": clip.id, "label": clip.label, "predicted": clip.predicted, "pictures": pictures})
-    return strips, []
+    return strips, [reason] if reason else []
 
 
 def _embeddings(facts: RunFacts) -> tuple[dict[str, Any] | None, str | None]:
     from deepmsi.report.embeddings import embedding_map
 
-    if facts.data is None:
-        return None, None  # the page names the missing data once
     found, reason = embedding_map(facts)
     if found is None:
         return None, reason

@@ -32,23 +32,21 @@ class ClipTokens:
     blocks: list[tuple[str, NDArray[np.bool_]]]
 
 
-def kept_tokens(facts: RunFacts, most: int = MOST_CLIPS) -> tuple[list[ClipTokens], str | None]:
-    """Run the model of a run over a few of its scored clips and read what its compressing blocks kept.
+def kept_tokens(facts: RunFacts) -> tuple[list[ClipTokens], str | None]:
+    """Run the model of a run over `MOST_CLIPS` of its scored clips and read what its compressing blocks kept.
 
-    Args:
-        facts: the run; its prepared data must be there.
-        most: clips to show; the most confident right one of each class comes first.
+    The most confident right one of each class comes first.
 
     Returns:
-        the clips, and the reason where there are none.
+        the clips, and the reason where there are none; without prepared data, which the page names once, no reason.
     """
+    if facts.data is None:
+        return [], None
     from deepmsi.models.predict import load_run
     from deepmsi.train.dataset import UtteranceDataset
 
-    if facts.data is None:
-        return [], "kept tokens need the prepared data of the run"
     place = {row.id: i for i, row in enumerate(facts.data.rows) if row.has_video}
-    chosen = choose_clips([row for row in facts.predictions if row.id in place], most)
+    chosen = choose_clips([row for row in facts.predictions if row.id in place])
     if not chosen:
         return [], "kept tokens need scored clips with a video, and the run has none"
     try:
@@ -68,44 +66,33 @@ def kept_tokens(facts: RunFacts, most: int = MOST_CLIPS) -> tuple[list[ClipToken
     return clips, None
 
 
-def choose_clips(predictions: Sequence[ScoredRow], most: int) -> list[ScoredRow]:
+def choose_clips(predictions: Sequence[ScoredRow]) -> list[ScoredRow]:
     """Pick the most confident right row of each class, classes in the order of that confidence, then others."""
     ordered = sorted(predictions, key=lambda row: (not row.right, -row.confidence, row.id))
     firsts = list({row.label: row for row in reversed(ordered) if row.right}.values())
     firsts.sort(key=ordered.index)
-    return [*firsts, *(row for row in ordered if row not in firsts)][:most]
+    return [*firsts, *(row for row in ordered if row not in firsts)][:MOST_CLIPS]
 
 
 def _run(model: "DeepMSI", examples: Sequence[Any]) -> list[list[tuple[str, NDArray[np.bool_]]]]:
-    """Return, for the middle frame of each example, (block, kept [h, w] bool) of every compressing block."""
+    """Return, for the middle frame of each example, (block, kept [h, w] bool) of every compressing block.
+
+    The model is in eval mode.
+    """
     import torch
 
     from deepmsi.train.dataset import Collator
 
-    assert model.video is not None
-    video = model.video
     device = next(model.parameters()).device
     batch = Collator(model.config, model.text_processor, model.audio_processor, with_labels=False)(examples)
-    inputs: list[tuple[Any, ...]] = []
-    # The guide is made inside the model: note what the video branch is called with, then ask it once more.
-    handle = video.register_forward_pre_hook(lambda module, args: inputs.append(args))
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            model(**{name: tensor.to(device) for name, tensor in batch.items()})
-            handle.remove()
-            pixel_values, guide = inputs[0][:2]
-            _, blocks = video(pixel_values, guide, return_kept=True)
-    finally:
-        handle.remove()
-        model.train(training)
+    with torch.inference_mode():
+        out = model(**{name: tensor.to(device) for name, tensor in batch.items()}, return_kept=True)
     steps = batch["pixel_values"].shape[1]
     result = []
     for clip in range(len(examples)):
         frame = clip * steps + steps // 2
         masks = []
-        for block in blocks:
+        for block in out.kept or ():
             begin, end = block.cu_seqlens[frame].item(), block.cu_seqlens[frame + 1].item()
             mask = np.zeros(block.grid, bool)
             mask.reshape(-1)[block.positions[begin:end].cpu().numpy()] = True
