@@ -717,9 +717,10 @@ def _graphs_of(run: Path) -> dict[str, str]:
     from deepmsi.models.graphs import why_not_inference, why_not_training
     from deepmsi.models.predict import load_run
     from deepmsi.train.recipe import load_recipe
+    from deepmsi.train.record import RECIPE
 
-    model = load_run(run)
-    accumulation = load_recipe(run / "recipe.yaml").train.accumulation if (run / "recipe.yaml").is_file() else 1
+    model, recipe = load_run(run), run / RECIPE
+    accumulation = load_recipe(recipe).train.accumulation if recipe.is_file() else 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "training": why_not_training(model, device, accumulation) or "captured, with train.cuda_graphs",

@@ -93,7 +93,7 @@ def run_demo(
     from deepmsi.models.predict import load_run
     from deepmsi.report import report
     from deepmsi.report.text import chance_of, interval_of
-    from deepmsi.train.ablate import ablate
+    from deepmsi.train.ablate import ABLATION, ablate
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.record import METRICS
     from deepmsi.train.run import train
@@ -118,7 +118,7 @@ def run_demo(
 
     steps.begin("evaluate", "evaluating on the other speakers, with all modalities and without some")
     whole = ablate(run, held_out.path)[-1]
-    metrics = json.loads((run / "ablation" / whole["name"] / METRICS).read_text(encoding="utf-8"))
+    metrics = json.loads((run / ABLATION / whole["name"] / METRICS).read_text(encoding="utf-8"))
 
     row = held_out.rows[0]
     clip = source / "clips" / f"{row.id}.mp4"

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from deepmsi.errors import UserError
 from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
-from deepmsi.train.metrics import SUMMARY, Scores, label_of_column
-from deepmsi.train.record import check_format
+from deepmsi.train.ablate import ABLATION, TABLE
+from deepmsi.train.metrics import SUMMARY, Scores
+from deepmsi.train.record import HISTORY, METRICS, PREDICTIONS, RECIPE, RUN, check_format, label_of_column
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData
@@ -99,15 +100,15 @@ def collect(run: Path) -> RunFacts:
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}; `deepmsi train` writes one")
     facts = RunFacts(run)
-    facts.made = _read_json(run / "run.json", facts.missing) or {}
+    facts.made = _read_json(run / RUN, facts.missing) or {}
     if facts.made:
-        check_format(run / "run.json", facts.made)
-    facts.recipe = _read_yaml(run / "recipe.yaml", facts.missing)
+        check_format(run / RUN, facts.made)
+    facts.recipe = _read_yaml(run / RECIPE, facts.missing)
     facts.history = _read_history(run, facts.missing)
-    facts.metrics = read_metrics(run / "metrics.json", facts.missing)
-    facts.predictions = _read_predictions(run / "predictions.csv", facts.missing)
+    facts.metrics = read_metrics(run / METRICS, facts.missing)
+    facts.predictions = _read_predictions(run / PREDICTIONS, facts.missing)
     if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
-        raise UserError(f"{run} holds no run: neither run.json nor metrics.json nor a history is in it")
+        raise UserError(f"{run} holds no run: neither {RUN} nor {METRICS} nor a history is in it")
     facts.ablation, facts.retrained = _read_ablation(run)
     facts.data = _open_data(facts)
     return facts
@@ -170,10 +171,10 @@ def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
 
 def _read_history(run: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Read the events of every fold, and those of the kept model's fit where it was watched or there are no folds."""
-    folds = sorted(run.glob("folds/*/history.jsonl"))
+    folds = sorted(run.glob(f"folds/*/{HISTORY}"))
     events = [event | {"fold": path.parent.name} for path in folds for event in _read_lines(path, missing)]
-    if not folds or (run / "history.jsonl").is_file():
-        events += _read_lines(run / "history.jsonl", missing)
+    if not folds or (run / HISTORY).is_file():
+        events += _read_lines(run / HISTORY, missing)
     return events
 
 
@@ -220,7 +221,7 @@ def _probability(cell: Any) -> float | None:
 
 def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
     """Read the table of `deepmsi ablate`, else find evaluations in RUN/ablation, each with its modalities."""
-    table = _read_json(run / "ablation" / "ablation.json", []) or {}
+    table = _read_json(run / ABLATION / TABLE, []) or {}
     lines = table.get("lines")
     lines = [
         line
@@ -231,7 +232,7 @@ def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
         named = [(_letters(str(line["name"]).split("+")) or str(line["name"]), line) for line in lines]
         return _in_order(named), table.get("mode") == "retrain"
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(run.glob("ablation/*/metrics.json")):
+    for path in sorted(run.glob(f"{ABLATION}/*/{METRICS}")):
         metrics = read_metrics(path, [])
         used = (metrics or {}).get("modalities")
         if metrics is not None and isinstance(used, list) and used:

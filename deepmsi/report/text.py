@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from deepmsi.train.metrics import label_columns
+from deepmsi.train.record import label_columns
 
 
 class Prediction(Protocol):

@@ -17,11 +17,11 @@ from deepmsi.train.console import note
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import SUMMARY
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.record import RECIPE, read_run, write_json
+from deepmsi.train.record import RECIPE, RUN, read_run, write_json
 from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
 
-TABLE = "ablation.json"
+ABLATION, TABLE = "ablation", "ablation.json"
 COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
 FUSION = ("fuse_threshold", "fuse_alpha")
 # There is a capacity to find only where tokens are kept by a threshold.
@@ -114,7 +114,7 @@ def ablate(
     run, data = Path(run), Path(data)
     read_run(run)
     recipe = load_recipe(run / RECIPE)
-    out = run / "ablation" if out is None else Path(out)
+    out = run / ABLATION if out is None else Path(out)
     if mode == "evaluate" and variants:
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
     lines = []
@@ -171,7 +171,7 @@ def _retrain(run: Path, data: Path, out: Path, settings: Mapping[str, str]) -> d
     overrides = [f"{key}={value}" for key, value in settings.items()]
     recipe = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
     # The run's own folds, so that a line of fewer rows leaves out rows of these and is no other split.
-    return train(recipe, data, out, resume=(out / "run.json").exists(), plan=load_recipe(run / RECIPE))
+    return train(recipe, data, out, resume=(out / RUN).exists(), plan=load_recipe(run / RECIPE))
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ standard deviation over folds and seeds is for.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepmsi.errors import UserError
+from deepmsi.train.record import read_predictions
 
 SUMMARY = ("accuracy", "uar", "weighted_f1", "macro_f1")
 _Z95 = 1.959963984540054
@@ -220,50 +220,6 @@ def compare_predictions(
             "interval": [float(low), float(high)],
         }
     return result
-
-
-def label_columns(own: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """The header of a table with a column for each label behind its own: one of a name that is taken is p(label).
-
-    A label that looks like that already is so, too: `label_of_column` finds every label again.
-    """
-    taken = [label in own or label_of_column(label) != label for label in labels]
-    return [*own, *(f"p({label})" if known else label for label, known in zip(labels, taken, strict=True))]
-
-
-def label_of_column(column: str) -> str:
-    """The label whose probabilities a column of `label_columns` holds."""
-    return column[2:-1] if column.startswith("p(") and column.endswith(")") else column
-
-
-def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
-    """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
-
-    Raises:
-        UserError: the file is missing or no UTF-8, it or a row lacks one of the columns id, label, predicted, or an id
-            is there twice.
-    """
-    file = path / "predictions.csv" if path.is_dir() else path
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            missing = {"id", "label", "predicted"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{file} is no predictions file: it lacks the column {min(missing)!r}.")
-            listed = [(row["id"], (row["label"], row["predicted"])) for row in reader if row["label"]]
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): evaluate the run first.") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read ({error}): write the predictions again.") from None
-    rows = dict(listed)
-    if len(rows) < len(listed):
-        raise UserError(
-            f"{file} has a row more than once, as folds that are repeated leave it: only runs that predicted each row "
-            "once are compared row by row."
-        )
-    if short := [key for key, row in rows.items() if row[1] is None]:
-        raise UserError(f"{file} is damaged: row {short[0]!r} has no prediction; write the predictions again.")
-    return rows
 
 
 def _as_ids(values: ArrayLike, labels: Sequence[str]) -> NDArray[np.int64]:

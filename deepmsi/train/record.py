@@ -1,4 +1,4 @@
-"""The files of a run directory that more than one part reads: their names, run.json, and how tables are written."""
+"""The files of a run directory that more than one part reads: their names, run.json, predictions.csv."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
-from deepmsi.train.metrics import label_columns
 
 METRICS, PREDICTIONS, RECIPE, RUN = "metrics.json", "predictions.csv", "recipe.yaml", "run.json"
+HISTORY = "history.jsonl"
 RUN_FORMAT = 1
 
 
@@ -58,3 +58,47 @@ def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
+
+
+def label_columns(own: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The header of a table with a column for each label behind its own: one of a name that is taken is p(label).
+
+    A label that looks like that already is so, too: `label_of_column` finds every label again.
+    """
+    taken = [label in own or label_of_column(label) != label for label in labels]
+    return [*own, *(f"p({label})" if known else label for label, known in zip(labels, taken, strict=True))]
+
+
+def label_of_column(column: str) -> str:
+    """The label whose probabilities a column of `label_columns` holds."""
+    return column[2:-1] if column.startswith("p(") and column.endswith(")") else column
+
+
+def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
+    """Read the scored rows of a `predictions.csv`: {id: (true label, predicted label)}.
+
+    Raises:
+        UserError: the file is missing or no UTF-8, it or a row lacks one of the columns id, label, predicted, or an id
+            is there twice.
+    """
+    file = path / PREDICTIONS if path.is_dir() else path
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            missing = {"id", "label", "predicted"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{file} is no predictions file: it lacks the column {min(missing)!r}.")
+            listed = [(row["id"], (row["label"], row["predicted"])) for row in reader if row["label"]]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): evaluate the run first.") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}): write the predictions again.") from None
+    rows = dict(listed)
+    if len(rows) < len(listed):
+        raise UserError(
+            f"{file} has a row more than once, as folds that are repeated leave it: only runs that predicted each row "
+            "once are compared row by row."
+        )
+    if short := [key for key, row in rows.items() if row[1] is None]:
+        raise UserError(f"{file} is damaged: row {short[0]!r} has no prediction; write the predictions again.")
+    return rows

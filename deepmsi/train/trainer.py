@@ -45,12 +45,11 @@ from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.metrics import SUMMARY, compute_metrics
 from deepmsi.train.processes import barrier, from_main, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
+from deepmsi.train.record import HISTORY
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
-
-HISTORY = "history.jsonl"
 
 
 @dataclass

@@ -9,14 +9,8 @@ import pytest
 from sklearn import metrics as sk
 
 from deepmsi.errors import UserError
-from deepmsi.train.metrics import (
-    compare_predictions,
-    compute_metrics,
-    legacy_f1,
-    read_predictions,
-    summarize_folds,
-    wilson_interval,
-)
+from deepmsi.train.metrics import compare_predictions, compute_metrics, legacy_f1, summarize_folds, wilson_interval
+from deepmsi.train.record import read_predictions
 
 LABELS = ["neutral", "joy", "anger", "fear"]
 

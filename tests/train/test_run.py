@@ -28,8 +28,8 @@ from deepmsi.train import trainer as trainer_module
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.layout import fit_to_data
-from deepmsi.train.metrics import read_predictions
 from deepmsi.train.recipe import AugmentSettings, load_recipe
+from deepmsi.train.record import read_predictions
 from deepmsi.train.run import _save_model, best_epoch, train
 
 VIDEO: dict[str, Any] = {
