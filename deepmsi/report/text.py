@@ -3,25 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from deepmsi.train.record import label_columns
 
-
-class Prediction(Protocol):
-    """What `DeepMSI.predict` returns per clip or window, as far as it is printed here."""
-
-    @property
-    def clip(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def probabilities(self) -> Mapping[str, float]: ...
-    @property
-    def start(self) -> float | None: ...
-    @property
-    def end(self) -> float | None: ...
-
+if TYPE_CHECKING:
+    from deepmsi.models.predict import Prediction
 
 NAMES = {"accuracy": "accuracy", "uar": "UAR", "weighted_f1": "weighted F1", "macro_f1": "macro F1"}
 
@@ -100,7 +87,7 @@ def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_predictions(predictions: Sequence[Prediction]) -> str:
+def render_predictions(predictions: Sequence["Prediction"]) -> str:
     """One line a clip: the label, and the three likeliest with their probabilities."""
     lines = []
     for item in predictions:
@@ -110,7 +97,7 @@ def render_predictions(predictions: Sequence[Prediction]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_timeline(predictions: Sequence[Prediction]) -> str:
+def render_timeline(predictions: Sequence["Prediction"]) -> str:
     """CSV: the clip where there are several, start, end (seconds), label, and a probability column per label.
 
     The cells from the label on are empty in a window without one.
@@ -125,7 +112,7 @@ def render_timeline(predictions: Sequence[Prediction]) -> str:
         writer.writerow(
             [
                 *([item.clip] if several else []),
-                f"{item.start or 0:.3f}",
+                f"{item.start:.3f}",
                 f"{item.end or 0:.3f}",
                 item.label,
                 *(f"{item.probabilities[label]:.4f}" if item.probabilities else "" for label in labels),
@@ -141,12 +128,11 @@ def _timestamp(seconds: float) -> str:
     return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d},{rest % 1000:03d}"
 
 
-def render_subtitles(predictions: Sequence[Prediction]) -> str:
+def render_subtitles(predictions: Sequence["Prediction"]) -> str:
     """SubRip subtitles: the label and its probability, one cue a window that has a label."""
     labelled = [(item, item.label) for item in predictions if item.label is not None]
     cues = [
-        f"{number}\n{_timestamp(item.start or 0)} --> {_timestamp(item.end or 0)}\n"
-        f"{label} {item.probabilities[label]:.0%}\n"
+        f"{number}\n{_timestamp(item.start)} --> {_timestamp(item.end or 0)}\n{label} {item.probabilities[label]:.0%}\n"
         for number, (item, label) in enumerate(labelled, 1)
     ]
     return "\n".join(cues)
