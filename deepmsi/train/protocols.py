@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from pydantic import Field, field_validator, model_validator
 from deepmsi.data.manifest import part_of
 from deepmsi.errors import UserError
 from deepmsi.models.config import Modalities, Section
+
+if TYPE_CHECKING:
+    from deepmsi.data.store import PreparedRow
 
 ProtocolName = Literal[
     "split-column",
@@ -98,33 +101,6 @@ class ProtocolSettings(Section):
         return f"{words} ({'; '.join(reasons)})" if reasons else words
 
 
-class RowLike(Protocol):
-    """What a protocol reads of a row (`deepmsi.data.store.PreparedRow` has it)."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def speaker(self) -> str | None: ...
-    @property
-    def dialogue(self) -> str | None: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def video(self) -> str | None: ...
-    @property
-    def audio(self) -> str | None: ...
-    @property
-    def extra(self) -> dict[str, str]: ...
-    @property
-    def has_video(self) -> bool: ...
-    @property
-    def has_text(self) -> bool: ...
-    @property
-    def has_audio(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Fold:
     """Row indices of one fit: `train`, the reported `test`, and `dev` where the manifest gives one."""
@@ -135,7 +111,7 @@ class Fold:
     dev: Indices | None = None
 
 
-def make_folds(settings: ProtocolSettings, rows: Sequence[RowLike], seed: int) -> list[Fold]:
+def make_folds(settings: ProtocolSettings, rows: Sequence[PreparedRow], seed: int) -> list[Fold]:
     """Split rows by a protocol.
 
     Args:
@@ -148,9 +124,8 @@ def make_folds(settings: ProtocolSettings, rows: Sequence[RowLike], seed: int) -
         may be held out; a fold's train, dev and test are disjoint.
 
     Raises:
-        UserError: the rows do not allow the protocol (a column without values, one speaker only, too few
-        rows of
-            a label, a fold whose training part lacks a class).
+        UserError: the rows do not allow the protocol (a column without values, one speaker only, too few rows of a
+            label, a fold whose training part lacks a class).
     """
     if settings.name == "split-column":
         folds = _split_column(rows)
@@ -201,7 +176,7 @@ def restrict_folds(folds: Sequence[Fold], whole: Indices, part: Indices) -> list
 
 
 def inner_folds(
-    rows: Sequence[RowLike],
+    rows: Sequence[PreparedRow],
     train: Indices,
     settings: ProtocolSettings,
     folds: int,
@@ -253,7 +228,7 @@ def inner_folds(
     return result
 
 
-def both_sides(rows: Sequence[RowLike], folds: Sequence[Fold]) -> str | None:
+def both_sides(rows: Sequence[PreparedRow], folds: Sequence[Fold]) -> str | None:
     """Say how many reported rows have a speaker, a dialogue or a recording that their fold trains on, too.
 
     A recording is a file that rows are cut from: their video, else their sound. Empty cells tell nothing.
@@ -270,7 +245,7 @@ def both_sides(rows: Sequence[RowLike], folds: Sequence[Fold]) -> str | None:
     return f"{', '.join(parts)}, of {sum(len(fold.test) for fold in folds)}" if parts else None
 
 
-def session_of(row: RowLike) -> str | None:
+def session_of(row: PreparedRow) -> str | None:
     """The recording session: the column `session`, else the digits of an IEMOCAP name (Ses01F_...)."""
     if row.extra.get("session"):
         digits = re.search(r"\d+", row.extra["session"])
@@ -282,7 +257,7 @@ def session_of(row: RowLike) -> str | None:
     return None
 
 
-def column_of(row: RowLike, column: str) -> str | None:
+def column_of(row: PreparedRow, column: str) -> str | None:
     """The cell of a named column, a manifest's own or an extra one; None where it is empty."""
     if column == "session":
         return session_of(row)
@@ -290,11 +265,11 @@ def column_of(row: RowLike, column: str) -> str | None:
     return value or row.extra.get(column) or None
 
 
-def _has(row: RowLike, modalities: Sequence[str]) -> bool:
+def _has(row: PreparedRow, modalities: Sequence[str]) -> bool:
     return all(getattr(row, f"has_{name}") for name in modalities)
 
 
-def _split_column(rows: Sequence[RowLike]) -> list[Fold]:
+def _split_column(rows: Sequence[PreparedRow]) -> list[Fold]:
     parts: dict[str, list[int]] = {"train": [], "dev": [], "test": []}
     for i, row in enumerate(rows):
         part = part_of(row.split)
@@ -318,7 +293,7 @@ def _split_column(rows: Sequence[RowLike]) -> list[Fold]:
     )
 
 
-def _require_classes(fold: Fold, rows: Sequence[RowLike]) -> None:
+def _require_classes(fold: Fold, rows: Sequence[PreparedRow]) -> None:
     known = {rows[i].label for i in fold.train}
     for name, part in (("test", fold.test), ("dev", fold.dev)):
         for i in part if part is not None else ():
@@ -330,7 +305,7 @@ def _require_classes(fold: Fold, rows: Sequence[RowLike]) -> None:
 
 
 def _stratified(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
 ) -> list[Fold]:
     counts = Counter(labels[i] for i in candidates)
     label, least = min(counts.items(), key=lambda item: item[1])
@@ -365,13 +340,13 @@ def _stratified_parts(labels: Sequence[Hashable], folds: int, seed: int) -> list
 
 
 def _leave_one_out(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
 ) -> list[Fold]:
     return [_fold(f"{k + 1:03d}", len(rows), np.array([i])) for k, i in enumerate(candidates)]
 
 
 def _grouped(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
 ) -> list[Fold]:
     groups = _groups(rows, settings.group)
     held = [groups[i] for i in candidates]
@@ -415,7 +390,7 @@ def _grouped_parts(groups: Sequence[Hashable], labels: Sequence[Hashable], folds
 
 def _leave_group_out(column: str) -> Callable[..., list[Fold]]:
     def plan(
-        settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+        settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
     ) -> list[Fold]:
         groups = _groups(rows, column)
         held = sorted({groups[i] for i in candidates}, key=lambda name: (_natural(name), name))
@@ -438,7 +413,7 @@ def _leave_group_out(column: str) -> Callable[..., list[Fold]]:
 
 
 def _session5(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
 ) -> list[Fold]:
     groups = _groups(rows, "session")
     present = sorted(set(groups))
@@ -449,7 +424,7 @@ def _session5(
 
 
 def _paper(
-    settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices, labels: list, seed: int
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices, labels: list, seed: int
 ) -> list[Fold]:
     if len(candidates) < 10:
         raise UserError(f"paper-kfold10 needs 10 rows or more; there are {len(candidates)}.")
@@ -468,7 +443,7 @@ _PLANS: dict[str, Callable[..., list[Fold]]] = {
 }
 
 
-def _groups(rows: Sequence[RowLike], column: str) -> list[str]:
+def _groups(rows: Sequence[PreparedRow], column: str) -> list[str]:
     groups = []
     for row in rows:
         value = column_of(row, column)
@@ -479,7 +454,7 @@ def _groups(rows: Sequence[RowLike], column: str) -> list[str]:
     return groups
 
 
-def _inner_column(settings: ProtocolSettings, rows: Sequence[RowLike], candidates: Indices) -> str | None:
+def _inner_column(settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices) -> str | None:
     """The column whose groups inner folds keep together; None where they are stratified by label."""
     column = {
         "group-kfold": settings.group,
