@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,14 +118,6 @@ def train(
         barrier()
 
 
-@dataclass
-class _Part:
-    """What a fit is made of: positions in the selection."""
-
-    train: NDArray[np.int64]
-    watch: NDArray[np.int64] | None = None
-
-
 class _Run:
     def __init__(
         self,
@@ -134,9 +126,9 @@ class _Run:
         out: Path,
         resume: bool,
         folds: Sequence[str | int] | None,
-        auto_batch: bool = False,
-        plan: Recipe | None = None,
-        on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
+        auto_batch: bool,
+        plan: Recipe | None,
+        on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None,
     ) -> None:
         self.out, self.resume, self.on_fold = out, resume, on_fold
         self.trained: list[tuple[float, float]] = []
@@ -381,17 +373,16 @@ class _Run:
         if not parts:
             last = settings.selection == "last"
             scored = dev is not None and not last
-            model, result = self._fit_part(name, folder, _Part(train, dev), seed, keep_best=scored)
+            model, result = self._fit_part(name, folder, train, dev, seed, keep_best=scored)
             return model, result, "the recipe" if last else DEV
         if settings.selection != "inner-folds" and not whole:
-            part = _Part(parts[0].train, parts[0].test)
-            model, result = self._fit_part(name, folder, part, seed, keep_best=True)
+            model, result = self._fit_part(name, folder, parts[0].train, parts[0].test, seed, keep_best=True)
             return model, result, "an inner validation part"
         curves = [self._inner_curve(name, folder, part, derive_seed(seed, part.name)) for part in parts]
         sizes = [len(part.test) for part in parts]
         best = best_epoch(curves, sizes, settings.metric)
         note(f"{name}: {best} epochs, from {len(parts)} inner fit{'s' * (len(parts) > 1)}.")
-        model, result = self._fit_part(name, folder, _Part(train), seed, stop_epoch=best)
+        model, result = self._fit_part(name, folder, train, None, seed, stop_epoch=best)
         return model, result, f"{len(parts)} inner fits"
 
     def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[dict[str, float]]:
@@ -401,8 +392,8 @@ class _Run:
         inner = folder / "inner" / part.name
         done = inner / "done.json"
         if not done.is_file():
-            fit = _Part(part.train, part.test)
-            _, result = self._fit_part(f"{name} {part.name}", inner, fit, seed, checkpoints=False)
+            fit = f"{name} {part.name}"
+            _, result = self._fit_part(fit, inner, part.train, part.test, seed, checkpoints=False)
             if self.main:
                 write_json(done, {"epochs": result.epochs})
             barrier()
@@ -413,18 +404,20 @@ class _Run:
         self,
         name: str,
         folder: Path,
-        part: _Part,
+        part: NDArray[np.int64],
+        watch: NDArray[np.int64] | None,
         seed: int,
         *,
         keep_best: bool = False,
         stop_epoch: int | None = None,
         checkpoints: bool = True,
     ) -> tuple[DeepMSI, FitResult]:
+        """Train on a part of the rows, and watch the scores on another one where it is given."""
         from deepmsi.train.trainer import Fit, run_fit
 
-        model = self._new_model(self._config(part.train), seed)
+        model = self._new_model(self._config(part), seed)
         config = model.config
-        train = self._dataset(part.train, config, seed)
+        train = self._dataset(part, config, seed)
         if model.video is not None and config.vision.pixel_statistics:
             model.video.fit_pixel_statistics(train.videos(), mirrored=self.recipe.augment.flip > 0)
         fit = Fit(
@@ -432,7 +425,7 @@ class _Run:
             folder=folder,
             recipe=self.recipe,
             train=train,
-            watch=None if part.watch is None else self._dataset(part.watch, config),
+            watch=None if watch is None else self._dataset(watch, config),
             keep_best=keep_best,
             stop_epoch=stop_epoch,
             seed=seed,

@@ -118,7 +118,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
             note(sentence)
     if start is None:
         _forget(fit.folder, aside=bool(skipped))
-    state = _read_state(start) if start else {}
+    state: dict[str, Any] = json.loads((start / checkpoints.STATE).read_text(encoding="utf-8")) if start else {}
     _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
     curve = _curve(state.get("log_history", []))
@@ -665,7 +665,7 @@ def _arguments(fit: Fit) -> TrainingArguments:
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bf16",
             fp16=settings.precision == "fp16",
-            tf32=settings.tf32 or None if not cpu else None,
+            tf32=True if settings.tf32 and not cpu else None,
             use_cpu=cpu,
             ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
             ddp_find_unused_parameters=False,
@@ -719,11 +719,6 @@ def _is_over(fit: Fit, curve: list[dict[str, float]], epoch: float) -> bool:
     if patience is None or not fit.keep_best or not curve or epoch != curve[-1]["epoch"]:
         return False
     return epoch - _best(curve, fit.recipe.train.metric)["epoch"] >= patience
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / checkpoints.STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def _forget(folder: Path, aside: bool) -> None:
