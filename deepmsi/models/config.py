@@ -31,6 +31,11 @@ MODALITIES = ("video", "text", "audio")
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
 OWN_ENCODERS = ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO)
+COMPRESSION = (
+    *("guide_weight", "temperature", "standardize", "threshold", "keep", "capacity", "min_keep"),
+    *("fuse_threshold", "fuse_alpha"),
+)
+"""Fields of the vision section that take the place of the schedule's own."""
 
 
 def _known_modalities(names: list[str]) -> list[str]:
@@ -141,8 +146,7 @@ class VisionConfig(Section):
     @property
     def compression(self) -> dict[str, Any]:
         """The fields that take the place of the schedule's."""
-        names = ("guide_weight", "temperature", "standardize", "threshold", "keep", "capacity", "min_keep")
-        said = {name: getattr(self, name) for name in (*names, "fuse_threshold", "fuse_alpha")}
+        said = {name: getattr(self, name) for name in COMPRESSION}
         return {name: value for name, value in said.items() if value is not None}
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES
+from deepmsi.models.config import COMPRESSION, MODALITIES
 from deepmsi.train.console import note
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import SUMMARY
@@ -22,13 +22,11 @@ from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
 
 ABLATION, TABLE = "ablation", "ablation.json"
-COMPRESSION = ("keep", "capacity", "threshold", "min_keep", "temperature", "standardize", "guide_weight")
-FUSION = ("fuse_threshold", "fuse_alpha")
 # There is a capacity to find only where tokens are kept by a threshold.
 NO_CAPACITY = {"train.capacity_quantile": "null"}
 PARTS = {
     # Without a schedule nothing may say how it compresses.
-    "without VSC": {f"vision.{key}": "null" for key in ("schedule", *COMPRESSION, *FUSION)} | NO_CAPACITY,
+    "without VSC": {f"vision.{key}": "null" for key in ("schedule", *COMPRESSION)} | NO_CAPACITY,
     "without the contrastive term": {"loss.contrastive": "0"},
 }
 
