@@ -14,9 +14,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
@@ -147,14 +148,14 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
     if not records and not problems:
         raise UserError(f"{path}: the manifest has no rows")
     if set(MELD_COLUMNS) <= set(columns):
-        parse: _Parser = _MeldParser(path)
+        parse: Callable[[dict[str, str]], Row] = _MeldParser(path)
         kind: Literal["table", "meld"] = "meld"
     else:
         if "id" not in columns and records:
             near = next((c for c in columns if c.strip().lower() in ("id", "ids", "name", "clip")), None)
             hint = f"; rename the column {near!r}" if near else ""
             raise UserError(f"{path}: the manifest has no column 'id' (its columns: {', '.join(columns)}){hint}")
-        parse, kind = _TableParser(path), "table"
+        parse, kind = partial(_table_row, path.parent), "table"
     rows: list[Row] = []
     origins: list[str] = []
     for line, record in records:
@@ -352,46 +353,38 @@ def _json_cell(value: object) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
-class _Parser:
+def _table_row(folder: Path, record: dict[str, str]) -> Row:
+    cells = {name: value for name, value in record.items() if value}
+    row = Row(
+        id=check_id(cells.get("id", "")),
+        start=_seconds(cells, "start"),
+        end=_seconds(cells, "end"),
+        side=_side(cells),
+        audio_start=_seconds(cells, "audio_start"),
+        audio_end=_seconds(cells, "audio_end"),
+        extra={name: value for name, value in record.items() if name not in COLUMNS},
+        **{name: folder / cells[name] for name in PATH_COLUMNS if name in cells},  # type: ignore[arg-type]
+        text=cells.get("text"),
+        # Names are compared, and look the same in both forms of an accent.
+        **{name: normalize("NFC", cells[name]) for name in NAME_COLUMNS if name in cells},  # type: ignore[arg-type]
+    )
+    if row.label is not None and not row.label.isprintable():
+        raise UserError(f"the label {row.label!r} cannot be read: it holds control characters")
+    for name in PATH_COLUMNS:
+        if "\0" in cells.get(name, "") or "\n" in cells.get(name, ""):
+            raise UserError(f"the path in {name!r} holds a line break or a null character")
+    for start, end in (row.cut("video"), row.cut("audio")):
+        if start is not None and end is not None and end <= start:
+            raise UserError(f"the end {end:g} s does not lie after the start {start:g} s")
+    if not any((row.video, row.audio, row.text, row.text_features, row.audio_features, row.frames)):
+        raise UserError(f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row")
+    return row
+
+
+class _MeldParser:
+    """Makes rows of one of MELD's tables, with the clips that lie beside it."""
+
     def __init__(self, path: Path) -> None:
-        self.folder = path.parent
-
-    def __call__(self, record: dict[str, str]) -> Row:
-        raise NotImplementedError
-
-
-class _TableParser(_Parser):
-    def __call__(self, record: dict[str, str]) -> Row:
-        cells = {name: value for name, value in record.items() if value}
-        row = Row(
-            id=check_id(cells.get("id", "")),
-            start=_seconds(cells, "start"),
-            end=_seconds(cells, "end"),
-            side=_side(cells),
-            audio_start=_seconds(cells, "audio_start"),
-            audio_end=_seconds(cells, "audio_end"),
-            extra={name: value for name, value in record.items() if name not in COLUMNS},
-            **{name: self.folder / cells[name] for name in PATH_COLUMNS if name in cells},  # type: ignore[arg-type]
-            text=cells.get("text"),
-            # Names are compared, and look the same in both forms of an accent.
-            **{name: normalize("NFC", cells[name]) for name in NAME_COLUMNS if name in cells},  # type: ignore[arg-type]
-        )
-        if row.label is not None and not row.label.isprintable():
-            raise UserError(f"the label {row.label!r} cannot be read: it holds control characters")
-        for name in PATH_COLUMNS:
-            if "\0" in cells.get(name, "") or "\n" in cells.get(name, ""):
-                raise UserError(f"the path in {name!r} holds a line break or a null character")
-        for start, end in (row.cut("video"), row.cut("audio")):
-            if start is not None and end is not None and end <= start:
-                raise UserError(f"the end {end:g} s does not lie after the start {start:g} s")
-        if not any((row.video, row.audio, row.text, row.text_features, row.audio_features, row.frames)):
-            raise UserError(f"the row {row.id!r} has no video, no audio and no text; fill one or drop the row")
-        return row
-
-
-class _MeldParser(_Parser):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
         name = re.match(r"(train|dev|test)_", path.name)
         self.split = name.group(1) if name else None
         self.clips = _meld_clips(path.parent, self.split) if self.split else None
