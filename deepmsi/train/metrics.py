@@ -139,13 +139,13 @@ def legacy_f1(recall: float) -> float:
     return 2 * recall / (1 + recall)
 
 
-def wilson_interval(successes: int, n: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (95% by default)."""
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion."""
     if n <= 0:
         return (0.0, 1.0)
-    p, z2 = successes / n, z * z
+    p, z2 = successes / n, _Z95 * _Z95
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
