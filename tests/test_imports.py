@@ -25,8 +25,8 @@ LAYERS: dict[str, set[str]] = {
     "train": {"data", "models", "nn", "ops", "backend", "errors", "progress", "_version", "recipes"},
     "report": {"train", "data", "models", "nn", "ops", "backend", "errors", "_version"},
 }
-# Lazily, inside a function, prediction on files decodes with `data` and `train`'s recipes.
-LAZY_UPWARD = {("models", "data"), ("models", "train")}
+# Lazily, inside a function, prediction on files decodes with `data`.
+LAZY_UPWARD = {("models", "data")}
 HEAVY = (
     *("transformers", "timm", "torchvision", "triton", "pydantic", "av", "sklearn", "matplotlib", "accelerate"),
     "huggingface_hub",

@@ -1,6 +1,6 @@
 """A tiny synthetic set, a run trained on it, and a way to call the command line as a user does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,3 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
     assert main(["train", "demo", "--data", str(prepared), "--out", str(run), *QUICK]) == 0
     return run
-
-
-def first_clips(folder: Path, count: int = 1) -> Sequence[Path]:
-    return sorted((folder / "clips").glob("*.mp4"))[:count]
