@@ -72,22 +72,8 @@ def residual_window_attention(
         ValueError: An argument has the wrong shape, type or range.
         RuntimeError: The backend that was asked for cannot run this call.
     """
-    logit_scale, scale = check_windows(
-        _OP,
-        x,
-        "x",
-        1,
-        heads,
-        grid,
-        window,
-        shift,
-        bias_table,
-        logit_scale,
-        scale,
-        positions,
-        cu_seqlens,
-        head_scale,
-    )
+    windows, tokens = (heads, grid, window, shift, bias_table), (positions, cu_seqlens)
+    logit_scale, scale = check_windows(_OP, x, "x", 1, *windows, logit_scale, scale, *tokens, head_scale)
     channels = x.shape[-1]
     for name, tensor, size in (
         ("qkv_weight", qkv_weight, (3 * channels, channels)),
@@ -114,9 +100,8 @@ def residual_window_attention(
         qkv_weight, proj_weight = packed
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     if chosen == "reference":
-        where = (positions, cu_seqlens, row_scale)
         with without_autocast(x.device.type):
-            return reference(x, *weights, heads, grid, window, shift, bias_table, logit_scale, scale, *where, eps)
+            return reference(x, *weights, *windows, logit_scale, scale, *tokens, row_scale, eps)
     y, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
         x.reshape(-1, channels),
         *weights,

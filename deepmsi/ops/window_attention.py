@@ -181,27 +181,12 @@ def window_attention(
         if qkv.shape[0] % area == 0:
             qkv = qkv.view(qkv.shape[0] // area, *grid, qkv.shape[1])
     qkv = autocast(qkv)
-    logit_scale, scale = check_windows(
-        _OP,
-        qkv,
-        "qkv",
-        3,
-        heads,
-        grid,
-        window,
-        shift,
-        bias_table,
-        logit_scale,
-        scale,
-        positions,
-        cu_seqlens,
-        head_scale,
-    )
+    windows, tokens = (heads, grid, window, shift, bias_table), (positions, cu_seqlens)
+    logit_scale, scale = check_windows(_OP, qkv, "qkv", 3, *windows, logit_scale, scale, *tokens, head_scale)
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype)
     with without_autocast(qkv.device.type):
         if chosen == "reference":
-            where = (positions, cu_seqlens)
-            out = reference(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, *where)
+            out = reference(qkv, *windows, logit_scale, scale, *tokens)
             return out.reshape(*places, out.shape[-1])
         out, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
             qkv.reshape(-1, qkv.shape[-1]),
