@@ -19,9 +19,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepmsi.models.checkpoint import flush, writing
+from deepmsi.errors import UserError
+from deepmsi.models.checkpoint import flush, stored_state, writing
+
+if TYPE_CHECKING:
+    from deepmsi.models.deepmsi import DeepMSI
 
 FILES = "files.json"
 STATE = "trainer_state.json"
@@ -122,6 +126,45 @@ def rotate(folder: Path, keep: int) -> None:
     """Delete all but the newest checkpoints."""
     for path in list_checkpoints(folder)[keep:]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def save_weights(model: DeepMSI, path: Path, epoch: float | None = None) -> None:
+    """Write a model's weights as safetensors, to a temporary name first, with the epoch that they are of."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path):
+            save_file(weights, temporary, None if epoch is None else {"epoch": str(round(epoch))})
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(model: DeepMSI, path: Path, epoch: int | None = None) -> None:
+    """Read weights that `save_weights` wrote, of an epoch where it is given.
+
+    Raises:
+        UserError: the file is damaged, or of another architecture or epoch.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    stale = path.parent if epoch is None else path.parent / "checkpoints"
+    again = f"delete {stale} to train this part again"
+    try:
+        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("epoch")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {again}.") from None
+    if epoch is not None and found not in (None, str(epoch)):
+        raise UserError(f"{path} is of epoch {found}, and epoch {epoch} scored best: {again}.")
+    expected = {name: tensor.shape for name, tensor in stored_state(model).items()}
+    if expected != {name: tensor.shape for name, tensor in weights.items()}:
+        raise UserError(f"{path} is of another architecture than the recipe: resume with the recipe it began with.")
+    model.load_state_dict(weights, strict=False)
 
 
 def _digest(path: Path) -> str:

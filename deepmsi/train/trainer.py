@@ -31,7 +31,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
-from deepmsi.models.checkpoint import stored_state, writing
 from deepmsi.models.config import MODALITIES, OWN_ENCODERS
 from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.train import checkpoints
@@ -146,7 +145,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
         if kept != epochs:
             barrier()
-            load_weights(model, fit.folder / checkpoints.BEST, kept)
+            checkpoints.load_weights(model, fit.folder / checkpoints.BEST, kept)
     model.eval()
     return FitResult(epochs, kept, utterances, seconds, curve)
 
@@ -322,7 +321,7 @@ class UtteranceTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         curve = _curve(self.state.log_history)
         if self.fit.keep_best and _best(curve, settings.metric) is curve[-1] and self.args.should_save:
-            save_weights(self.core, self.fit.folder / checkpoints.BEST, curve[-1]["epoch"])
+            checkpoints.save_weights(self.core, self.fit.folder / checkpoints.BEST, curve[-1]["epoch"])
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -363,7 +362,7 @@ class UtteranceTrainer(Trainer):
             return
         folder = self.fit.folder / "checkpoints"
         with checkpoints.written_whole(checkpoints.checkpoint_path(folder, self.state.global_step)) as part:
-            save_weights(self.core, part / checkpoints.WEIGHTS)
+            checkpoints.save_weights(self.core, part / checkpoints.WEIGHTS)
             if self.average is not None:
                 self.average.save(part)
             if self.fit.recipe.train.capacity_quantile is not None:
@@ -374,7 +373,7 @@ class UtteranceTrainer(Trainer):
         checkpoints.rotate(folder, self.fit.recipe.train.keep_checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.core, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
+        checkpoints.load_weights(self.core, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint))
         if self.fit.recipe.train.capacity_quantile is not None:
@@ -583,45 +582,6 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
         }
         for (encoder, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-
-
-def save_weights(model: DeepMSI, path: Path, epoch: float | None = None) -> None:
-    """Write a model's weights as safetensors, to a temporary name first, with the epoch that they are of."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with writing(path):
-            save_file(weights, temporary, None if epoch is None else {"epoch": str(round(epoch))})
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_weights(model: DeepMSI, path: Path, epoch: int | None = None) -> None:
-    """Read weights that `save_weights` wrote, of an epoch where it is given.
-
-    Raises:
-        UserError: the file is damaged, or of another architecture or epoch.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    stale = path.parent if epoch is None else path.parent / "checkpoints"
-    again = f"delete {stale} to train this part again"
-    try:
-        weights = load_file(path)
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("epoch")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {again}.") from None
-    if epoch is not None and found not in (None, str(epoch)):
-        raise UserError(f"{path} is of epoch {found}, and epoch {epoch} scored best: {again}.")
-    expected = {name: tensor.shape for name, tensor in stored_state(model).items()}
-    if expected != {name: tensor.shape for name, tensor in weights.items()}:
-        raise UserError(f"{path} is of another architecture than the recipe: resume with the recipe it began with.")
-    model.load_state_dict(weights, strict=False)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.train import checkpoints as checkpoints_module
 from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
@@ -398,8 +399,8 @@ def test_a_fit_that_begins_anew_leaves_nothing_of_the_try_before(
 def test_best_weights_of_another_epoch_are_refused(
     split_corpus: Path, tmp_path: Path, best_first: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer_module.save_weights
-    monkeypatch.setattr(trainer_module, "save_weights", lambda model, path, epoch=None: save(model, path, 2))
+    save = checkpoints_module.save_weights
+    monkeypatch.setattr(checkpoints_module, "save_weights", lambda model, path, epoch=None: save(model, path, 2))
     with pytest.raises(UserError, match=r"is of epoch 2, and epoch 1 scored best: delete .*checkpoints"):
         train(make_recipe(train=KEEPS_BEST), split_corpus, tmp_path / "run")
 
