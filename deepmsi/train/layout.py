@@ -270,6 +270,4 @@ def _first_difference(a: Any, b: Any, prefix: str = "") -> tuple[str, Any, Any] 
 
 def with_batch_of(recipe: Recipe, started: Recipe) -> Recipe:
     """The recipe with the batch that another run of it chose."""
-    plain = recipe.model_dump(mode="json")
-    plain["train"] |= started.train.model_dump(mode="json", include={"batch_size", "accumulation"})
-    return Recipe.model_validate(plain)
+    return recipe.with_batch(started.train.batch_size, started.train.accumulation)

@@ -122,15 +122,13 @@ def fit_batch(model: DeepMSI, recipe: Recipe, there: tuple[int, str]) -> tuple[R
     if batch == wanted:
         return recipe, f"--auto-batch: {wanted} utterances fit, as the recipe has it."
     steps = settings.accumulation * (wanted // batch)
-    plain = recipe.model_dump(mode="json")
-    plain["train"] |= {"batch_size": batch, "accumulation": steps}
     told = (
         f"--auto-batch: train.batch_size={batch} and train.accumulation={steps} in place of {wanted} and "
         f"{settings.accumulation}, the same {batch * steps} utterances a step"
     )
     if recipe.loss.contrastive:
         told += f"; the contrastive term sees {batch} at a time" + (", which leaves it 0" if batch == 1 else "")
-    return Recipe.model_validate(plain), f"{told}."
+    return recipe.with_batch(batch, steps), f"{told}."
 
 
 def largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:

@@ -230,6 +230,12 @@ class Recipe(ModelSections):
         """The model's sections as plain data: what `DeepMSIConfig` takes beside the labels."""
         return self.model_dump(mode="json", include=set(ModelSections.model_fields))
 
+    def with_batch(self, batch_size: int, accumulation: int) -> Recipe:
+        """The same recipe with another micro-batch, and so many of them per step."""
+        plain = self.model_dump(mode="json")
+        plain["train"] |= {"batch_size": batch_size, "accumulation": accumulation}
+        return Recipe.model_validate(plain)
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
