@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import deepmsi
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.data.store import PreparedData
 from deepmsi.train.dataset import Batch, Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.recipe import AugmentSettings

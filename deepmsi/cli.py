@@ -319,7 +319,7 @@ def prepare(
     DIR/manifest.csv. Run the command again after an interruption: it goes on where it stopped. Clips that fail
     are listed with reasons.
     """
-    from deepmsi.data.prepare import PrepareOptions
+    from deepmsi.data.options import PrepareOptions
     from deepmsi.data.prepare import prepare as prepare_manifest
     from deepmsi.data.release import prepare_release
     from deepmsi.models.config import validated

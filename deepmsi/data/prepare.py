@@ -25,8 +25,6 @@ from deepmsi.data.store import FORMAT, INDEX, STARTED, VERSION, PreparedData, Pr
 from deepmsi.errors import UserError
 from deepmsi.progress import progress_bar
 
-__all__ = ["PrepareOptions", "encoder_notes", "expected_rows", "prepare"]
-
 FAILURES = "failures.csv"
 DECODED = 2
 """Rises where clips are decoded to other arrays than before: shards from before are made anew, as their keys differ."""

@@ -20,7 +20,7 @@ from deepmsi.data.manifest import Row
 from deepmsi.errors import UserError
 
 if TYPE_CHECKING:
-    from deepmsi.data.prepare import PrepareOptions
+    from deepmsi.data.options import PrepareOptions
     from deepmsi.data.store import PreparedData
 
 RELEASES = ("meld", "iemocap")
@@ -77,7 +77,7 @@ def prepare_release(
     Raises:
         UserError: the folder is not this release, or is incomplete.
     """
-    from deepmsi.data.prepare import PrepareOptions, prepare
+    from deepmsi.data.prepare import prepare
 
     release = read_release(name, raw, **settings)
     if not release.rows:
@@ -94,7 +94,7 @@ def prepare_release(
         from deepmsi.data.iemocap import write_contact_sheets
 
         write_contact_sheets(release.rows, Path(out) / "contact_sheets")
-    return prepare(manifest, Path(out), options or PrepareOptions(), workers=workers, progress=progress)
+    return prepare(manifest, Path(out), options, workers=workers, progress=progress)
 
 
 def read_release(name: str, raw: Path, **settings: Any) -> Release:

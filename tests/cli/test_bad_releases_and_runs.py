@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from small_corpus import FEATURES, prepared_corpus, write_corpus
 
 from deepmsi import DeepMSI, DeepMSIConfig
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 
 
 def meld(raw: Path, emotion: str = "joy") -> Path:

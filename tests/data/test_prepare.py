@@ -20,8 +20,9 @@ import torch
 
 from deepmsi.data import store
 from deepmsi.data.decode import decode_audio, decode_frames
-from deepmsi.data.prepare import FORMAT, VERSION, PrepareOptions, _start, prepare
-from deepmsi.data.store import STARTED, PreparedData
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import _start, prepare
+from deepmsi.data.store import FORMAT, STARTED, VERSION, PreparedData
 from deepmsi.errors import UserError
 
 SMALL = PrepareOptions(frames=4, size=32)
@@ -158,7 +159,8 @@ def test_kill_and_resume(clips, prepared, tmp_path, workers, shards):
     """SIGKILL while a shard is being written, or after one is done; then the same command."""
     out = tmp_path / "out"
     script = f"""
-        from deepmsi.data.prepare import PrepareOptions, prepare
+        from deepmsi.data.options import PrepareOptions
+        from deepmsi.data.prepare import prepare
         options = PrepareOptions(frames=4, size=32)
         prepare({str(clips / "m.csv")!r}, {str(out)!r}, options, workers={workers}, progress=False)
     """

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from deepmsi.data.manifest import read_manifest
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.data.released import read_pickle
 from deepmsi.errors import UserError
 

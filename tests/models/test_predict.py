@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deepmsi.data.decode import decode_frames, decode_pcm
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.data.store import as_waveform
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction, load_run

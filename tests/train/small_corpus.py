@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.models.config import validated
 from deepmsi.train.recipe import Recipe
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from small_corpus import LABELS, make_recipe
 
-from deepmsi.data.prepare import PrepareOptions, prepare
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.encoders import build_feature_encoder
