@@ -101,17 +101,18 @@ class Place:
         noise = torch.randn(rows, channels, generator=draw, device=self.device)
         return (centres[choice] + 0.6 * noise).to(self.dtype)
 
-    def close(self, actual: Tensor, wanted: Tensor, rtol: float, atol: float = 0.0) -> None:
+    def close(self, actual: Tensor, wanted: Tensor, rtol: float = 1e-3, atol: float | None = None) -> None:
         """Assert that both sides give the same numbers: to the tolerance in float32, to some roundings in less.
 
         On a GPU one row in two hundred may differ: among millions of scores some lie within a rounding of each other,
-        and the sides may choose differently between them.
+        and the sides may choose differently between them. ``atol`` is 1e-4 of the largest number where none is given.
         """
+        largest = wanted.abs().max().item()
+        atol = 1e-4 * largest if atol is None else atol
         if self.device == "cpu":
             torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
             return
         assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
-        largest = wanted.abs().max().item()
         rtol, atol = (10 * rtol, 10 * atol) if self.dtype == torch.float32 else (5e-2, max(atol, 5e-2 * largest))
         if wanted.numel() == 1:  # a sum over everything, those rows among it
             rtol = 5e-2
