@@ -21,93 +21,106 @@ PROOF = ("error_budget", "opcheck", "compile", "autocast", "same_bits")
 FAR = 2**29  # elements between rows, of which the fifth lies past 2^31
 
 
-def call(op: str, backend: str, device: str) -> tuple[list[Tensor], Callable[..., Tensor]]:
+Call = tuple[list[Tensor], Callable[..., Tensor]]
+
+
+def vsc_compress(backend: str, device: str) -> Call:
+    frames = 2 if backend == "triton" and device == "cpu" else 8  # the interpreter takes its time, and has one thread
+    x = testing.tokens(frames * 96, 32, seed=1, device=device).view(frames, 96, 32)
+    guide, weight = testing.randn(frames, 32, seed=2, device=device), torch.tensor(0.4, device=device)
+
+    def run(x: Tensor, guide: Tensor, weight: Tensor) -> Tensor:
+        out = ops.vsc_compress(x, None, guide, weight, keep=40, fuse_threshold=0.2, backend=backend)
+        return out.tokens * out.gate[:, None]
+
+    return [x, guide, weight], run
+
+
+def window_attention(backend: str, device: str) -> Call:
+    qkv = testing.randn(4, 16, 8, 3 * 32, seed=1, device=device)
+    table, scale = testing.randn(15**2, 2, seed=2, device=device), testing.randn(2, seed=3, device=device)
+
+    def run(qkv: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+        return ops.window_attention(qkv, 2, (16, 8), 8, 4, bias_table=table, logit_scale=scale, backend=backend)
+
+    return [qkv, table, scale], run
+
+
+def cross_modal_contrastive(backend: str, device: str) -> Call:
+    rows = 130 if backend == "triton" and device == "cpu" else 200
+    features = [testing.tokens(rows, 16, seed=s, device=device) for s in (1, 2, 3)]
+    labels = torch.arange(rows, device=device) % 7
+    return features, lambda a, b, c: ops.cross_modal_contrastive(a, (b, c), labels, backend=backend)
+
+
+def dilated_causal_conv1d(backend: str, device: str) -> Call:
+    x = testing.randn(4, 32, 15, seed=1, device=device)
+    weight, bias = testing.randn(48, 32, 3, seed=2, device=device), testing.randn(48, seed=3, device=device)
+    return [x, weight, bias], lambda *inputs: ops.dilated_causal_conv1d(*inputs, 2, backend=backend)
+
+
+def position_bias(backend: str, device: str) -> Call:
+    coordinates = testing.randn(49, 2, seed=1, device=device)
+    weights = [testing.randn(*size, seed=2, device=device) for size in ((40, 2), (40,), (3, 40))]
+    return weights, lambda *weights: ops.position_bias(coordinates, *weights, backend=backend)
+
+
+def residual_norm(backend: str, device: str) -> Call:
+    sizes = ((300, 40), (300, 40), (40,), (40,))
+    inputs = [testing.randn(*size, seed=s, device=device) for s, size in enumerate(sizes, 1)]
+    return inputs, lambda *inputs, **options: ops.residual_norm(*inputs, backend=backend, **options)
+
+
+def residual_mlp(backend: str, device: str) -> Call:
+    sizes = ((300, 40), (96, 40), (96,), (40, 96), (40,), (40,), (40,))
+    # A GPU's fused kernels take 16 bits; a CPU's kernel float32.
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
+    return inputs, lambda *inputs, **options: ops.residual_mlp(*inputs, backend=backend, **options)
+
+
+def residual_window_attention(backend: str, device: str) -> Call:
+    sizes = ((4, 16, 8, 32), (96, 32), (96,), (32, 32), (32,), (32,), (32,))
+    # Triton's kernels take 16 bits alone.
+    dtype = torch.float16 if backend == "triton" else torch.float32
+    inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
+    inputs.append(testing.randn(15**2, 2, seed=7, device=device))
+
+    def run(*inputs: Tensor, **options: Any) -> Tensor:
+        options = {"bias_table": inputs[-1], "backend": backend, **options}
+        return ops.residual_window_attention(*inputs[:-1], 2, (16, 8), 8, 4, **options)
+
+    return inputs, run
+
+
+def project_cells(backend: str, device: str) -> Call:
+    sizes = ((4, 16, 8, 12), (40, 48), (40,), (40,), (40,))
+    dtype = torch.float16 if backend == "triton" else torch.float32
+    inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+        return ops.project_cells(cells, *weights, backend=backend)
+
+    return inputs, run
+
+
+CALLS = {
+    "vsc_compress": vsc_compress,
+    "window_attention": window_attention,
+    "cross_modal_contrastive": cross_modal_contrastive,
+    "dilated_causal_conv1d": dilated_causal_conv1d,
+    "position_bias": position_bias,
+    "residual_norm": residual_norm,
+    "residual_mlp": residual_mlp,
+    "residual_window_attention": residual_window_attention,
+    "project_cells": project_cells,
+}
+
+
+def call(op: str, backend: str, device: str) -> Call:
     """Return an operation's differentiable inputs, large enough for several threads, and the operation on them."""
-    interpreted = (backend, device) == ("triton", "cpu")  # which takes its time, and has one thread
-    if op == "vsc_compress":
-        frames = 2 if interpreted else 8
-        x = testing.tokens(frames * 96, 32, seed=1, device=device).view(frames, 96, 32)
-        guide, weight = testing.randn(frames, 32, seed=2, device=device), torch.tensor(0.4, device=device)
-
-        def run(x: Tensor, guide: Tensor, weight: Tensor) -> Tensor:
-            out = ops.vsc_compress(x, None, guide, weight, keep=40, fuse_threshold=0.2, backend=backend)
-            return out.tokens * out.gate[:, None]
-
-        return [x, guide, weight], run
-    if op == "window_attention":
-        qkv = testing.randn(4, 16, 8, 3 * 32, seed=1, device=device)
-        table, scale = testing.randn(15**2, 2, seed=2, device=device), testing.randn(2, seed=3, device=device)
-
-        def run(qkv: Tensor, table: Tensor, scale: Tensor) -> Tensor:
-            return ops.window_attention(qkv, 2, (16, 8), 8, 4, bias_table=table, logit_scale=scale, backend=backend)
-
-        return [qkv, table, scale], run
-    if op == "cross_modal_contrastive":
-        rows = 130 if interpreted else 200
-        features = [testing.tokens(rows, 16, seed=s, device=device) for s in (1, 2, 3)]
-        labels = torch.arange(rows, device=device) % 7
-
-        def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-            return ops.cross_modal_contrastive(a, (b, c), labels, backend=backend)
-
-        return features, run
-    if op == "dilated_causal_conv1d":
-        x = testing.randn(4, 32, 15, seed=1, device=device)
-        weight, bias = testing.randn(48, 32, 3, seed=2, device=device), testing.randn(48, seed=3, device=device)
-
-        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return ops.dilated_causal_conv1d(x, weight, bias, 2, backend=backend)
-
-        return [x, weight, bias], run
-    if op == "position_bias":
-        coordinates = testing.randn(49, 2, seed=1, device=device)
-        weights = [testing.randn(*size, seed=2, device=device) for size in ((40, 2), (40,), (3, 40))]
-
-        def run(*weights: Tensor) -> Tensor:
-            return ops.position_bias(coordinates, *weights, backend=backend)
-
-        return weights, run
-    if op == "residual_norm":
-        x, branch = (testing.randn(300, 40, seed=s, device=device) for s in (1, 2))
-        weight, bias = (testing.randn(40, seed=s, device=device) for s in (3, 4))
-
-        def run(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
-            return ops.residual_norm(x, branch, weight, bias, backend=backend, **options)
-
-        return [x, branch, weight, bias], run
-    if op == "residual_mlp":
-        sizes = ((300, 40), (96, 40), (96,), (40, 96), (40,), (40,), (40,))
-        # A GPU's fused kernels take 16 bits; a CPU's kernel float32.
-        dtype = torch.float32 if device == "cpu" else torch.float16
-        inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
-
-        def run(*inputs: Tensor, **options: Any) -> Tensor:
-            return ops.residual_mlp(*inputs, backend=backend, **options)
-
-        return inputs, run
-    if op == "residual_window_attention":
-        sizes = ((4, 16, 8, 32), (96, 32), (96,), (32, 32), (32,), (32,), (32,))
-        # Triton's kernels take 16 bits alone.
-        dtype = torch.float16 if backend == "triton" else torch.float32
-        inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
-        inputs.append(testing.randn(15**2, 2, seed=7, device=device))
-
-        def run(*inputs: Tensor, **options: Any) -> Tensor:
-            options = {"bias_table": inputs[-1], "backend": backend, **options}
-            return ops.residual_window_attention(*inputs[:-1], 2, (16, 8), 8, 4, **options)
-
-        return inputs, run
-    if op == "project_cells":
-        sizes = ((4, 16, 8, 12), (40, 48), (40,), (40,), (40,))
-        dtype = torch.float16 if backend == "triton" else torch.float32
-        inputs = [testing.randn(*size, seed=s, device=device, dtype=dtype) for s, size in enumerate(sizes)]
-
-        def run(x: Tensor, *weights: Tensor) -> Tensor:
-            cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
-            return ops.project_cells(cells, *weights, backend=backend)
-
-        return inputs, run
-    raise AssertionError(f"{op} has no call here")
+    return CALLS[op](backend, device)
 
 
 def step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
