@@ -15,7 +15,7 @@ import numpy as np
 
 from deepmsi.data import geometry
 from deepmsi.data.face import FaceDetector, shared_detector
-from deepmsi.data.geometry import Resize, Side
+from deepmsi.data.manifest import Side
 from deepmsi.data.media import (
     EmptyCutError,
     NoStreamError,
@@ -28,6 +28,7 @@ from deepmsi.data.media import (
     streams_of,
 )
 from deepmsi.errors import UserError
+from deepmsi.models.config import Resize
 
 # Decoders need to run in: Opus 80 ms, MP3 its bit reservoir, AAC one block. Seeks land this much before.
 _RUN_IN = Fraction(1)

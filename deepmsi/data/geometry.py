@@ -2,14 +2,15 @@
 
 import struct
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-Side = Literal["left", "right"]
-Resize = Literal["crop", "squash", "pad"]
+from deepmsi.data.manifest import Side
+from deepmsi.models.config import Resize
+
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 

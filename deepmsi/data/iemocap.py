@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from deepmsi.data.manifest import Row
+from deepmsi.data.manifest import Row, Side
 from deepmsi.data.release import MARK, Release, archives, compare_counts, some, walk
 from deepmsi.errors import UserError
 
@@ -41,8 +40,6 @@ SESSION_COUNTS = {"erc7433": dict(zip(SESSIONS, (1373, 1356, 1569, 1512, 1623), 
 
 CONSENSUS = frozenset(("ang", "dis", "exc", "fea", "fru", "hap", "neu", "oth", "sad", "sur", "xxx"))
 """Every label that the release gives a turn."""
-
-Side = Literal["left", "right"]
 
 _DIALOGUE = r"Ses0([1-5])([FM])_(?:impro|script)\w*"
 _DIALOGUE_NAME = re.compile(_DIALOGUE)

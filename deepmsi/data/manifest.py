@@ -24,6 +24,9 @@ from unicodedata import normalize
 
 from deepmsi.errors import UserError
 
+Side = Literal["left", "right"]
+"""The half of a picture that shows who speaks."""
+
 MELD_LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 """MELD's emotions in the order of their ids, 0 to 6."""
 
@@ -71,7 +74,7 @@ class Row:
     split: str | None = None
     start: float | None = None
     end: float | None = None
-    side: Literal["left", "right"] | None = None
+    side: Side | None = None
     extra: dict[str, str] = field(default_factory=dict)
     text_features: Path | None = None
     audio_features: Path | None = None
@@ -450,7 +453,7 @@ def _seconds(cells: dict[str, str], name: str) -> float | None:
     return value
 
 
-def _side(cells: dict[str, str]) -> Literal["left", "right"] | None:
+def _side(cells: dict[str, str]) -> Side | None:
     match cells.get("side", "").lower():
         case "":
             return None

@@ -1,11 +1,9 @@
 """The choices of a preparation; they are recorded in its index and in every checkpoint trained on it."""
 
-from typing import Literal
-
 from pydantic import ConfigDict, Field, field_validator
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, Section, fixed_place
+from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, Resize, Section, fixed_place
 
 
 class PrepareOptions(Section):
@@ -15,7 +13,7 @@ class PrepareOptions(Section):
 
     frames: int = Field(15, ge=1, le=4096, description="frames per utterance, T")
     size: int = Field(256, ge=8, le=4096, description="edge of a stored frame in pixels")
-    resize: Literal["crop", "squash", "pad"] = Field(
+    resize: Resize = Field(
         "crop", description="short edge to size and centre crop, or squash to a square, or pad to one"
     )
     face: bool = Field(False, description="crop to the face first (needs the extra deepmsi[face])")

@@ -17,7 +17,7 @@ import numpy as np
 from deepmsi.data import arrays, geometry, released
 from deepmsi.data.face import shared_detector
 from deepmsi.data.files import ArrayWriter, replacing, write_json
-from deepmsi.data.geometry import Side
+from deepmsi.data.manifest import Side
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.store import DTYPES, Kind, shard_name
 from deepmsi.errors import UserError

@@ -28,6 +28,8 @@ from pydantic import (
 from deepmsi.errors import UserError
 
 MODALITIES = ("video", "text", "audio")
+Resize = Literal["crop", "squash", "pad"]
+"""How a picture becomes a square."""
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
 OWN_ENCODERS = ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO)
@@ -96,7 +98,7 @@ class VisionConfig(Section):
     freeze: bool = Field(False, description="keep the backbone's weights; its compression still learns")
     frames: int = Field(15, ge=1, description="frames per utterance, T")
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
-    resize: Literal["crop", "squash", "pad"] = "crop"
+    resize: Resize = "crop"
     stored_size: int | None = Field(
         None,
         ge=8,
