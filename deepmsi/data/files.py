@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: the file cannot be written ({error.strerror})") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_sorted_json(path: Path, value: Any) -> None:
     """Write JSON that is the same for equal values."""
     write_text(path, json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import features
-from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_json, write_text
+from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_sorted_json, write_text
 from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import run_tasks, usable_cpus
@@ -137,7 +137,7 @@ def _start(folder: Path, options: PrepareOptions) -> None:
     except FileNotFoundError:
         if (folder / INDEX).exists() or any((folder / "shards").iterdir()):
             raise UserError(f"{folder}: the folder holds other data; choose another one, or empty it") from None
-        write_json(file, mine)
+        write_sorted_json(file, mine)
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: the file is damaged; remove {folder} and prepare again") from error
@@ -262,7 +262,7 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
     # Where the files lay does not matter to what was made of them.
     bare = [{name: value for name, value in row.items() if name not in ("video", "audio")} for row in rows]
     fingerprint = digest({**content, "rows": bare})
-    write_json(
+    write_sorted_json(
         folder / INDEX,
         {**content, "failures": listed, "fingerprint": fingerprint, "manifest": manifest.path.name},
     )

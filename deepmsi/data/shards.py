@@ -16,7 +16,7 @@ import numpy as np
 
 from deepmsi.data import arrays, geometry, released
 from deepmsi.data.face import shared_detector
-from deepmsi.data.files import ArrayWriter, replacing, write_json
+from deepmsi.data.files import ArrayWriter, replacing, write_sorted_json
 from deepmsi.data.manifest import Side
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.store import DTYPES, Kind, shard_name
@@ -107,7 +107,7 @@ def write_record(
 ) -> None:
     """Write a shard's record, after its arrays: a record that is there vouches for them."""
     rows = [{"slots": outcome.slots, "failures": outcome.failures} for outcome in outcomes]
-    write_json(folder / record_name(shard, stage), {"key": key, "rows": rows, "files": entries})
+    write_sorted_json(folder / record_name(shard, stage), {"key": key, "rows": rows, "files": entries})
 
 
 def read_record(folder: Path, shard: int, stage: str, key: str, *, check: bool = False) -> dict[str, Any] | None:
