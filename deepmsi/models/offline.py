@@ -326,6 +326,9 @@ class HashingTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
         nn.init.zeros_(self.weight.weight)
+        # The norm takes the scale out again, but a step of Adam is as long whatever the scale: at torch's deviation of
+        # 1 the pieces would hardly leave where they were drawn.
+        nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Encode texts.

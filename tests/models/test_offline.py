@@ -262,23 +262,35 @@ def test_a_row_masked_altogether_is_finite(text: HashingTextEncoder, audio: LogM
             assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
-def test_the_text_encoder_learns_a_word() -> None:
-    torch.manual_seed(0)
+def test_the_text_encoder_learns_rare_words_at_the_rate_of_a_pretrained_one() -> None:
     rng = np.random.default_rng(0)
-    filler = ["we", "go", "to", "the", "old", "house", "and", "see", "what", "is", "there", "now"]
+    marks = {0: ["sad", "angry"], 1: ["glad", "happy"]}
 
     def lines(count: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         said = []
         for i in range(count):
-            words = list(rng.choice(filler, rng.integers(4, 12)))
-            words.insert(int(rng.integers(len(words))), "great" if i % 2 else "awful")
+            words = [f"word{k}" for k in rng.choice(300, 6, replace=False)]
+            words.insert(int(rng.integers(7)), str(rng.choice(marks[i % 2])))
             said.append(" ".join(words))
-        return HashingTokenizer(4096)(said), torch.arange(count) % 2
+        return HashingTokenizer()(said), torch.arange(count) % 2
 
-    encoder = HashingTextEncoder(16, buckets=4096)
-    head = fit(encoder, *lines(48), steps=60)
-    batch, labels = lines(48)
-    assert (head(encoder(**batch)).argmax(1) == labels).float().mean() >= 0.95
+    def right(seed: int) -> float:
+        torch.manual_seed(seed)
+        encoder, head = HashingTextEncoder(32), nn.Linear(32, 2)
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=5e-4, fused=True)
+        texts, labels = lines(256)
+        for _ in range(6):
+            for rows in torch.randperm(256).split(16):
+                batch = {key: value[rows] for key, value in texts.items()}
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(head(encoder(**batch)), labels[rows]).backward()
+                optimizer.step()
+        encoder.eval()
+        batch, labels = lines(256)
+        return (head(encoder(**batch)).argmax(1) == labels).float().mean().item()
+
+    # Drawn with a deviation of 1 the embedding hardly moves in so few steps: 0.81 where it is 0.98.
+    assert np.mean([right(seed) for seed in range(3)]) >= 0.93
 
 
 def test_text_that_is_not_text_is_refused() -> None:
