@@ -730,7 +730,7 @@ def _graphs_of(run: Path) -> dict[str, str]:
 
 def _resume_hint(argv: Sequence[str]) -> str:
     command = next((word for word in argv if not word.startswith("-")), "")
-    if command == "train":
+    if command in ("train", "finetune"):
         words = list(argv) if "--resume" in argv else [*argv, "--resume"]
         return f"interrupted; go on with: deepmsi {shlex.join(words)}"
     if command == "prepare":

@@ -201,14 +201,17 @@ class TestEndings:
         assert outcome.err.strip().startswith("deepmsi: interrupted")
         assert len(outcome.err.strip().splitlines()) == 1
 
-    def test_interrupted_training_says_how_to_go_on(self, monkeypatch, deepmsi) -> None:
+    @pytest.mark.parametrize(
+        ("function", "command"), [("run.train", "train"), ("finetune.finetune", "finetune text")], ids=lambda text: text
+    )
+    def test_interrupted_training_says_how_to_go_on(self, function, command, monkeypatch, deepmsi) -> None:
         def interrupted(*args: object, **kwargs: object) -> dict[str, object]:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("deepmsi.train.run.train", interrupted)
-        outcome = deepmsi("train", "demo", "--data", "my clips", "--out", "run")
+        monkeypatch.setattr(f"deepmsi.train.{function}", interrupted)
+        outcome = deepmsi(*command.split(), "demo", "--data", "my clips", "--out", "run")
         assert outcome.code == 130
-        assert outcome.err.strip().endswith("deepmsi train demo --data 'my clips' --out run --resume")
+        assert outcome.err.strip().endswith(f"deepmsi {command} demo --data 'my clips' --out run --resume")
 
 
 @pytest.mark.parametrize(("arguments", "swallowed"), [("", True), ("['explain']", False)], ids=["command", "called"])
