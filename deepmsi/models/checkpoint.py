@@ -249,6 +249,12 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def remove_staged(target: Path) -> None:
+    """Remove what `staged` left beside `target` in processes that were killed; none may be writing there."""
+    for leftover in target.parent.glob(f".{target.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _put(staging: Path, target: Path) -> None:
     if target.is_dir() and {path.name for path in target.iterdir()} - OWN_FILES:
         for name in ENCODERS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deepmsi.errors import UserError
-from deepmsi.models.checkpoint import staged
+from deepmsi.models.checkpoint import remove_staged, staged
 from deepmsi.models.config import MODALITIES, OWN_ENCODERS, validated
 from deepmsi.models.encoders import save_encoder
 from deepmsi.models.finetuned import EncoderNotes, write_notes
@@ -62,6 +62,7 @@ def finetune(
 
     def keep(model: DeepMSI, folder: Path, fold: str, seen: Sequence[str]) -> None:
         reads = {key: getattr(section, key) for key in _READS[modality]}
+        remove_staged(folder / ENCODER)
         with staged(folder / ENCODER) as part:
             processor = getattr(model, f"{modality}_processor")
             save_encoder(getattr(model, f"{modality}_encoder"), processor, part, weights=True)

@@ -34,6 +34,7 @@ from deepmsi.data.files import claimed, leaving_no_empty
 from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedRow
 from deepmsi.errors import UserError
+from deepmsi.models.checkpoint import remove_staged
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.encoders import check_encoder
 from deepmsi.models.vision import check_vision
@@ -353,10 +354,12 @@ class _Run:
         everything = np.arange(len(self.rows))
         seed = derive_seed(self.recipe.seed, "final")
         model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
-        _save_model(model, self.out / "model")
-        if self.main and self.on_fold is not None:
-            self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
         self.facts["final_fit"] = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
+        if self.main:
+            if self.on_fold is not None:
+                self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
+            write_json(self.out / RUN, self.facts)
+        _save_model(model, self.out / "model")  # last: with it there, a resumed call takes this fit for done
 
     def _fit(
         self,
@@ -547,8 +550,7 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
 
 def _save_model(model: DeepMSI, folder: Path) -> None:
     if process_rank()[0] == 0:
-        for leftover in folder.parent.glob(f".{folder.name}.*.part"):  # of a try that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_staged(folder)
         model.save_pretrained(folder)
     barrier()
 

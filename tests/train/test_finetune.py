@@ -16,7 +16,7 @@ from deepmsi.data.options import PrepareOptions
 from deepmsi.data.prepare import prepare
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
-from deepmsi.models.encoders import build_feature_encoder
+from deepmsi.models.encoders import build_feature_encoder, save_encoder
 from deepmsi.models.finetuned import NOTES, read_notes
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.finetune import finetune
@@ -135,6 +135,28 @@ def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Pa
     notes = read_notes(str(tmp_path / "tuned" / "encoder"))
     assert notes is not None
     assert sorted(notes.seen) == [f"r{i:02d}" for i in range(16) if i != 5]
+
+
+def test_a_kill_before_the_last_encoder_does_not_lose_it(bert_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    data, tuned = prepared(manifest(tmp_path / "raw"), tmp_path / "plain"), tmp_path / "tuned"
+    settings = recipe({"encoder": str(bert_folder)}, train={"epochs": 1})
+
+    def killed(encoder: Any, processor: Any, part: Path, **options: Any) -> None:
+        if part.parent == tuned:
+            raise KeyboardInterrupt
+        save_encoder(encoder, processor, part, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deepmsi.train.finetune.save_encoder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune("text", settings, data, tuned)
+    (tuned / ".encoder.0a1b2c3d.part").mkdir()  # a process that is killed leaves what it was writing
+    finetune("text", settings, data, tuned, resume=True)
+    notes = read_notes(str(tuned / "encoder"))
+    assert notes is not None
+    assert notes.fold == "all rows"
+    assert not list(tuned.rglob("*.part"))
+    assert json.loads((tuned / "run.json").read_text())["final_fit"]["rows"] == 23
 
 
 def test_a_sound_encoder_is_tuned_alike(wav2vec2_folder, tmp_path: Path) -> None:
