@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepmsi._version import __version__
-from deepmsi.data.files import claimed, leaving_no_empty
+from deepmsi.data.files import TEMPORARY, claimed, leaving_no_empty, sweep
 from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedRow
 from deepmsi.errors import UserError
@@ -182,6 +182,7 @@ class _Run:
         while not (self.out / RUN).exists():
             with claimed(self.out) as free:
                 if free and not (self.out / RUN).exists():
+                    sweep(self.out)
                     self.recipe.save(self.out / RECIPE)
                     write_json(self.out / SPLITS, self._splits())
                     write_json(self.out / RUN, facts)
@@ -298,6 +299,7 @@ class _Run:
     def _run_fold(self, fold: Fold) -> None:
         folder = self._folder(fold)
         if (folder / FOLD).is_file():
+            self._forget_weights(folder)  # of a call that was killed before it came to that
             return
         with claimed_by_all(folder) as free:
             if not free:
@@ -336,11 +338,15 @@ class _Run:
                 "metrics": compute_metrics(self._classes(fold.test), logits.argmax(1), names),
             }
             write_json(folder / FOLD, facts)
-            # Until here a call that is interrupted goes on from them.
+            self._forget_weights(folder)  # until here a call that is interrupted goes on from them
+        barrier()
+
+    def _forget_weights(self, folder: Path) -> None:
+        """Take away what only a fold that is not done needs."""
+        if self.main:
             (folder / BEST).unlink(missing_ok=True)
             if not self.single:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        barrier()
 
     def _final_fit(self) -> None:
         with claimed_by_all(self.out) as free:
@@ -538,7 +544,8 @@ def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a directory for the run.")
     if out.is_dir():
-        others = [path.name for path in out.iterdir() if path.name not in ("prepared", RECIPE, SPLITS)]
+        begun = ("prepared", RECIPE, SPLITS)
+        others = [path.name for path in out.iterdir() if path.name not in begun and not path.name.startswith(TEMPORARY)]
         if others:
             raise UserError(f"{out} is not empty ({min(others)}) and holds no run: give another directory.")
     try:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
 from transformers import TrainerCallback
 
-from deepmsi.data.files import claimed
+from deepmsi.data.files import TEMPORARY, claimed
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import DeepMSIConfig, validated
@@ -905,3 +905,20 @@ def test_what_a_kill_left_of_the_saved_model_goes(tmp_path):
     (tmp_path / ".model.0a1b2c3d.part").mkdir()
     _save_model(Model(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_kill_left_as_the_run_began_does_not_stand_in_its_way(split_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{TEMPORARY}7-splits.json").write_text("{")
+    train(make_recipe(train={"epochs": 1}), split_corpus, tmp_path / "run", resume=True)
+    assert not list((tmp_path / "run").glob(f"{TEMPORARY}*"))
+
+
+def test_what_a_kill_left_of_a_fold_that_is_done_goes(corpus: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2, "final_fit": False}, train={"epochs": 1})
+    train(recipe, corpus, tmp_path / "run")
+    fold = tmp_path / "run" / "folds" / "01"
+    (fold / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (fold / "best.safetensors").write_bytes(b"of the epoch that was kept")
+    train(recipe, corpus, tmp_path / "run", resume=True)
+    assert {path.name for path in fold.iterdir()} == {"fold.json", "history.jsonl", "logs", "predictions.csv"}
