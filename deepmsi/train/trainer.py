@@ -106,6 +106,11 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     Raises:
         UserError: the loss is no longer finite; no CUDA device where one is asked for.
     """
+    with _collected_quickly():
+        return _run_fit(model, fit)
+
+
+def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     fit.folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(fit)
     folder = fit.folder / "checkpoints"
@@ -128,7 +133,7 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         epochs = round(epochs_done)
     else:
         begun = time.perf_counter()
-        with warnings_of_transformers_off(), _collected_quickly():
+        with warnings_of_transformers_off():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         curve = _curve(trainer.state.log_history)
         epochs = round(trainer.state.epoch or 0)
@@ -599,13 +604,15 @@ def warnings_of_transformers_off() -> Iterator[None]:
 
 @contextmanager
 def _collected_quickly() -> Iterator[None]:
-    """Keep what exists out of the garbage collections that accelerate asks for before every fit.
+    """Keep what exists out of the garbage collections that accelerate asks for before every fit; collect what came.
 
-    Walking all imported modules takes most of the time of a small fit, and protocols run hundreds of them.
+    Walking all imported modules takes most of the time of a small fit, and protocols run hundreds of them. A trainer
+    refers to itself, so that its moments and gradients would otherwise wait for a collection of everything.
     """
     gc.freeze()
     try:
         yield
+        gc.collect()
     finally:
         gc.unfreeze()
 

@@ -1,11 +1,13 @@
 """Runs from end to end: learning, resuming bit for bit, protocols, several processes, records, refusals."""
 
 import csv
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,24 @@ def test_resume_is_bit_for_bit(
     assert_same_bits(whole / "folds" / "01", killed / "folds" / "01")
     assert history(whole / "folds" / "01") == history(killed / "folds" / "01")
     assert (whole / "folds/01/predictions.csv").read_text() == (killed / "folds/01/predictions.csv").read_text()
+
+
+def test_a_fit_keeps_no_memory_after_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trainer holds gradients and moments: kept ones would add up over the folds of a run."""
+    trainers: list[weakref.ref] = []
+    init = trainer_module.UtteranceTrainer.__init__
+
+    def noted(self, *args, **kwargs):
+        trainers.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.UtteranceTrainer, "__init__", noted)
+    gc.disable()  # a collection that happens to come would hide it
+    try:
+        train(make_recipe(protocol="group-kfold", train={"epochs": 1}), corpus, tmp_path / "run", folds=[1, 2])
+    finally:
+        gc.enable()
+    assert [trainer() for trainer in trainers] == [None, None]
 
 
 def keep_models(monkeypatch: pytest.MonkeyPatch) -> None:
