@@ -199,9 +199,10 @@ def inner_folds(
     Returns:
         Folds over positions in `rows`; each inner train holds every class of the training part.
     """
-    candidates = np.array([i for i in train if _has(rows[i], settings.held_out)], dtype=np.int64)
+    candidates = train
+    if settings.held_out:
+        candidates = np.array([i for i in train if _has(rows[i], settings.held_out)], dtype=np.int64)
     labels = [row.label for row in rows]
-    always = np.setdiff1d(train, candidates)
     column = _inner_column(settings, rows, candidates)
     # Rows that cannot be held out stay with their groups, too, so that a group does not choose by what it taught.
     groups = None if column is None else {int(i): column_of(rows[i], column) for i in train}
@@ -214,7 +215,7 @@ def inner_folds(
             parts = _grouped_parts(own, [labels[i] for i in candidates], folds, seed + repeat)
         for k, part in enumerate(parts):
             test = np.sort(candidates[part])
-            rest = np.union1d(np.setdiff1d(candidates, test), always)
+            rest = np.sort(np.setdiff1d(train, test, assume_unique=True))
             if groups is not None:
                 held = {groups[int(i)] for i in test}
                 rest = np.array([i for i in rest if groups[int(i)] not in held], dtype=np.int64)
@@ -330,12 +331,10 @@ def _stratified_parts(labels: Sequence[Hashable], folds: int, seed: int) -> list
     """
     rng = np.random.default_rng([seed, 0x5F01D])
     folds = min(folds, len(labels))
-    order = np.concatenate(
-        [
-            rng.permutation(np.array([i for i, other in enumerate(labels) if other == label], dtype=np.int64))
-            for label in sorted(set(labels), key=str)
-        ]
-    )
+    places: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(labels):
+        places.setdefault(label, []).append(i)
+    order = np.concatenate([rng.permutation(np.array(places[label])) for label in sorted(places, key=str)])
     return [np.sort(order[k::folds]) for k in range(folds)]
 
 
@@ -470,8 +469,7 @@ def _inner_column(settings: ProtocolSettings, rows: Sequence[PreparedRow], candi
 
 
 def _fold(name: str, rows: int, test: Indices) -> Fold:
-    test = np.sort(test)
-    return Fold(name, np.setdiff1d(np.arange(rows), test), test)
+    return Fold(name, np.delete(np.arange(rows), test), np.sort(test))
 
 
 def _group_fold(name: str, groups: Sequence[str], candidates: Indices, test: Indices) -> Fold:
