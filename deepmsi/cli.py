@@ -68,6 +68,7 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document o
 
 FAILURES_SHOWN = 20
 INTERRUPTED, TERMINATED = 130, 143
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Resize(StrEnum):
@@ -731,11 +732,29 @@ def _graphs_of(run: Path) -> dict[str, str]:
 def _resume_hint(argv: Sequence[str]) -> str:
     command = next((word for word in argv if not word.startswith("-")), "")
     if command in ("train", "finetune"):
-        words = list(argv) if "--resume" in argv else [*argv, "--resume"]
-        return f"interrupted; go on with: deepmsi {shlex.join(words)}"
+        return f"interrupted; {_again(argv)}"
     if command == "prepare":
         return f"interrupted; what is done is kept, go on with: deepmsi {shlex.join(argv)}"
-    return "interrupted; nothing half-written is left, run the same command again"
+    return f"interrupted; nothing half-written is left, {_again(argv)}"
+
+
+def _again(argv: Sequence[str]) -> str:
+    """What to do after a command that stopped: a run that has begun is refused without --resume."""
+    command = next((word for word in argv if not word.startswith("-")), "")
+    if command not in ("train", "finetune"):
+        return "run the same command again"
+    return f"go on with: deepmsi {shlex.join(argv if '--resume' in argv else [*argv, '--resume'])}"
+
+
+def _leave_full_disk_to_main_thread() -> None:
+    """Print no traceback of a full disk from another thread: the one of the logs hands its error on."""
+    hook = threading.excepthook
+
+    def tell(problem: threading.ExceptHookArgs) -> None:
+        if getattr(problem.exc_value, "errno", None) not in _FULL:
+            hook(problem)
+
+    threading.excepthook = tell
 
 
 def _one_line(text: str) -> str:
@@ -752,6 +771,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code (see the head of this file).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # for the rest of the process: such a thread may outlive the command
+        _leave_full_disk_to_main_thread()
 
     def leave(*_: object) -> NoReturn:
         try:
@@ -792,9 +813,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             place = f" while writing {error.filename}" if error.filename else ""
-            _say(f"deepmsi: the disk is full{place}; free some space and run the same command again")
+            _say(f"deepmsi: the disk is full{place}; free some space and {_again(words)}")
         elif error.filename and error.strerror:  # a folder without rights, a file system that is read-only
             _say(f"deepmsi: {error.filename}: {error.strerror}")
         else:

@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -185,6 +186,32 @@ class TestEndings:
         line = mistake("report", "run")
         assert "disk is full" in line
         assert "/data/shard" in line
+
+    @pytest.mark.parametrize("command", ["train demo", "finetune text demo"])
+    def test_a_full_disk_says_how_a_run_goes_on(self, monkeypatch, mistake, command) -> None:
+        def full(*args: object, **kwargs: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("deepmsi.train.run.train", full)
+        monkeypatch.setattr("deepmsi.train.finetune.finetune", full)
+        line = mistake(*command.split(), "--data", "clips", "--out", "run")
+        assert line.endswith(f"free some space and go on with: deepmsi {command} --data clips --out run --resume")
+
+    def test_a_full_disk_is_told_once(self, monkeypatch, capsys) -> None:
+        """The thread that writes the logs of training fails, too, and may come to that after the command."""
+
+        def full(number: int = errno.ENOSPC) -> None:
+            raise OSError(number, "of the thread")
+
+        monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+        monkeypatch.setattr(sys, "argv", ["deepmsi", "report", "run"])
+        self.ending(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+        assert cli.main() == 2
+        for number in (errno.ENOSPC, errno.EIO):
+            thread = threading.Thread(target=full, args=[number])
+            thread.start()
+            thread.join()
+            assert ("of the thread" in capsys.readouterr().err) == (number == errno.EIO)
 
     def test_unexpected_errors_keep_their_traceback(self, monkeypatch, deepmsi) -> None:
         self.ending(monkeypatch, ZeroDivisionError("a bug"))
