@@ -803,6 +803,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         _say(f"deepmsi: {_resume_hint(words)}")
         return TERMINATED
+    except RuntimeError as error:
+        # Python 3.11 makes one of what is raised while a class is made, as the many late imports do.
+        if not isinstance(error.__cause__, KeyboardInterrupt | _Terminated):
+            raise
+        _say(f"deepmsi: {_resume_hint(words)}")
+        return TERMINATED if isinstance(error.__cause__, _Terminated) else INTERRUPTED
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8" or codecs.lookup(error.encoding).name != codecs.lookup(encoding).name:

@@ -228,6 +228,17 @@ class TestEndings:
         assert outcome.err.strip().startswith("deepmsi: interrupted")
         assert len(outcome.err.strip().splitlines()) == 1
 
+    @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
+    def test_interruption_while_a_class_is_made(self, monkeypatch, deepmsi, raised, code) -> None:
+        class Field:
+            def __set_name__(self, *_: object) -> None:
+                raise raised
+
+        monkeypatch.setattr("deepmsi.report.report", lambda run: type("Made", (), {"field": Field()}))
+        outcome = deepmsi("report", "run")
+        assert outcome.code == code
+        assert outcome.err.strip().startswith("deepmsi: interrupted")
+
     @pytest.mark.parametrize(
         ("function", "command"), [("run.train", "train"), ("finetune.finetune", "finetune text")], ids=lambda text: text
     )
