@@ -334,7 +334,7 @@ def _contrastive_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
     _, grad_a, grad_b = output
     ctx.mark_non_differentiable(grad_a, grad_b)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_a, grad_b)
+    ctx.save_for_backward(*inputs[:2], grad_a, grad_b)
     ctx.with_grad = inputs[-1]
 
 
@@ -342,7 +342,12 @@ def _contrastive_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[An
     if grads[0] is None:
         return (None,) * 11
     _require_kept("cross_modal_contrastive", ctx.with_grad)
-    return (*bwd(grads[0], *ctx.saved_tensors), *(None,) * 9)
+    a, b, grad_a, grad_b = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # They were made with the loss. That they depend on a and b has a second derivative meet the refusal.
+        never = grad_a.new_zeros((), dtype=torch.bool)
+        grad_a, grad_b = torch.where(never, a, grad_a), torch.where(never, b, grad_b)
+    return (*bwd(grads[0], grad_a, grad_b), *(None,) * 9)
 
 
 _register(

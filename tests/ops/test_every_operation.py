@@ -156,13 +156,16 @@ def test_backward_of_a_call_that_kept_nothing_is_refused(op: str, monkeypatch: p
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
 def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> None:
-    """Torch by itself warns, and leaves the operation out of it."""
+    """Torch by itself warns, and leaves the operation out of it; so does a penalty beside what it is a penalty of."""
     testing.need(op, backend, device)
     inputs, run = call(op, backend, device)
     leaves = [x.requires_grad_() for x in inputs]
-    grads = torch.autograd.grad(run(*leaves).square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{op} has a second derivative on the reference backend alone"):
-        torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+    for linear in (False, True):
+        out = run(*leaves)
+        loss = out.sum() if linear else out.square().sum()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{op} has a second derivative on the reference backend alone"):
+            torch.autograd.grad(loss + sum(grad.square().sum() for grad in grads), leaves)
 
 
 @pytest.mark.parametrize("op", ["residual_norm", "residual_mlp", "residual_window_attention"])
