@@ -222,6 +222,7 @@ def test_compiles_whole_and_for_changing_sizes() -> None:
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": math.nan}, "temperature must be above 0"),
+        ({"temperature": torch.tensor(0.5, requires_grad=True)}, "temperature gets no gradient"),
         ({"normalize": "rows"}, "normalize must be"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels must be"),
         ({"labels": torch.zeros(8)}, "labels must be integers"),
