@@ -17,7 +17,8 @@ def fuse(model: Model) -> Model:
     and inference alike: drop path and the dropout of projections stay timm's; in training with dropout on the
     attention's weights (``attn_drop_rate``), which the operation has not, a block computes as timm does, and so does
     one whose parts are replaced, patched or watched. Grids that are no multiple of the window are padded as timm pads
-    them. Works on any module that contains such blocks, and again on one that is fused.
+    them. Places that the mask parts are left out, where timm takes 100 from their logits: the same unless logits within
+    a window lie about as far apart. Works on any module that contains such blocks, and again on one that is fused.
 
     Args:
         model: The model, or a module that contains it.
