@@ -8,7 +8,7 @@ collator calls. Padding never changes a row's vector, and a row that is masked a
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -143,8 +143,9 @@ class LogMelEncoder(nn.Module):
     """Encode speech as one vector: log-mel frames, convolutions over time, mean and deviation over time.
 
     The statistics of the spectrogram itself stand beside those of the learned frames: with few utterances they
-    are what carries timbre and liveliness, and the learned ones add to them. Each of the four is normalised on
-    its own, so that none drowns another and the level of the recording does not matter.
+    are what carries timbre and liveliness, and the learned ones add to them. What all speech has in common is taken
+    out of them, band by band (:meth:`fit_statistics`), and so is the utterance's own level, since that of the
+    recording must not matter. Those of the learned frames are normalised.
 
     Args:
         dim: width of the utterance vector.
@@ -157,6 +158,9 @@ class LogMelEncoder(nn.Module):
         masks: SpecAugment in training: this many stretches of time (each up to 10% of the utterance) and of
             bands (each up to 12% of them) are set to the utterance's mean; drawn from torch's generator.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -184,9 +188,11 @@ class LogMelEncoder(nn.Module):
         self.stem.requires_grad_(layers > 0)  # without blocks nothing reads it, and data parallelism awaits gradients
         self.blocks = nn.ModuleList(_TimeBlock(width, kernel, dropout) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
-        sizes = [mels, mels, width, width] if layers else [mels, mels]
-        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
-        self.head = nn.Linear(sum(sizes), dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 if layers else 0))
+        self.head = nn.Linear(2 * mels + width * len(self.norms), dim)
+        # Until they are fitted: about what speech has, of a mean over time and of a deviation.
+        self.register_buffer("mean", torch.tensor([0.0, 0.65]).repeat_interleave(mels))
+        self.register_buffer("std", torch.tensor([0.25, 0.2]).repeat_interleave(mels))
 
     def _mask(self, logmel: Tensor, valid: Tensor) -> Tensor:
         """SpecAugment: hide random stretches of time and of bands behind the utterance's mean frame."""
@@ -205,6 +211,32 @@ class LogMelEncoder(nn.Module):
             stretches(count, 0.10, steps)[:, :, None] | stretches(torch.full_like(count, mels), 0.12, mels)[:, None]
         )
         return torch.where(hidden & valid[..., None], mean, logmel)
+
+    @torch.no_grad()
+    def fit_statistics(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Take the mean and deviation of each band's statistics from training utterances.
+
+        The deviation is raised by 0.02, so that a band in which nothing differs is not blown up to noise.
+
+        Args:
+            batches: what the processor makes of some waveforms, batch by batch.
+        """
+        device = self.mean.device
+        count, total, squares = 0, torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double()
+        for batch in batches:
+            statistics = self._of_bands(*self.logmel(*(tensor.to(device) for tensor in batch.values()))).double()
+            count += len(statistics)
+            total += statistics.sum(0)
+            squares += statistics.square().sum(0)
+        if count:
+            mean = total / count
+            self.mean.copy_(mean)
+            self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.02)
+
+    def _of_bands(self, logmel: Tensor, valid: Tensor) -> Tensor:
+        """Each band's mean over time, less that of all bands, and its deviation: ``[U, 2 mels]``."""
+        mean, deviation = self._statistics(logmel, valid[..., None])
+        return torch.cat([mean - mean.mean(1, keepdim=True), deviation], 1)
 
     @staticmethod
     def _statistics(x: Tensor, valid: Tensor) -> list[Tensor]:
@@ -231,15 +263,15 @@ class LogMelEncoder(nn.Module):
         logmel, valid = self.logmel(input_values, audio_attention_mask.bool())
         if self.training and self.masks:
             logmel = self._mask(logmel, valid)
-        inside = valid[..., None]
-        pooled = self._statistics(logmel, inside)
+        pooled = [(self._of_bands(logmel, valid) - self.mean) / self.std]
         if self.blocks:
+            inside = valid[..., None]
             x = self.stem(logmel)
             for block in self.blocks:
                 x = block(x, inside)
-            pooled += self._statistics(x, inside)
-        level = [norm(statistic) for norm, statistic in zip(self.norms, pooled, strict=True)]
-        return self.head(self.dropout(torch.cat(level, dim=1)))
+            learned = self._statistics(x, inside)
+            pooled += [norm(statistic) for norm, statistic in zip(self.norms, learned, strict=True)]
+        return self.head(self.dropout(torch.cat(pooled, dim=1)))
 
 
 class HashingTokenizer:

@@ -168,9 +168,14 @@ class UtteranceDataset(Dataset[Example]):
             if self.present(position)[0]:
                 yield self._frames(i, None)
 
+    def sounds(self) -> Iterator[NDArray[np.float32]]:
+        """The waveform of every row that has audio, `[samples]`, not augmented; not of prepared features."""
+        for position, i in enumerate(self.indices):
+            if self.present(position)[2]:
+                yield self._waveform(i)
+
     def _load(self, position: int, rng: np.random.Generator | None) -> Example:
         i, config = self.indices[position], self.config
-        row = self.data.rows[i]
         video, text, audio = self.present(position)
         if rng is not None:
             video, text, audio = hide_modalities((video, text, audio), config.fusion.modality_dropout, rng)
@@ -183,9 +188,7 @@ class UtteranceDataset(Dataset[Example]):
         if audio and config.audio.encoder == "features":
             sound = self._features("audio", i)
         elif audio:
-            sound = self.data.waveform(i)
-            if sound is None:
-                raise UserError(f"{self.data.path}: the sound of row {row.id!r} is gone; prepare it again.")
+            sound = self._waveform(i)
             if rng is not None and self.augment is not None:
                 sound = augment_audio(sound, self.augment, rng)
         return Example(frames, words, sound, self.labels[position])
@@ -198,6 +201,12 @@ class UtteranceDataset(Dataset[Example]):
         if rng is not None and self.augment is not None:
             frames = augment_frames(frames, self.augment, rng)
         return frames
+
+    def _waveform(self, i: int) -> NDArray[np.float32]:
+        sound = self.data.waveform(i)
+        if sound is None:
+            raise UserError(f"{self.data.path}: the sound of row {self.data.rows[i].id!r} is gone; prepare it again.")
+        return sound
 
     def _features(self, modality: str, i: int) -> NDArray[np.float32]:
         features = self.data.features(modality, i)

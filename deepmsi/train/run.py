@@ -37,6 +37,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import remove_staged
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
 from deepmsi.models.encoders import check_encoder
+from deepmsi.models.offline import LogMelEncoder
 from deepmsi.models.vision import check_vision
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
@@ -429,6 +430,9 @@ class _Run:
         train = self._dataset(part, config, seed)
         if model.video is not None and config.vision.pixel_statistics:
             model.video.fit_pixel_statistics(train.videos(), mirrored=self.recipe.augment.flip > 0)
+        encoder, processor = model.audio_encoder, model.audio_processor
+        if isinstance(encoder, LogMelEncoder) and processor is not None:
+            encoder.fit_statistics(processor([sound]) for sound in train.sounds())
         fit = Fit(
             name=name,
             folder=folder,

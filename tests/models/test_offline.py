@@ -131,6 +131,33 @@ def test_specaugment_follows_the_generator_and_only_in_training(audio: LogMelEnc
     torch.testing.assert_close(audio(**batch), still)
 
 
+@pytest.mark.parametrize("size", [1, 5], ids=["one by one", "in one batch"])
+def test_fitted_statistics_standardise_every_band(size: int) -> None:
+    waveforms = [speech(0.4 + 0.2 * i, pitch=100.0 + 40 * i, seed=i) for i in range(5)]
+    encoder = LogMelEncoder(8, layers=0).eval()
+    encoder.head = nn.Identity()
+    processor = WaveformProcessor()
+    encoder.fit_statistics(processor(waveforms[i : i + size]) for i in range(0, 5, size))
+    found = torch.cat([encoder(**processor([waveform])) for waveform in waveforms]).double()
+    torch.testing.assert_close(found.mean(0), torch.zeros(128).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.std(0, correction=0), 1 - 0.02 / encoder.std.double(), rtol=0, atol=1e-4)
+
+
+def test_statistics_that_nothing_was_fitted_to_stay() -> None:
+    encoder = LogMelEncoder(8)
+    before = encoder.mean.clone(), encoder.std.clone()
+    encoder.fit_statistics([])
+    assert torch.equal(encoder.mean, before[0])
+    assert torch.equal(encoder.std, before[1])
+
+
+def test_the_level_of_a_recording_does_not_matter() -> None:
+    encoder = LogMelEncoder(8, layers=0).eval()
+    waveform = speech(1.0)
+    loud, soft = encoder(**WaveformProcessor()([waveform, waveform * 0.3]))
+    torch.testing.assert_close(soft, loud, rtol=0, atol=0.02 * loud.abs().max().item())
+
+
 def test_audio_runs_under_autocast(audio: LogMelEncoder) -> None:
     batch = WaveformProcessor()([speech(1.0), speech(0.6)])
     expected = audio(**batch)

@@ -1,6 +1,7 @@
 """Small labelled sets that a model can learn, prepared through the real writer, and recipes to train on them."""
 
 import csv
+import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ def prepared_corpus(folder: Path, **options: Any) -> Path:
     manifest = write_corpus(folder / "raw", **options)
     prepare(manifest, folder / "prepared", PrepareOptions(frames=2, size=64), workers=0, progress=False)
     return folder / "prepared"
+
+
+def sound_manifest(folder: Path, rows: int = 9) -> Path:
+    """A manifest of a tenth of a second of noise a row; the last third is the test."""
+    rng = np.random.default_rng(0)
+    lines = ["id,audio,text,label,split"]
+    for i in range(rows):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes((rng.standard_normal(1600) * 1000 * (1 + i % 3)).astype("<i2").tobytes())
+        lines.append(f"{i},{i}.wav,well,{LABELS[i % 3]},{'test' if 3 * i >= 2 * rows else 'train'}")
+    path = folder / "manifest.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def make_recipe(**changes: Any) -> Recipe:

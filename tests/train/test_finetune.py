@@ -2,7 +2,6 @@
 
 import csv
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_corpus import LABELS, make_recipe
+from small_corpus import LABELS, make_recipe, sound_manifest
 
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.prepare import prepare
@@ -160,17 +159,7 @@ def test_a_kill_before_the_last_encoder_does_not_lose_it(bert_folder: Path, tmp_
 
 
 def test_a_sound_encoder_is_tuned_alike(wav2vec2_folder, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    lines = ["id,audio,text,label,split"]
-    for i in range(9):
-        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16000)
-            file.writeframes((rng.standard_normal(1600) * 1000 * (1 + i % 3)).astype("<i2").tobytes())
-        lines.append(f"{i},{i}.wav,well,{LABELS[i % 3]},{'test' if i > 5 else 'train'}")
-    path = tmp_path / "manifest.csv"
-    path.write_text("\n".join(lines) + "\n")
+    path = sound_manifest(tmp_path)
     data = prepared(path, tmp_path / "plain")
     audio = {"encoder": str(wav2vec2_folder()), "max_seconds": 2.0}
     settings = make_recipe(text={"encoder": "hashing"}, audio=audio, protocol="split-column", train={"epochs": 1})

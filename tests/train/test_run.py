@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_corpus import LABELS, make_recipe, prepared_corpus, write_corpus
+from small_corpus import LABELS, make_recipe, prepared_corpus, sound_manifest, write_corpus
 from transformers import TrainerCallback
 
 from deepmsi.data.files import TEMPORARY, claimed
+from deepmsi.data.options import PrepareOptions
+from deepmsi.data.prepare import prepare
 from deepmsi.data.store import PreparedData
 from deepmsi.errors import UserError
 from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.deepmsi import DeepMSI
+from deepmsi.models.offline import LogMelEncoder, WaveformProcessor
 from deepmsi.train import checkpoints as checkpoints_module
 from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
@@ -942,3 +945,15 @@ def test_what_a_kill_left_of_a_fold_that_is_done_goes(corpus: Path, tmp_path: Pa
     (fold / "best.safetensors").write_bytes(b"of the epoch that was kept")
     train(recipe, corpus, tmp_path / "run", resume=True)
     assert {path.name for path in fold.iterdir()} == {"fold.json", "history.jsonl", "logs", "predictions.csv"}
+
+
+def test_what_voices_have_in_common_is_taken_from_the_training_rows_alone(tmp_path: Path) -> None:
+    sections = {"text": {"encoder": "none"}, "audio": {"encoder": "logmel"}, "loss": {"contrastive": 0}}
+    data = prepare(sound_manifest(tmp_path), tmp_path / "prepared", PrepareOptions(), workers=0, progress=False)
+    train(make_recipe(**sections, protocol="split-column", train={"epochs": 1}), data.path, tmp_path / "run")
+    trained = DeepMSI.from_pretrained(tmp_path / "run" / "model").audio_encoder
+    for rows, equal in (range(6), True), (range(9), False):
+        fitted = LogMelEncoder()
+        fitted.fit_statistics(WaveformProcessor()([data.waveform(i)]) for i in rows)
+        assert torch.equal(trained.mean, fitted.mean) == equal
+        assert torch.equal(trained.std, fitted.std) == equal
