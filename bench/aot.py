@@ -36,7 +36,7 @@ from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows
 
 RESULTS = Path(__file__).parent / "results"
 # Shared memory that one block may take, in bytes.
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Kernels whose warps may compute a product more than once: four of them read weights for a tile of 16 x 16.
 REPEATS = {("dilated_causal_conv1d", "_forward_kernel"): 2, ("dilated_causal_conv1d", "_grad_x_kernel"): 2}
 
@@ -409,7 +409,8 @@ def table(rows: list[Resources]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what they take.")
     parser.add_argument("--op", choices=backend.OPS, help="one operation only; writes nothing")
-    parser.add_argument("--targets", default="80,89,90,100", help="compute capabilities, by commas; 90 with --quick")
+    every = ",".join(map(str, SHARED))
+    parser.add_argument("--targets", default=every, help="compute capabilities, by commas; 90 with --quick")
     parser.add_argument("--quick", action="store_true", help="main cases, without float16; writes nothing")
     options = parser.parse_args()
     targets = [90] if options.quick else [int(t) for t in options.targets.split(",")]
