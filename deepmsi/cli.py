@@ -7,7 +7,6 @@ interrupted; 143 told to end, by SIGTERM.
 
 import codecs
 import contextlib
-import errno
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from typing import IO, Annotated, Any, NoReturn
 
 import typer
 
-from deepmsi.errors import UserError
+from deepmsi.errors import DISK_FULL, DiskFullError, UserError
 
 app = typer.Typer(
     name="deepmsi",
@@ -68,7 +67,6 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document o
 
 FAILURES_SHOWN = 20
 INTERRUPTED, TERMINATED = 130, 143
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Resize(StrEnum):
@@ -751,7 +749,7 @@ def _leave_full_disk_to_main_thread() -> None:
     hook = threading.excepthook
 
     def tell(problem: threading.ExceptHookArgs) -> None:
-        if getattr(problem.exc_value, "errno", None) not in _FULL:
+        if getattr(problem.exc_value, "errno", None) not in DISK_FULL:
             hook(problem)
 
     threading.excepthook = tell
@@ -788,7 +786,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
-        _say(f"deepmsi: {_one_line(str(error))}")
+        onward = f"; free some space and {_again(words)}" if isinstance(error, DiskFullError) else ""
+        _say(f"deepmsi: {_one_line(str(error))}{onward}")
         return 2
     except _UsageProblem as error:
         context = getattr(error, "ctx", None)
@@ -819,7 +818,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             place = f" while writing {error.filename}" if error.filename else ""
             _say(f"deepmsi: the disk is full{place}; free some space and {_again(words)}")
         elif error.filename and error.strerror:  # a folder without rights, a file system that is read-only

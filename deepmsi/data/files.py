@@ -1,6 +1,5 @@
 """Writes files so that a reader sees the whole file or none: a temporary name, fsync, then a rename."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,14 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from deepmsi.errors import UserError
+from deepmsi.errors import DISK_FULL, DiskFullError, UserError
 
 TEMPORARY = ".tmp-"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFullError(UserError):
-    """There is no room left for a file."""
 
 
 @contextmanager
@@ -41,7 +35,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise DiskFullError(f"{path.parent}: the disk is full, {path.name} was not written") from error
         raise UserError(f"{path}: the file cannot be written ({error.strerror})") from error
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import deepmsi
-from deepmsi.data.files import DiskFullError
 from deepmsi.data.shards import Task, make_shard
-from deepmsi.errors import UserError
+from deepmsi.errors import DiskFullError, UserError
 
 
 def usable_cpus() -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import features
-from deepmsi.data.files import DiskFullError, claimed, digest, sweep, write_sorted_json, write_text
+from deepmsi.data.files import claimed, digest, sweep, write_sorted_json, write_text
 from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import run_tasks, usable_cpus
 from deepmsi.data.shards import Source, Task, read_record
 from deepmsi.data.store import FORMAT, INDEX, STARTED, VERSION, PreparedData, PreparedRow
-from deepmsi.errors import UserError
+from deepmsi.errors import DiskFullError, UserError
 from deepmsi.progress import progress_bar
 
 FAILURES = "failures.csv"
@@ -77,9 +77,7 @@ def prepare(
             texts = features.text_stage(manifest.rows, folder, options, progress)
             sounds = features.audio_stage(media, manifest.rows, folder, options, progress)
         except DiskFullError as error:
-            raise DiskFullError(
-                f"{error}; what is done is kept: free some space and give the same command again"
-            ) from error
+            raise DiskFullError(f"{error}; what is done is kept") from error
         finally:
             sweep(folder / "shards")  # of workers that were stopped
         _finish(manifest, folder, options, [media, texts, sounds])

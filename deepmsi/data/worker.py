@@ -9,9 +9,8 @@ import signal
 import sys
 from typing import Any
 
-from deepmsi.data.files import DiskFullError
 from deepmsi.data.shards import Task, make_shard
-from deepmsi.errors import UserError
+from deepmsi.errors import DiskFullError, UserError
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ Nothing in it is a pickle, and nothing else than these formats is ever read.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepmsi.errors import UserError
+from deepmsi.errors import DISK_FULL, DiskFullError, UserError
 from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.encoders import PretrainedEncoder, save_encoder
 
@@ -36,7 +35,6 @@ ARCHITECTURE = "DeepMSI"
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ENCODERS = ("text_encoder", "audio_encoder")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 OWN_FILES = {CONFIG, WEIGHTS, "README.md", *ENCODERS}
 
 
@@ -200,7 +198,8 @@ def writing(target: Path) -> Iterator[None]:
     """Turn what the system, safetensors and `torch.save` raise where a file cannot be written into one sentence.
 
     Raises:
-        UserError: the disk is full, or `target` cannot be written.
+        DiskFullError: no room is left.
+        UserError: `target` cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -211,9 +210,10 @@ def writing(target: Path) -> Iterator[None]:
         torch_save = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if isinstance(error, RuntimeError) and not torch_save:
             raise
-        full = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in FULL)
-        reason = "the disk is full" if full or torch_save else getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{target} could not be written ({reason}).") from error
+        said = any(getattr(error, "errno", None) == code or os.strerror(code) in str(error) for code in DISK_FULL)
+        full = said or torch_save
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        raise (DiskFullError if full else UserError)(f"{target} could not be written ({reason})") from error
 
 
 @contextmanager
@@ -251,8 +251,9 @@ def staged(target: Path) -> Iterator[Path]:
 
 def remove_staged(target: Path) -> None:
     """Remove what `staged` left beside `target` in processes that were killed; none may be writing there."""
-    for leftover in target.parent.glob(f".{target.name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for ending in ("part", "old"):
+        for leftover in target.parent.glob(f".{target.name}.*.{ending}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _put(staging: Path, target: Path) -> None:

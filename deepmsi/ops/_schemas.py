@@ -306,7 +306,7 @@ _register(
 # --- cross_modal_contrastive
 # Forward: a [B, D] and b [P, J, D] in float32, labels int64, valid [P, B] and valid_b [P, J] bool or None (all). With
 # `with_grad` it makes the gradients of a and b with the loss, since the scores are at hand only then; else they are
-# empty. The backward scales them.
+# empty. The backward scales them; a and b are kept for one thing, that a second derivative meets its refusal.
 
 _CONTRASTIVE_FORWARD = (
     "(Tensor a, Tensor b, Tensor labels, Tensor labels_b, int row_offset, Tensor? valid, Tensor? valid_b, "

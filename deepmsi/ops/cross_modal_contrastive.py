@@ -79,7 +79,7 @@ def cross_modal_contrastive(
         raise ValueError(f"{_OP}: labels must be [{rows}], not {shape(labels)}")
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"{_OP}: labels must be integers, not {labels.dtype}")
-    if isinstance(temperature, Tensor) and temperature.requires_grad:
+    if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_OP}: temperature gets no gradient, so it cannot be learned: give a number")
     if not temperature > 0:
         raise ValueError(f"{_OP}: temperature must be above 0, not {temperature}")

@@ -307,13 +307,17 @@ def small_disk(mount: Callable[[str], Path]) -> Path:
 def test_full_disk(mistake, clips, small_disk) -> None:
     out = small_disk / "data"
     line = mistake("prepare", clips / "manifest.csv", "--out", out, "--size", "256", "--workers", "1")
-    assert "disk" in line or "space" in line
+    assert "the disk is full" in line
+    assert "what is done is kept; free some space and run the same command again" in line
     assert not (out / "index.json").exists()
 
 
 def test_full_disk_while_training(mistake, prepared, small_disk) -> None:
     words = ["--data", prepared, "--out", small_disk / "run", "--set", "train.epochs=1", "--set", "train.batch_size=8"]
-    assert "the disk is full" in mistake("train", "demo", *words)
+    line = mistake("train", "demo", *words)
+    assert "the disk is full" in line
+    assert "free some space and go on with: deepmsi train demo" in line
+    assert line.endswith("--resume")
     assert not (small_disk / "run" / "model").exists()
     assert not [*small_disk.rglob("*.part"), *small_disk.rglob(f"{TEMPORARY}*")]
 

@@ -169,6 +169,18 @@ def test_repeats_shuffle_anew() -> None:
     assert not np.array_equal(folds[0].test, folds[3].test)
 
 
+def test_folds_stay_what_they_were() -> None:
+    """A run that was begun before has to find its folds again, and figures are told of these."""
+    rows, settings = corpus(15), ProtocolSettings(name="stratified-kfold", folds=3, held_out=["video"])
+    for row in rows[1::3]:
+        row.has_video = False
+    folds = make_folds(settings, rows, seed=4)
+    assert [fold.test.tolist() for fold in folds] == [[2, 6, 9, 11], [3, 8, 14], [0, 5, 12]]
+    inner = inner_folds(rows, folds[0].train, settings, 2, 1, seed=5)
+    assert [fold.test.tolist() for fold in inner] == [[3, 8, 14], [0, 5, 12]]
+    assert [fold.train.tolist() for fold in inner] == [[0, 1, 4, 5, 7, 10, 12, 13], [1, 3, 4, 7, 8, 10, 13, 14]]
+
+
 def test_only_rows_with_the_asked_modalities_are_held_out() -> None:
     rows = corpus(60)
     for row in rows[20:]:
