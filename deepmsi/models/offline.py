@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 
+_LEVEL = 0.05
+"""Root mean square of speech in [-1, 1], about; what lies below 1e-4 is no speech, and is not raised to it."""
+
 PADDING, EMPTY, RESERVED = 0, 1, 2
 """Ids of the hashing vocabulary: padding, the sign of a text without words, and the number of such ids."""
 
@@ -144,8 +147,8 @@ class LogMelEncoder(nn.Module):
 
     The statistics of the spectrogram itself stand beside those of the learned frames: with few utterances they
     are what carries timbre and liveliness, and the learned ones add to them. What all speech has in common is taken
-    out of them, band by band (:meth:`fit_statistics`), and so is the utterance's own level, since that of the
-    recording must not matter. Those of the learned frames are normalised.
+    out of them, band by band (:meth:`fit_statistics`). Those of the learned frames are normalised. Every utterance is
+    brought to one level first, since that of the recording must not matter.
 
     Args:
         dim: width of the utterance vector.
@@ -214,7 +217,7 @@ class LogMelEncoder(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Take the mean and deviation of each band's statistics from training utterances.
+        """Take the mean and deviation of each band's statistics from training utterances; silent ones tell nothing.
 
         The deviation is raised by 0.02, so that a band in which nothing differs is not blown up to noise.
 
@@ -224,7 +227,9 @@ class LogMelEncoder(nn.Module):
         device = self.mean.device
         count, total, squares = 0, torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double()
         for batch in batches:
-            statistics = self._of_bands(*self.logmel(*(tensor.to(device) for tensor in batch.values()))).double()
+            waveforms, mask = batch["input_values"].to(device), batch["audio_attention_mask"].to(device).bool()
+            heard = (waveforms.bool() & mask).any(1)
+            statistics = self._of_bands(*self._spectrogram(waveforms, mask))[heard].double()
             count += len(statistics)
             total += statistics.sum(0)
             squares += statistics.square().sum(0)
@@ -232,6 +237,13 @@ class LogMelEncoder(nn.Module):
             mean = total / count
             self.mean.copy_(mean)
             self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.02)
+
+    def _spectrogram(self, waveforms: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The log-mel frames of utterances brought to one level, and which of them are valid."""
+        mask = torch.ones_like(waveforms, dtype=torch.bool) if mask is None else mask.bool()
+        x = torch.where(mask, waveforms.float(), 0.0)
+        level = (x.square().sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)).sqrt()
+        return self.logmel(x * (_LEVEL / level.clamp_min(1e-4)), mask)
 
     def _of_bands(self, logmel: Tensor, valid: Tensor) -> Tensor:
         """Each band's mean over time, less that of all bands, and its deviation: ``[U, 2 mels]``."""
@@ -258,12 +270,11 @@ class LogMelEncoder(nn.Module):
         Returns:
             ``[U, dim]``.
         """
-        if audio_attention_mask is None:
-            audio_attention_mask = torch.ones_like(input_values, dtype=torch.bool)
-        logmel, valid = self.logmel(input_values, audio_attention_mask.bool())
+        logmel, valid = self._spectrogram(input_values, audio_attention_mask)
         if self.training and self.masks:
             logmel = self._mask(logmel, valid)
-        pooled = [(self._of_bands(logmel, valid) - self.mean) / self.std]
+        # Silence, and a band that SpecAugment hides, lie far from all speech.
+        pooled = [((self._of_bands(logmel, valid) - self.mean) / self.std).clamp(-4, 4)]
         if self.blocks:
             inside = valid[..., None]
             x = self.stem(logmel)

@@ -152,10 +152,24 @@ def test_statistics_that_nothing_was_fitted_to_stay() -> None:
 
 
 def test_the_level_of_a_recording_does_not_matter() -> None:
-    encoder = LogMelEncoder(8, layers=0).eval()
+    encoder, processor = LogMelEncoder(8, layers=0).eval(), WaveformProcessor()
+    encoder.fit_statistics(processor([speech(0.5, pitch=100.0 + 20 * i, seed=i)]) for i in range(6))
     waveform = speech(1.0)
-    loud, soft = encoder(**WaveformProcessor()([waveform, waveform * 0.3]))
-    torch.testing.assert_close(soft, loud, rtol=0, atol=0.02 * loud.abs().max().item())
+    loud, soft, faint = encoder(**processor([waveform, waveform * 0.3, waveform * 0.01]))
+    torch.testing.assert_close(soft, loud)
+    torch.testing.assert_close(faint, loud)
+
+
+def test_silence_does_not_lie_far_from_all_speech() -> None:
+    encoder, processor = LogMelEncoder(8, layers=0).eval(), WaveformProcessor()
+    silence = np.zeros(16_000, np.float32)
+    batches = [processor([speech(0.5, pitch=100.0 + 20 * i, seed=i)]) for i in range(6)]
+    encoder.fit_statistics([*batches, processor([silence]), processor([silence[:0]])])
+    alone = LogMelEncoder(8, layers=0)
+    alone.fit_statistics(batches)
+    assert torch.equal(encoder.mean, alone.mean), "what is silent has no say"
+    encoder.head = nn.Identity()
+    assert encoder(**processor([silence])).abs().max() <= 4
 
 
 def test_audio_runs_under_autocast(audio: LogMelEncoder) -> None:
