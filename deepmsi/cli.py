@@ -728,20 +728,26 @@ def _graphs_of(run: Path) -> dict[str, str]:
 
 
 def _resume_hint(argv: Sequence[str]) -> str:
-    command = next((word for word in argv if not word.startswith("-")), "")
-    if command in ("train", "finetune"):
+    if _makes_a_run(argv):
         return f"interrupted; {_again(argv)}"
-    if command == "prepare":
+    if _command(argv) == "prepare":
         return f"interrupted; what is done is kept, go on with: deepmsi {shlex.join(argv)}"
     return f"interrupted; nothing half-written is left, {_again(argv)}"
 
 
 def _again(argv: Sequence[str]) -> str:
     """What to do after a command that stopped: a run that has begun is refused without --resume."""
-    command = next((word for word in argv if not word.startswith("-")), "")
-    if command not in ("train", "finetune"):
+    if not _makes_a_run(argv):
         return "run the same command again"
     return f"go on with: deepmsi {shlex.join(argv if '--resume' in argv else [*argv, '--resume'])}"
+
+
+def _makes_a_run(argv: Sequence[str]) -> bool:
+    return _command(argv) in ("train", "finetune")
+
+
+def _command(argv: Sequence[str]) -> str:
+    return next((word for word in argv if not word.startswith("-")), "")
 
 
 def _leave_full_disk_to_main_thread() -> None:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": the command line turns it into one line, exit code 2."""
+"""What means "the user can mend this": the command line turns it into one line, exit code 2; a full disk is a kind."""
 
 import errno
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepmsi.errors import UserError
+from deepmsi.models.moments import moments
 
 _LEVEL = 0.05
 """Root mean square of speech in [-1, 1], about; what lies below 1e-4 is no speech, and is not raised to it."""
@@ -224,19 +225,17 @@ class LogMelEncoder(nn.Module):
         Args:
             batches: what the processor makes of some waveforms, batch by batch.
         """
-        device = self.mean.device
-        count, total, squares = 0, torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double()
-        for batch in batches:
-            waveforms, mask = batch["input_values"].to(device), batch["audio_attention_mask"].to(device).bool()
-            heard = (waveforms.bool() & mask).any(1)
-            statistics = self._of_bands(*self._spectrogram(waveforms, mask))[heard].double()
-            count += len(statistics)
-            total += statistics.sum(0)
-            squares += statistics.square().sum(0)
-        if count:
-            mean = total / count
+
+        def of(batch: dict[str, Tensor]) -> Tensor:
+            waveforms, mask = (batch[name].to(self.mean.device) for name in ("input_values", "audio_attention_mask"))
+            heard = (waveforms.bool() & mask.bool()).any(1)
+            return self._of_bands(*self._spectrogram(waveforms, mask))[heard]
+
+        found = moments(map(of, batches))
+        if found is not None:
+            mean, squares = found
             self.mean.copy_(mean)
-            self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.02)
+            self.std.copy_((squares - mean.square()).clamp_min(0).sqrt() + 0.02)
 
     def _spectrogram(self, waveforms: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The log-mel frames of utterances brought to one level, and which of them are valid."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
+from deepmsi.models.moments import moments
 from deepmsi.nn import TCN, KeptTokens, VSCSwin, fix_constants
 from deepmsi.nn.swin_blocks import normalised
 
@@ -62,18 +63,11 @@ class VideoBranch(nn.Module):
             videos: `[T, 3, S, S]` uint8, one at a time.
             mirrored: count each frame's mirror image too, as training that flips frames will show it.
         """
-        count, total, squares = 0, torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double()
-        for video in videos:
-            frames = video.to(self.mean.device).double() / 255
-            count += len(frames)
-            total += frames.sum(0)
-            squares += frames.square().sum(0)
-        if count:
-            if mirrored:
-                count, total, squares = 2 * count, total + total.flip(-1), squares + squares.flip(-1)
-            mean = total / count
+        found = moments(video.to(self.mean.device).double() / 255 for video in videos)
+        if found is not None:
+            mean, squares = ((moment + moment.flip(-1)) / 2 for moment in found) if mirrored else found
             self.mean.copy_(mean)
-            self.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt() + 0.025)
+            self.std.copy_((squares - mean.square()).clamp_min(0).sqrt() + 0.025)
 
     def fold(self) -> None:
         """Compute once, for inference, what does not depend on the input.
