@@ -21,14 +21,9 @@ from deepmsi.ops import project_cells, residual_mlp, residual_norm, residual_win
 from deepmsi.ops.window_attention import head_scale_of
 
 
-def why_not(block: Any) -> str | None:
-    """Return why a block's attention cannot run as the operation, or None where it can."""
-    if isinstance(block, PatchMerging):
-        return None
-    if block.window_size[0] != block.window_size[1] or block.shift_size[0] != block.shift_size[1]:
-        window, shift = tuple(block.window_size), tuple(block.shift_size)
-        return f"its windows are {window} with shift {shift}, and only square ones are fused: use square images"
-    return None
+def square(block: Any) -> bool:
+    """Whether a block's windows and their shift are square, as the operation has them."""
+    return block.window_size[0] == block.window_size[1] and block.shift_size[0] == block.shift_size[1]
 
 
 def _attend(block: Any, qkv: Tensor, **options: Any) -> Tensor:
@@ -93,7 +88,7 @@ def _runs_fused(block: Any, x: Tensor) -> bool:
     usual = type(attn) in (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
     if not (usual and isinstance(x, Tensor) and _passed_over(attn.attn_drop) and unhooked(attn, attn.softmax)):
         return False
-    return type(attn.softmax) is torch.nn.Softmax and why_not(block) is None
+    return type(attn.softmax) is torch.nn.Softmax and square(block)
 
 
 def _drops(dropout: torch.nn.Module) -> bool:

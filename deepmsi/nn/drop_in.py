@@ -1,7 +1,7 @@
 """``fuse``: timm's Swin models on deepmsi's operations, in place."""
 
 import importlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,9 +16,10 @@ def fuse(model: Model) -> Model:
     Weights, state dict and outputs stay; shift, partition, bias, softmax and reversal become one operation. Training
     and inference alike: drop path and the dropout of projections stay timm's; in training with dropout on the
     attention's weights (``attn_drop_rate``), which the operation has not, a block computes as timm does, and so does
-    one whose parts are replaced, patched or watched. Grids that are no multiple of the window are padded as timm pads
-    them. Places that the mask parts are left out, where timm takes 100 from their logits: the same unless logits within
-    a window lie about as far apart. Works on any module that contains such blocks, and again on one that is fused.
+    one whose parts are replaced, patched or watched, or whose windows or shift are not square, as the last ones of an
+    oblong image can be. Grids that are no multiple of the window are padded as timm pads them. Places that the mask
+    parts are left out, where timm takes 100 from their logits: the same unless logits within a window lie about as far
+    apart. Works on any module that contains such blocks, and again on one that is fused.
 
     Args:
         model: The model, or a module that contains it.
@@ -27,7 +28,7 @@ def fuse(model: Model) -> Model:
         The same object.
 
     Raises:
-        UserError: It is no model, there is no such block in it, or one cannot be fused; the model is then unchanged.
+        UserError: It is no model, or the attention of none of its blocks can be fused; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"fuse takes a model, such as timm.create_model gives, not {model!r}")
@@ -38,7 +39,7 @@ def fuse(model: Model) -> Model:
             f"fuse needs timm, which does not import ({str(error).splitlines()[0]}): install timm, and a torchvision "
             "that fits the installed torch"
         ) from error
-    chosen: list[tuple[nn.Module, type]] = []
+    chosen: list[tuple[Any, type]] = []
     for name, module in model.named_modules():
         if type(module).__name__ == "SwinTransformerV2CrBlock":
             raise UserError(
@@ -46,12 +47,15 @@ def fuse(model: Model) -> Model:
                 "take a swin_*, swin_s3_* or swinv2_* model"
             )
         if type(module) in blocks.FUSED or type(module) in blocks.FUSED.values():
-            reason = blocks.why_not(module)
-            if reason is not None:
-                raise UserError(f"fuse: block {name} cannot be fused: {reason}")
             chosen.append((module, blocks.FUSED.get(type(module), type(module))))
     if not chosen:
         raise UserError(f"fuse: {type(model).__name__} has no block of timm's swin_*, swin_s3_* or swinv2_* to fuse")
+    attending = [module for module, _ in chosen if hasattr(module, "window_size")]
+    if attending and not any(map(blocks.square, attending)):
+        raise UserError(
+            f"fuse: no block of {type(model).__name__} has windows and a shift that are square (the first has windows "
+            f"{tuple(attending[0].window_size)}), and only those are fused: use square windows"
+        )
     for module, fused in chosen:
         module.__class__ = fused
     return model

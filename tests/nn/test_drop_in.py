@@ -75,6 +75,14 @@ def test_inference_and_gradients_are_timms(case: str) -> None:
     assert_fused_equal(model, randn(2, 3, size, size, seed=2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_oblong_windows_stay_timms_beside_fused_ones(name: str) -> None:
+    """The second stage's grid has four rows: its windows are of 4 x 8 places, the shift is one of columns alone."""
+    model = build(name, img_size=(32, 128), window_size=8)
+    assert {tuple(m.window_size) for m in model.modules() if hasattr(m, "shift_size")} == {(8, 8), (4, 8)}
+    assert_fused_equal(model, randn(2, 3, 32, 128, seed=2, dtype=torch.float64))
+
+
 def test_channels_last_is_timms() -> None:
     """It permutes buffers of four dimensions, too: the coordinates of the position bias are one."""
     model = build("swinv2_tiny_window8_256", img_size=64).to(memory_format=torch.channels_last)
@@ -295,7 +303,7 @@ def test_refusals_leave_the_model_as_it_is() -> None:
         deepmsi.fuse(nn.Linear(2, 2))
     oblong = build("swin_tiny_patch4_window7_224", img_size=(56, 16), window_size=7)
     kinds = [type(module) for module in oblong.modules()]
-    with pytest.raises(UserError, match="only square ones"):
+    with pytest.raises(UserError, match="square windows"):
         deepmsi.fuse(oblong)
     assert [type(module) for module in oblong.modules()] == kinds
 
