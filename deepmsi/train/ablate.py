@@ -96,7 +96,7 @@ def ablate(
     Args:
         run: a run directory of `train`.
         data: "evaluate": labelled data to score on. "retrain": the data the run was trained on; each line is
-            measured on the run's own folds.
+            measured on the run's own folds. A manifest is prepared once for all lines that prepare it alike.
         out: takes `ablation.json` and a folder per line; None means RUN/ablation, where reports look.
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
@@ -115,25 +115,41 @@ def ablate(
     out = run / ABLATION if out is None else Path(out)
     if mode == "evaluate" and variants:
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
+    named = subsets(recipe.modalities).items()
     lines = []
-    for name, chosen in subsets(recipe.modalities).items():
-        drop = [modality for modality in MODALITIES if modality not in chosen]
-        note(f"Ablation: {name}.")
-        if mode == "evaluate":
-            scores = evaluate(run, data, out / name, [modality for modality in drop if modality in recipe.modalities])
-            if not is_prepared(data):
-                data = out / name / "prepared"  # the lines to come read what this one has prepared
-        else:
-            hidden = {"drop": f"[{', '.join(drop)}]"} | (NO_CAPACITY if "video" in drop else {})
-            scores = _retrain(run, data, out / name, hidden)
-        lines.append(_line(name, mode, scores))
-    if mode == "retrain":
-        for name, settings in (variants_of(run) if variants is None else variants).items():
+    if mode == "evaluate":
+        for name, chosen in named:
+            note(f"Ablation: {name}.")
+            scores = evaluate(run, data, out / name, [hidden for hidden in recipe.modalities if hidden not in chosen])
+            data = _prepared(data, out / name)
+            lines.append(_line(name, mode, scores))
+    else:
+        further = variants_of(run) if variants is None else variants
+        changes = {name: _reads(chosen) for name, chosen in named} | dict(further)
+        shared = data
+        for name, settings in changes.items():
             note(f"Ablation: {name}.")
             folder = out / name.replace("%", "-percent").replace(" ", "-")
-            lines.append(_line(name, mode, _retrain(run, data, folder, settings)))
+            overrides = [f"{key}={value}" for key, value in settings.items()]
+            line = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
+            alike = line.prepare == recipe.prepare
+            # The run's own folds, so that a line of fewer rows leaves out rows of these and is no other split.
+            scores = train(line, shared if alike else data, folder, resume=(folder / RUN).exists(), plan=recipe)
+            shared = _prepared(shared, folder) if alike else shared
+            lines.append(_line(name, mode, scores))
     write_json(out / TABLE, {"mode": mode, "lines": lines})
     return lines
+
+
+def _prepared(data: Path, folder: Path) -> Path:
+    """What the lines to come read: data that are prepared, or what a line has made of a manifest in its folder."""
+    return data if is_prepared(data) else folder / "prepared"
+
+
+def _reads(chosen: Sequence[str]) -> dict[str, str]:
+    """Settings of a model that reads the chosen modalities alone."""
+    drop = [name for name in MODALITIES if name not in chosen]
+    return {"drop": f"[{', '.join(drop)}]"} | (NO_CAPACITY if "video" in drop else {})
 
 
 def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -163,13 +179,6 @@ def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             f"Up to {seen} rows of a line trained the model or chose its epoch: its figures do not hold for new data."
         )
     return sentences
-
-
-def _retrain(run: Path, data: Path, out: Path, settings: Mapping[str, str]) -> dict[str, Any]:
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    recipe = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
-    # The run's own folds, so that a line of fewer rows leaves out rows of these and is no other split.
-    return train(recipe, data, out, resume=(out / RUN).exists(), plan=load_recipe(run / RECIPE))
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:

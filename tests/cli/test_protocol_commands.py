@@ -150,7 +150,7 @@ def test_ablate_trains_each_line(deepmsi, mistake, tmp_path_factory, tmp_path) -
 
 
 def test_ablate_counts_of_frames_from_a_manifest(deepmsi, clips, tmp_path) -> None:
-    """Prepared clips hold a fixed number of frames, so each count prepares the manifest for itself."""
+    """Prepared clips hold a fixed number of frames: each count prepares the manifest for itself, the others once."""
     run = tmp_path / "run"
     changes = ("drop=[text,audio]", "train.epochs=1", "train.batch_size=8", "protocol.final_fit=true")
     settings = [word for change in changes for word in ("--set", change)]
@@ -160,11 +160,14 @@ def test_ablate_counts_of_frames_from_a_manifest(deepmsi, clips, tmp_path) -> No
     told = deepmsi("predict", run, next((clips / "clips").glob("*.mp4")), "--text", "so what")
     assert told.code == 0, told
     assert "This model reads video alone: --text changes nothing." in told.err
-    outcome = deepmsi("ablate", run, "--data", manifest, "--retrain", "--frames", "2", "--json")
+    words = ("ablate", run, "--data", manifest, "--retrain", "--frames", "2", "--json")
+    outcome = deepmsi(*words)
     assert outcome.code == 0, outcome
     lines = json.loads(outcome.out)
     assert [line["name"] for line in lines] == ["video", "without VSC", "2 frames"]
     assert all("protocol" in line and line["context"] == 0 for line in lines)
+    assert {path.parent.name for path in run.glob("ablation/*/prepared")} == {"video", "2-frames"}
+    assert json.loads(deepmsi(*words).out) == lines  # done already: read back
     index = json.loads((run / "ablation" / "2-frames" / "prepared" / "index.json").read_text())
     assert index["options"]["frames"] == 2
     assert deepmsi("report", run).code == 0
