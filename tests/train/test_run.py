@@ -937,6 +937,17 @@ def test_what_a_kill_left_as_the_run_began_does_not_stand_in_its_way(split_corpu
     assert not list((tmp_path / "run").glob(f"{TEMPORARY}*"))
 
 
+def test_what_another_call_has_written_into_the_record_meanwhile_stays(corpus: Path, tmp_path: Path) -> None:
+    record, final_fit = tmp_path / "run" / "run.json", {"rows": 36, "epochs": 1, "epochs_from": "the recipe"}
+
+    def meanwhile(*_: object) -> None:
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"final_fit": final_fit}))
+
+    recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2}, train={"epochs": 1})
+    train(recipe, corpus, tmp_path / "run", folds=[1], on_fold=meanwhile)
+    assert json.loads(record.read_text())["final_fit"] == final_fit
+
+
 def test_what_a_kill_left_of_a_fold_that_is_done_goes(corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2, "final_fit": False}, train={"epochs": 1})
     train(recipe, corpus, tmp_path / "run")
