@@ -32,6 +32,7 @@ struct WindowScratch {
   int32_t* slot;
   int64_t* filled;
   float *q, *qt, *k, *v, *scores, *result, *q_norm, *k_norm, *inverse, *lse;
+  int64_t* bias_of_key;  // where the bias of a key begins, to which the slot of a query is added
   float *grad_scores, *grad_out, *grad_out_t, *grad_q, *grad_k, *grad_bias;  // backward only
 
   // Lays the pieces out from `memory` and returns the bytes they take.
@@ -46,6 +47,7 @@ struct WindowScratch {
     take(row, across * tokens);
     take(slot, across * tokens);
     take(filled, across);
+    take(bias_of_key, area);
     take(q, tokens * dim);
     take(qt, tokens * dim);
     take(k, tokens * dim);
@@ -81,15 +83,18 @@ DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const Wi
   const int64_t across = (w.width - first + w.window - 1) / w.window;
   const int64_t tokens = whole_vectors(w.window * w.window);
   for (int64_t i = 0; i < across; ++i) s.filled[i] = 0;
-  auto put = [&](int64_t row, int64_t y, int64_t x) {
-    const int64_t i = (x - first) / w.window, n = i * tokens + s.filled[i]++;
+  auto put = [&](int64_t i, int64_t row, int64_t y, int64_t x) {
+    const int64_t n = i * tokens + s.filled[i]++;
     s.row[n] = row;
     s.slot[n] = static_cast<int32_t>((y - top) * w.window + (x - first) - i * w.window);
   };
   if (w.offset == nullptr) {  // positions of no rows are null too
     int64_t row = (frame * w.height + from) * w.width;
     for (int64_t y = from; y < to; ++y) {
-      for (int64_t x = 0; x < w.width; ++x) put(row++, y, x);
+      for (int64_t i = 0, x = 0; x < w.width; ++i) {
+        const int64_t edge = first + (i + 1) * w.window, end = edge < w.width ? edge : w.width;
+        for (; x < end; ++x) put(i, row++, y, x);
+      }
     }
   } else {
     int64_t row = w.offset[frame], end = w.offset[frame + 1];
@@ -101,8 +106,10 @@ DEEPMSI_INLINE void for_windows(const WindowAttention& w, int64_t task, const Wi
         high = middle;
       }
     }
-    for (; row < end && w.positions[row] < to * w.width; ++row)
-      put(row, w.positions[row] / w.width, w.positions[row] % w.width);
+    for (; row < end && w.positions[row] < to * w.width; ++row) {
+      const int64_t y = w.positions[row] / w.width, x = w.positions[row] % w.width;
+      put((x - first) / w.window, row, y, x);
+    }
   }
   Window window{};
   for (int64_t i = 0; i < across; ++i) {
@@ -231,10 +238,12 @@ DEEPMSI_INLINE void read_head(const WindowAttention& w, const Window& window, in
   turn(s.q, stride, dim, s.qt);
 }
 
-// Where the bias of a key begins, to which the slot of a query is added.
-DEEPMSI_INLINE int64_t bias_of_key(const WindowAttention& w, int32_t slot) {
-  const int64_t y = slot / w.window, x = slot % w.window;
-  return (x * (2 * w.window - 1) + w.window - 1 - y) * w.window;
+// Look up for all heads where the bias of each key begins.
+DEEPMSI_INLINE void find_biases(const WindowAttention& w, const Window& window, WindowScratch& s) {
+  for (int64_t j = 0; j < window.count; ++j) {
+    const int64_t y = window.slot[j] / w.window, x = window.slot[j] % w.window;
+    s.bias_of_key[j] = (x * (2 * w.window - 1) + w.window - 1 - y) * w.window;
+  }
 }
 
 DEEPMSI_INLINE float scale_of(const WindowAttention& w, int64_t head) {
@@ -278,7 +287,7 @@ DEEPMSI_INLINE void exponentials(const WindowAttention& w, const Window& window,
     VecInt slots;
     __builtin_memcpy(&slots, window.slot + i, sizeof slots);
     for (int64_t j = 0; j < window.count; ++j) {
-      const float* of_key = bias + bias_of_key(w, window.slot[j]);
+      const float* of_key = bias + s.bias_of_key[j];
       float* at = s.scores + j * stride + i;
       Vec<float> b;
       if constexpr (kQueries == Queries::kInARow) {
@@ -329,6 +338,7 @@ DEEPMSI_INLINE void weights(const WindowAttention& w, const Window& window, int6
 template <typename T>
 void attend(const WindowAttention& w, const Window& window, const Window& next, WindowScratch& s) {
   const int64_t dim = whole_vectors(w.head_dim), stride = whole_vectors(window.count);
+  find_biases(w, window, s);
   for (int64_t head = 0; head < w.heads; ++head) {
     read_head<T>(w, window, head, s);
     const Ahead<T> ahead(w, window, next, head);
@@ -377,7 +387,7 @@ DEEPMSI_INLINE void logit_gradients(const WindowAttention& w, const Window& wind
       mean += p * load(s.grad_scores + j * stride + i);
     }
     for (int64_t j = 0; j < window.count; ++j) {
-      float *at = s.grad_scores + j * stride + i, *of_key = grad_bias + bias_of_key(w, window.slot[j]);
+      float *at = s.grad_scores + j * stride + i, *of_key = grad_bias + s.bias_of_key[j];
       const Vec<float> gradient = load(s.scores + j * stride + i) * (load(at) - mean);
       store(at, gradient * scale);
       // Queries past the last have no gradient.
@@ -399,6 +409,7 @@ void attend_backward(const WindowAttention& w, const Window& window, const Windo
                      double* grad_log_scale) {
   const int64_t count = window.count, dim = whole_vectors(w.head_dim), stride = whole_vectors(count);
   const int64_t channels = w.heads * w.head_dim;
+  find_biases(w, window, s);
   for (int64_t head = 0; head < w.heads; ++head) {
     read_head<T>(w, window, head, s);
     read_rows(window, static_cast<const T*>(w.grad_out) + head * w.head_dim, w.out_stride, w.head_dim,
