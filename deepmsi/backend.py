@@ -125,7 +125,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("vsc_compress", "cpp"): Kernel(_DOUBLES, ("cpu", "cuda")),
     ("vsc_compress", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
     ("window_attention", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),
-    ("window_attention", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
+    ("window_attention", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(128, "head_dim", "heads")),
     ("dilated_causal_conv1d", "cpp"): Kernel(_DOUBLES, ("cpu", "cuda")),
     ("dilated_causal_conv1d", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
     ("cross_modal_contrastive", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),

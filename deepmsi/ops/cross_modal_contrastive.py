@@ -39,7 +39,7 @@ def cross_modal_contrastive(
         a: [B, D], normalised inside.
         b: [J, D] with J = B, or a sequence of P such tensors (usually a pair): the mean of their losses.
         labels: Integer class of each row of a [B].
-        temperature: τ > 0, a number that is not learned.
+        temperature: τ > 0, a number (a tensor would be read on the host) that is not learned.
         include_matched: Whether the matched pair (i, i) is a positive, too.
         normalize: ``"batch"`` divides a row's sum by B - 1, ``"positives"`` by |P(i)|.
         valid_a: Whether a row has its a-side [B] bool, or a sequence of P of them; with ``labels_b`` it may cover the

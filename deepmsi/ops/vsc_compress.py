@@ -70,7 +70,7 @@ def vsc_compress(
             and get zero gradients. Under autocast x takes the autocast type.
         cu_seqlens: Offsets of the frames' rows [B + 1] int32, ascending from 0, on x's device.
         guide: Semantic feature of each frame [B, C].
-        guide_weight: λ in [0, 1], a number or a 0-dim tensor.
+        guide_weight: λ in [0, 1], a number or a 0-dim tensor, on the device of x so that no call waits for a copy.
         temperature: τ > 0.
         standardize: Whether to standardise the scores over the frame.
         threshold: θ, in units of the frame's mean relevance; not used with ``keep``.

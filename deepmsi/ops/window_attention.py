@@ -183,7 +183,7 @@ def window_attention(
     qkv = autocast(qkv)
     windows, tokens = (heads, grid, window, shift, bias_table), (positions, cu_seqlens)
     logit_scale, scale = check_windows(_OP, qkv, "qkv", 3, *windows, logit_scale, scale, *tokens, head_scale)
-    chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype)
+    chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, head_dim=qkv.shape[-1] // (3 * heads))
     with without_autocast(qkv.device.type):
         if chosen == "reference":
             out = reference(qkv, *windows, logit_scale, scale, *tokens)

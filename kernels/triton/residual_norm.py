@@ -108,7 +108,7 @@ def _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: t
     tl.store(y_ptr + at, tl.where(counts[:, None], y.to(x.dtype), x), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames"])
 def _forward_kernel(
     x_ptr,
     branch_ptr,
@@ -143,7 +143,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames", "blocks", "chunks"])
 def _backward_kernel(
     grad_y_ptr,
     branch_ptr,
@@ -186,6 +186,7 @@ def _backward_kernel(
         mask = counts[:, None] & inside[None, :]
         branch = tl.load(branch_ptr + at, mask=mask, other=0.0).to(tl.float32)
         unit, inverse = unit_rows(branch, column, channels, eps)
+        unit = tl.where(counts[:, None], unit, 0.0)  # without an eps it is none of a row of zeros
         grad = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
         grad_weight += grad * unit
@@ -205,7 +206,7 @@ def _backward_kernel(
         tl.store(grad_layer_ptr + at, tl.sum(grad_layer, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _sum_chunks_kernel(
     sums_ptr,
     first_ptr,

@@ -59,7 +59,7 @@ def _order_key(score):
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _statistics_kernel(
     x_ptr, cu_ptr, norm_ptr, partial_ptr, length, rows, channels, parts, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -83,7 +83,7 @@ def _statistics_kernel(
         tl.store(partial_ptr + pid.to(tl.int64) * channels + channel, total, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _fuse_kernel(
     cu_ptr, guide_ptr, weight_ptr, partial_ptr, mean_ptr, fused_ptr, fused_norm_ptr, length, rows, channels, parts,
     BLOCK_C: tl.constexpr,
@@ -108,7 +108,7 @@ def _fuse_kernel(
     tl.store(fused_norm_ptr + b, tl.maximum(tl.sqrt_rn(tl.sum(square)), NORM_FLOOR))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _score_kernel(
     x_ptr, cu_ptr, fused_ptr, fused_norm_ptr, norm_ptr, score_ptr, length, rows, channels, parts,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -136,7 +136,7 @@ def _scores(score_ptr, row, last):
     return tl.load(score_ptr + row, mask=row < last, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _select_kernel(
     cu_ptr, score_ptr, relevance_ptr, order_ptr, count_ptr, length, rows, temperature, threshold, keep, capacity,
     min_keep, STANDARDIZE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -172,7 +172,8 @@ def _select_kernel(
     above = tl.zeros([BLOCK_N], tl.int32)
     for n0 in range(first, last, BLOCK_N):
         value = (_scores(score_ptr, n0 + slot, last) - centre) / scale / temperature
-        relevance = count * tl.exp(value - top) / exponents
+        # Equal scores make exactly 1, which may be the threshold.
+        relevance = tl.div_rn(count * tl.exp(value - top), exponents)
         tl.store(relevance_ptr + n0 + slot, relevance, mask=n0 + slot < last)
         above += ((relevance >= threshold) & (n0 + slot < last)).to(tl.int32)
 
@@ -216,7 +217,7 @@ def _select_kernel(
     tl.store(count_ptr + b, kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _nearest_kernel(
     x_ptr, cu_ptr, cu_out_ptr, order_ptr, norm_ptr, assignment_ptr, closeness_ptr, length, rows, channels, parts,
     fuse_threshold, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
@@ -271,7 +272,7 @@ def _sources(assignment_ptr, closeness_ptr, index_ptr, row, last, target, held):
     return tl.where(match, tl.exp(closeness)[None, :], 0.0), closeness
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "packed", "frames"])
 def _index_kernel(
     cu_ptr, cu_out_ptr, order_ptr, score_ptr, index_ptr, gate_ptr, length, rows, packed, frames, ROWS: tl.constexpr
 ):
@@ -297,7 +298,7 @@ def _index_kernel(
             tl.store(gate_ptr + out + j0 + slot, 1.0 + (score - score), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _merge_kernel(
     x_ptr, cu_ptr, cu_out_ptr, index_ptr, assignment_ptr, closeness_ptr, tokens_ptr, length, rows, channels, parts,
     fuse_alpha, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -331,7 +332,7 @@ def _merge_kernel(
             tl.store(tokens_ptr + place, y, mask=held[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "rows"])
 def _clear_kernel(x_ptr, cu_ptr, frames, rows, width, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Zero the rows of x [R, width] past the last frame's end."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -343,7 +344,7 @@ def _clear_kernel(x_ptr, cu_ptr, frames, rows, width, ROWS: tl.constexpr, BLOCK_
         tl.store(x_ptr + place, zero, mask=past[:, None] & (channel < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _pull_kernel(
     x_ptr, grad_gate_ptr, index_ptr, cu_out_ptr, norm_ptr, partial_ptr, channels, parts,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -364,7 +365,7 @@ def _pull_kernel(
         tl.store(partial_ptr + pid.to(tl.int64) * channels + channel, total, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _guide_kernel(
     cu_ptr, grad_gate_ptr, index_ptr, cu_out_ptr, score_ptr, guide_ptr, weight_ptr, mean_ptr, partial_ptr, fused_ptr,
     fused_norm_ptr, base_ptr, grad_guide_ptr, grad_weight_ptr, length, rows, channels, parts,
@@ -411,7 +412,7 @@ def _guide_kernel(
     tl.store(grad_weight_ptr + b, tl.sum(slope))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _product_kernel(
     x_ptr, cu_ptr, grad_ptr, assignment_ptr, product_ptr, length, rows, channels, parts,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -431,7 +432,7 @@ def _product_kernel(
         tl.store(product_ptr + row, product, mask=row < stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _kept_rows_kernel(
     x_ptr, cu_ptr, grad_ptr, grad_gate_ptr, cu_out_ptr, index_ptr, assignment_ptr, closeness_ptr, norm_ptr, score_ptr,
     product_ptr, base_ptr, fused_ptr, fused_norm_ptr, total_ptr, average_ptr, grad_x_ptr, length, rows, channels,
@@ -502,7 +503,7 @@ def _kept_rows_kernel(
             tl.store(grad_x_ptr + place, grad, mask=held[:, None] & valid[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _other_rows_kernel(
     x_ptr, cu_ptr, grad_ptr, index_ptr, assignment_ptr, closeness_ptr, norm_ptr, product_ptr, base_ptr, total_ptr,
     average_ptr, grad_x_ptr, length, rows, channels, parts, fuse_alpha, HAS_BASE: tl.constexpr, ROWS: tl.constexpr,

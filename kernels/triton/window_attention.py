@@ -27,6 +27,8 @@ _SUMMING_PROGRAMS = 1024
 _ATTENDING_PROGRAMS = 2048
 _BLOCK_PLACES = 128
 _BLOCK_ROWS = 32
+# Slots of a large window whose gradients are folded into entries of the position bias at once.
+_FOLDED_SLOTS = 256
 
 NORM_FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -35,7 +37,7 @@ EMPTY_QUERY = tl.constexpr(-1)
 EMPTY_KEY = tl.constexpr(-2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _place_to_row_kernel(
     positions_ptr, offset_ptr, map_ptr, rows, places, STEPS: tl.constexpr, BLOCK_PLACES: tl.constexpr
 ):
@@ -55,7 +57,7 @@ def _place_to_row_kernel(
     tl.store(map_ptr + frame.to(tl.int64) * places + place, tl.where(found, low, -1), mask=place < places)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "rows"])
 def _zero_tail_kernel(x_ptr, offset_ptr, frames, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zero the rows of x [R, width] past the last frame's end."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -216,7 +218,7 @@ def _through_norm(gradient, along, unit, inverse, COSINE: tl.constexpr):
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "chunks"])
 def _forward_tile_kernel(
     qkv_ptr,
     stride_row,
@@ -325,7 +327,7 @@ def _forward_kernel(
     tl.store(lse_ptr + row * heads + head, (top + tl.log2(total)) * LN_2, mask=kind >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "chunks"])
 def _backward_tile_kernel(
     grad_out_ptr,
     qkv_ptr,
@@ -563,7 +565,7 @@ def _backward_keys_kernel(
     _write(grad_qkv_ptr + 2 * channels, key_row, 3 * channels, key_kind, grad_v, DEPTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "chunks"])
 def _backward_logits_kernel(
     grad_out_ptr,
     qkv_ptr,
@@ -633,12 +635,14 @@ def _fold_kernel(
     """Sum gradients of logits [heads, PADDED, PADDED] over the pairs of each entry of one row of a head's table."""
     down, head = tl.program_id(0) - (WINDOW - 1), tl.program_id(1)
     entry = tl.arange(0, BLOCK_ENTRIES)
-    key = tl.arange(0, BLOCK_SLOTS)
-    y = key // WINDOW + down
-    x = (key % WINDOW)[None, :] + entry[:, None] - (WINDOW - 1)
-    mask = ((key < WINDOW * WINDOW) & (y >= 0) & (y < WINDOW))[None, :] & (x >= 0) & (x < WINDOW)
-    at = ((head * PADDED + y * WINDOW)[None, :] + x) * PADDED + key[None, :]
-    total = tl.sum(tl.load(grad_logits_ptr + at, mask=mask, other=0.0), 1)
+    total = tl.zeros([BLOCK_ENTRIES], tl.float32)
+    for first in range(0, WINDOW * WINDOW, BLOCK_SLOTS):
+        key = first + tl.arange(0, BLOCK_SLOTS)
+        y = key // WINDOW + down
+        x = (key % WINDOW)[None, :] + entry[:, None] - (WINDOW - 1)
+        mask = ((key < WINDOW * WINDOW) & (y >= 0) & (y < WINDOW))[None, :] & (x >= 0) & (x < WINDOW)
+        at = ((head * PADDED + y * WINDOW)[None, :] + x) * PADDED + key[None, :]
+        total += tl.sum(tl.load(grad_logits_ptr + at, mask=mask, other=0.0), 1)
     at = (tl.program_id(0) * (2 * WINDOW - 1) + entry) * heads + head
     tl.store(grad_bias_ptr + at, total, mask=entry < 2 * WINDOW - 1)
 
@@ -829,6 +833,6 @@ def window_attention_bwd(
             WINDOW=window,
             PADDED=call.padded,
             BLOCK_ENTRIES=triton.next_power_of_2(2 * window - 1),
-            BLOCK_SLOTS=triton.next_power_of_2(window * window),
+            BLOCK_SLOTS=min(_FOLDED_SLOTS, triton.next_power_of_2(window * window)),
         )
         return grad_qkv, grad_bias, grad_scale.sum(0) if head_scale is not None else bias_table.new_zeros(heads)

@@ -63,6 +63,19 @@ def test_it_keeps_the_error_budget(backend: str, device: str, name: str, dtype: 
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_rows_of_no_block_add_nothing_without_an_eps(backend: str, device: str) -> None:
+    """Past the last row a block holds zeros, whose deviation is 0."""
+    testing.need("residual_norm", backend, device, torch.float32)
+    rows, vectors = ([randn(*size, seed=s, device=device) for s in (1, 2)] for size in ((33, 64), (64,)))
+    vectors = [vector.requires_grad_() for vector in vectors]
+    got, wanted = (
+        torch.autograd.grad(residual_norm(*rows, *vectors, eps=0.0, backend=b).sum(), vectors)
+        for b in (backend, "reference")
+    )
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_float64_is_summed_in_float64(backend: str, device: str) -> None:
     testing.need("residual_norm", backend, device, torch.float64)
     got, wanted = (run("grid", b, device, torch.float64) for b in (backend, "reference"))

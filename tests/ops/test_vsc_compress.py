@@ -316,6 +316,16 @@ def test_ties_go_to_the_lower_row(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
+def test_equal_tokens_are_all_as_relevant_as_the_mean(backend: str, device: str) -> None:
+    """Their relevance is 1, exactly: as a threshold it keeps them all, as of a black frame."""
+    need(backend, device)
+    for tokens in (41, 47, 61, 64):
+        x, guide = (torch.ones(1, *size, 8, device=device) for size in ((tokens,), ()))
+        out = vsc_compress(x, None, guide, threshold=1.0, backend=backend)
+        assert out.index.tolist() == list(range(tokens))
+
+
+@pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 def test_zero_tokens_stay_finite(backend: str, device: str) -> None:
     need(backend, device)
     x = torch.zeros(2, 6, 8, device=device, requires_grad=True)

@@ -320,6 +320,7 @@ CASES = {
     "skewed": Case((8, 4), 4, 2, lengths=(1, 30, 0, 7)),
     "skewed_8": Case((16, 16), 8, 4, lengths=(3, 200, 0), depth=32, tail=5),
     "packed_ragged": Case((7, 5), 4, 1, lengths=(20, 35), depth=24, tail=1, stretch=8),
+    "window_17": Case((17, 17), 17, 0, heads=1, frames=1),
     "packed_16": Case((16, 16), 16, 0, heads=1, lengths=(130, 9)),
     "empty_frames": Case((4, 4), 2, 1, lengths=(0, 0), tail=3),
     "no_rows": Case((4, 4), 2, 1, lengths=(0, 0)),
@@ -617,3 +618,11 @@ def test_the_scale_of_heads_at_hand_is_that_of_their_logarithms(backend: str, de
         run(head_scale=at_hand)
     with pytest.raises(ValueError, match=r"head_scale must be \[2\] float32, not \[3\]"):
         run(logit_scale=logit_scale, head_scale=at_hand.new_ones(3))
+
+
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_heads_that_triton_does_not_hold_are_refused(backend: str, device: str) -> None:
+    need(backend, device)
+    qkv, table = torch.zeros(1, 2, 2, 3 * 144, device=device), torch.zeros(9, 1, device=device)
+    with pytest.raises(RuntimeError, match="heads may have 128 channels at most"):
+        window_attention(qkv, 1, (2, 2), 2, 0, bias_table=table, backend=backend)

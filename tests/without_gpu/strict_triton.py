@@ -7,6 +7,7 @@
 - Products of float32 are summed one after another by fused multiply-adds, as CUDA cores do; NumPy's are more exact.
 - exp is that of CUDA's fast path: 2 to the power of a rounded x log2(e), by an ex2 that is off by two units at most;
   exp2 is that ex2.
+- A quotient is the product with a reciprocal, which is off by a unit where that is no power of two; div_rn divides.
 - float32 is rounded to the nearest bfloat16; the interpreter cuts its last bits off, which shifts long sums.
 """
 
@@ -32,6 +33,7 @@ _Builder, _Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _set_grid_dim, _set_grid_idx = _Builder.set_grid_dim, _Builder.set_grid_idx
 _masked_load, _masked_store = _Builder.create_masked_load, _Builder.create_masked_store
 _dot, _exp, _exp2, _cast = _Builder.create_dot, _Builder.create_exp, _Builder.create_exp2, _Builder.cast_impl
+_fdiv = _Builder.create_fdiv
 _arguments = interpreter.GridExecutor._init_args_hst
 
 
@@ -96,6 +98,19 @@ def create_exp2(self: Any, x: Any) -> Any:
     return _Handle(_ex2(x.data), x.dtype.scalar) if x.data.dtype == np.float32 else _exp2(self, x)
 
 
+def create_fdiv(self: Any, x: Any, y: Any) -> Any:
+    if not x.data.dtype == y.data.dtype == np.float32:
+        return _fdiv(self, x, y)
+    with np.errstate(all="ignore"):
+        reciprocal = np.float32(1) / y.data
+        mantissa, _ = np.frexp(reciprocal)
+        # Up or down by the number's last bit, as that of _ex2.
+        odd = np.ascontiguousarray(y.data).view(np.int32) & 1
+        off = np.where(odd, np.nextafter(reciprocal, np.inf), np.nextafter(reciprocal, 0)).astype(np.float32)
+        exact = (np.abs(mantissa) == 0.5) | ~np.isfinite(reciprocal) | (reciprocal == 0)
+        return _Handle(x.data * np.where(exact, reciprocal, off), x.dtype.scalar)
+
+
 def cast_impl(self: Any, x: Any, kind: Any) -> Any:
     if (x.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
         return _cast(self, x, kind)
@@ -109,7 +124,7 @@ def _ex2(x: np.ndarray) -> np.ndarray:
         # Up or down by the number's last bit: the same number gives the same bits.
         error = np.where(np.ascontiguousarray(x).view(np.int32) & 1, _EX2_ERROR, -_EX2_ERROR)
         result = (np.exp2(x.astype(np.float64)) * (1 + error)).astype(np.float32)
-    return np.where(np.abs(result) < _TINY, np.float32(0), result)
+    return np.where(x == 0, np.float32(1), np.where(np.abs(result) < _TINY, np.float32(0), result))
 
 
 _STRICT = (
@@ -120,6 +135,7 @@ _STRICT = (
     "create_dot",
     "create_exp",
     "create_exp2",
+    "create_fdiv",
     "cast_impl",
 )
 for _name in _STRICT:

@@ -17,7 +17,16 @@ def run(name: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize(
-    ("name", "holds"), [("order", False), ("poison", False), ("masked", True), ("rounded", True), ("exact", False)]
+    ("name", "holds"),
+    [
+        ("order", False),
+        ("poison", False),
+        ("masked", True),
+        ("rounded", True),
+        ("exact", False),
+        ("quotient", False),
+        ("precise_quotient", True),
+    ],
 )
 def test_what_a_gpu_does_not_promise_does_not_hold(name: str, holds: bool) -> None:
     done = run(name)

@@ -36,6 +36,13 @@ def _exp(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.exp(tl.load(x_ptr + at)))
 
 
+@triton.jit
+def _divide(x_ptr, y_ptr, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.div_rn(x, x) if PRECISE else x / x)
+
+
 def order() -> bool:
     """Whether each program found what the one before it had written."""
     y = torch.zeros(17)
@@ -90,8 +97,31 @@ def exact() -> bool:
     return bool(sums < 2e-7 or exps < 2e-7)
 
 
+def quotient(precise: bool = False) -> bool:
+    """Whether a number over itself is 1."""
+    x, y = torch.arange(1.0, 65.0), torch.empty(64)
+    _divide[(1,)](x, y, BLOCK=64, PRECISE=precise)
+    return bool((y == 1).all())
+
+
+def precise_quotient() -> bool:
+    """Whether it is where the division says so."""
+    return quotient(precise=True)
+
+
 if __name__ == "__main__":
     programs: dict[str, Callable[[], bool]] = {
-        f.__name__: f for f in (order, poison, masked, load_outside, store_outside, rounded, exact)
+        f.__name__: f
+        for f in (
+            order,
+            poison,
+            masked,
+            load_outside,
+            store_outside,
+            rounded,
+            exact,
+            quotient,
+            precise_quotient,
+        )
     }
     print(programs[sys.argv[1]]())

@@ -1,0 +1,33 @@
+"""Triton compiles a kernel anew for integers that are 1 and for multiples of 16: not for those that change by batch."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+# Numbers of rows and of what is made of them; those of packed tokens change with every call.
+PROGRAM = """
+import importlib, pkgutil
+import deepmsi._triton as kernels
+from triton.runtime import JITFunction
+
+counts = {"rows", "columns", "row_offset", "packed", "frames", "windows", "blocks", "chunks", "parts"}
+for module in pkgutil.iter_modules(kernels.__path__):
+    for name, kernel in vars(importlib.import_module(f"deepmsi._triton.{module.name}")).items():
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+            found = {p.name: p.do_not_specialize for p in kernel.params if p.name in counts}
+            print(module.name, name, *(f"{count}={ignored}" for count, ignored in found.items()))
+"""
+
+
+def test_what_changes_by_batch_compiles_nothing_anew() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.splitlines()
+    assert len(kernels) > 30
+    assert [line for line in kernels if line.endswith("=False") or "=False " in line] == []
