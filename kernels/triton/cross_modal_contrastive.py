@@ -111,7 +111,7 @@ def _share(pairs, count, positives, PER_POSITIVE: tl.constexpr):
     return tl.where(weight > 0, 1.0 / tl.where(weight > 0, weight, 1.0), 0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "row_offset"])
+@triton.jit
 def _one_launch_kernel(
     a_ptr,
     b_ptr,
@@ -197,7 +197,7 @@ def _one_launch_kernel(
         tl.store(loss_ptr, loss)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _unit_kernel(
     x_ptr,
     order_ptr,
@@ -251,7 +251,7 @@ def _scores(x_ptr, y_ptr, m, n, mask_m, mask_n, dim, per_temperature, BLOCK_K: t
     return score * per_temperature
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "row_offset"])
+@triton.jit
 def _rows_kernel(
     unit_a_ptr,
     unit_b_ptr,
@@ -366,7 +366,7 @@ def _rows_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "row_offset"])
+@triton.jit
 def _columns_kernel(
     unit_a_ptr,
     unit_b_ptr,

@@ -72,7 +72,7 @@ def _forward_products(
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _forward_kernel(
     x_ptr,
     weight_ptr,
@@ -163,7 +163,7 @@ def _gradient_kernel(
     tl.store(gradient_ptr + index, g.to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _grad_bias_kernel(gradient_ptr, grad_bias_ptr, rows, outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     # In double: a column may be a sum of thousands, and their number is small beside that of the products.
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,7 +199,7 @@ def _grad_x_products(
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _grad_x_kernel(
     gradient_ptr,
     weight_ptr,
@@ -272,7 +272,7 @@ def _grad_weight_products(
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _grad_weight_kernel(
     x_ptr,
     gradient_ptr,

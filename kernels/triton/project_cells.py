@@ -15,7 +15,7 @@ import triton.language as tl
 _ROWS = 64
 
 
-@triton.jit(do_not_specialize=["rows", "frames"])
+@triton.jit(do_not_specialize=["frames"])
 def _forward_kernel(
     x_ptr,
     stride_frame,

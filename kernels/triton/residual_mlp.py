@@ -103,7 +103,7 @@ def _hidden(rows, more, fc1, fc1_more, fc1_bias_ptr, unit, HIDDEN: tl.constexpr)
     return hidden + vector(fc1_bias_ptr, unit, HIDDEN)[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "frames"])
+@triton.jit(do_not_specialize=["frames"])
 def _fused_forward_kernel(
     x_ptr,
     fc1_ptr,
@@ -155,7 +155,7 @@ def _fused_forward_kernel(
     add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
 
 
-@triton.jit(do_not_specialize=["rows", "frames"])
+@triton.jit(do_not_specialize=["frames"])
 def _fused_grad_x_kernel(
     grad_y_ptr,
     grad_branch_ptr,
@@ -203,7 +203,7 @@ def _fused_grad_x_kernel(
     add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "blocks", "chunks"])
+@triton.jit(do_not_specialize=["frames", "blocks", "chunks"])
 def _fused_grad_weights_kernel(
     grad_branch_ptr,
     x_ptr,
@@ -278,7 +278,7 @@ def _write_sums(sums_ptr, sums, chunk, unit, column, HIDDEN: tl.constexpr, CHANN
     tl.store(sums_ptr + at, sums, mask=(unit < HIDDEN)[:, None] & (column < CHANNELS)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _linear_gelu_kernel(
     x_ptr,
     fc1_ptr,
@@ -313,7 +313,7 @@ def _linear_gelu_kernel(
     tl.store(hidden_ptr + at, hidden, mask=(row < rows)[:, None] & (unit < HIDDEN)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "chunks"])
+@triton.jit(do_not_specialize=["blocks", "chunks"])
 def _gelu_backward_kernel(
     hidden_ptr,
     grad_ptr,

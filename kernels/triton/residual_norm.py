@@ -108,7 +108,7 @@ def _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: t
     tl.store(y_ptr + at, tl.where(counts[:, None], y.to(x.dtype), x), mask=written)
 
 
-@triton.jit(do_not_specialize=["rows", "frames"])
+@triton.jit(do_not_specialize=["frames"])
 def _forward_kernel(
     x_ptr,
     branch_ptr,
@@ -143,7 +143,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "blocks", "chunks"])
+@triton.jit(do_not_specialize=["frames", "blocks", "chunks"])
 def _backward_kernel(
     grad_y_ptr,
     branch_ptr,

@@ -107,7 +107,7 @@ def _attend_kernel(
         tl.store(attended_ptr + at, (out * inverse[:, None]).to(DTYPE), mask=held[:, None] & mine[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "frames"])
+@triton.jit(do_not_specialize=["frames"])
 def _project_kernel(
     x_ptr,
     attended_ptr,
@@ -152,7 +152,7 @@ def _project_kernel(
     add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _grad_x_kernel(
     grad_y_ptr,
     grad_qkv_ptr,

@@ -37,7 +37,7 @@ EMPTY_QUERY = tl.constexpr(-1)
 EMPTY_KEY = tl.constexpr(-2)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _place_to_row_kernel(
     positions_ptr, offset_ptr, map_ptr, rows, places, STEPS: tl.constexpr, BLOCK_PLACES: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def _place_to_row_kernel(
     tl.store(map_ptr + frame.to(tl.int64) * places + place, tl.where(found, low, -1), mask=place < places)
 
 
-@triton.jit(do_not_specialize=["frames", "rows"])
+@triton.jit(do_not_specialize=["frames"])
 def _zero_tail_kernel(x_ptr, offset_ptr, frames, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zero the rows of x [R, width] past the last frame's end."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
