@@ -22,8 +22,12 @@ SUMMARY = (
     ("whole model", "DeepMSI", "1 utterance of 15 frames, 256 px, released"),
     ("next frame of a stream", "EmotionStream.step", "1 stream, a frame of each, 256 px, released"),
     ("`vsc_compress`", "vsc_compress", "256 to 100 tokens x 384, 15 frames"),
-    ("`window_attention`, stage 1", "window_attention", "stage 1, shifted: 64 x 64 x 96, 3 heads, 15 frames"),
-    ("`window_attention`, stage 3", "window_attention", "stage 3, shifted: 16 x 16 x 384, 12 heads, 15 frames"),
+    ("`window_attention`, stage 1, shifted", "window_attention", "stage 1, shifted: 64 x 64 x 96, 3 heads, 15 frames"),
+    (
+        "`window_attention`, stage 3, shifted",
+        "window_attention",
+        "stage 3, shifted: 16 x 16 x 384, 12 heads, 15 frames",
+    ),
     ("TCN, last step, 1 utterance", "dilated_causal_conv1d", "last step, 1 utterance of 15 frames"),
     ("TCN, last step, 16 utterances", "dilated_causal_conv1d", "last step, 16 utterances of 15 frames"),
     ("loss, 16 rows", "cross_modal_contrastive", "16 rows x 256, two pairs, balanced labels"),
@@ -92,18 +96,20 @@ def against(info: dict[str, Any], baseline: str) -> str:
     return words + ")"
 
 
-def conditions(document: dict[str, Any]) -> str:
-    """Return on what a document was measured, and how; nothing where it holds no measurement."""
-    measured = [e["extra_info"] for e in document["benchmarks"] if "device" in e["extra_info"]]
+def conditions(*documents: dict[str, Any]) -> str:
+    """Return on what documents were measured, how and when; nothing where they hold no measurement."""
+    measured = [e["extra_info"] for document in documents for e in document["benchmarks"]]
+    measured = [info for info in measured if "device" in info]
     if not measured:
         return ""
     where = measured[0]
-    types = " and ".join(dict.fromkeys(info["dtype"] for info in measured))
+    sets, types = (" and ".join(dict.fromkeys(info[key] for info in measured)) for key in ("instruction_set", "dtype"))
     on_gpu = where["instruction_set"].startswith("sm_")
     settings = ("TF32" if where["tf32"] else "no TF32") if on_gpu else f"{where['threads']} threads"
+    days = sorted({document["datetime"][:10] for document in documents})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
-        f"Measured on {where['device']}, {where['clock']}, {settings}, {where['instruction_set']}, {types}, "
-        f"torch {where['torch']}, {document['datetime'][:10]}"
+        f"Measured on {where['device']}, {where['clock']}, {settings}, {sets}, {types}, torch {where['torch']}, {when}"
     )
 
 
@@ -258,8 +264,7 @@ def main() -> None:
     )
     readme = root / "README.md"
     page = put(readme.read_text(), "ops", operations())
-    where = conditions(next(filter(conditions, documents)))
-    readme.write_text(put(page, "bench", f"{where}.\n\n{render_summary(rows)}"))
+    readme.write_text(put(page, "bench", f"{conditions(*documents)}.\n\n{render_summary(rows)}"))
 
 
 if __name__ == "__main__":

@@ -300,7 +300,10 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept a release with parts missing.")] = False,
     exclude: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="meld: further clips to leave out, with reasons.", parser=_path)
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="meld: further clips to leave out: split,dialogue,utterance,reason.", parser=_path
+        ),
     ] = None,
     label_set: LabelSetOpt = None,
     offset: Annotated[
@@ -308,7 +311,9 @@ def prepare(
     ] = None,
     sides: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="iemocap: dialogue, and the half of who wears the markers.", parser=_path),
+        typer.Option(
+            metavar="CSV", help="iemocap: dialogue,wearer: in which half (left, right) the markers are.", parser=_path
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -414,6 +419,28 @@ def train(
 
 
 @app.command()
+def recipe(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="As `deepmsi train` takes it.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. preset=paper.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Print a recipe in full: every key that --set takes, with its value and what it means.
+
+    What is printed is a recipe, too: `deepmsi recipe clips > mine.yaml` begins one of your own.
+    """
+    from deepmsi.train.recipe import load_recipe
+
+    with _working() as result:
+        loaded = load_recipe(name, settings or [])
+        if as_json:
+            _dump(loaded.model_dump(mode="json"), result)
+        else:
+            result.write(loaded.explained())
+
+
+@app.command()
 def finetune(
     modality: Annotated[Modality, typer.Argument(help="Whose encoder is trained.")],
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that the features are for.")],
@@ -432,8 +459,8 @@ def finetune(
 
     Each fold's encoder is DIR/folds/NAME/encoder (DIR/encoder of a manifest's own split), a folder of transformers.
     `deepmsi prepare MANIFEST --out PREPARED --text-encoder THAT` extracts features with it, and `deepmsi train RECIPE
-    --data PREPARED --set text.encoder=features --folds NAME` uses them; features whose encoder saw the rows that a
-    fold reports are refused.
+    --data PREPARED --out RUN --set text.encoder=features --folds NAME` uses them; features whose encoder saw the rows
+    that a fold reports are refused.
     """
     from deepmsi.train.finetune import finetune as finetune_encoder
     from deepmsi.train.recipe import load_recipe
@@ -688,7 +715,7 @@ def explain(
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Show which implementation of each op runs on this machine, and why the others do not.
+    """Show which implementation of each op can run on this machine, and why the others cannot.
 
     Of a RUN also whether its model is captured as CUDA graphs, in training and in inference, and if not, why.
     """

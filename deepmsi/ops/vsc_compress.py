@@ -110,6 +110,8 @@ def vsc_compress(
     check_devices(x, _OP, "x", cu_seqlens=cu_seqlens, guide=guide)
     if not temperature > 0:
         raise ValueError(f"{_OP}: temperature must be above 0, not {temperature}")
+    if threshold != threshold or fuse_threshold != fuse_threshold:
+        raise ValueError(f"{_OP}: threshold and fuse_threshold must be numbers, not {threshold} and {fuse_threshold}")
     if keep is not None and keep < 1:
         raise ValueError(f"{_OP}: keep must be at least 1, not {keep}")
     if min_keep < 1:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 from unicodedata import normalize
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from deepmsi.data.files import write_text
 from deepmsi.data.options import PrepareOptions
@@ -18,6 +20,7 @@ from deepmsi.models.config import Modalities, ModelSections, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_DOCUMENT_END = "...\n"  # what YAML writes behind a lone number or word
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,7 +44,9 @@ class TrainSettings(Section):
         "weighted_f1", description="what the selection looks at"
     )
     patience: int | None = Field(
-        None, ge=1, description="stop where the watched metric has not improved for so many epochs"
+        None,
+        ge=1,
+        description="stop where the watched metric has not improved for so many epochs; of dev and inner-validation",
     )
     inner_folds: int = Field(4, ge=2, description="of inner-folds; inner-validation holds out one part of so many")
     inner_repeats: int = Field(1, ge=1, description="of inner-folds, each shuffled anew")
@@ -53,7 +58,10 @@ class TrainSettings(Section):
     )
     lr: float = Field(3e-4, gt=0, le=10)
     encoder_lr: float | None = Field(
-        None, gt=0, le=10, description="for encoders that start from pretrained weights; null takes lr"
+        None,
+        gt=0,
+        le=10,
+        description="for encoders and the vision backbone where they start from pretrained weights; null takes lr",
     )
     weight_decay: float = Field(
         0.01, ge=0, le=100, description="of matrices but those that DeepMSI.no_weight_decay names"
@@ -236,10 +244,37 @@ class Recipe(ModelSections):
         plain["train"] |= {"batch_size": batch_size, "accumulation": accumulation}
         return Recipe.model_validate(plain)
 
+    def explained(self) -> str:
+        """The resolved recipe as YAML, each key below what it means; `load_recipe` reads it back equal."""
+        return "".join(f"{line}\n" for line in _explained(self, self.model_dump(mode="json"), ""))
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
         write_text(path, text)
+
+
+def _explained(section: BaseModel, plain: dict[str, Any], indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        below = getattr(section, name)
+        said = field.description or ""
+        if isinstance(below, BaseModel):
+            yield ""
+            said = said or inspect.cleandoc(type(below).__doc__ or "").partition("\n\n")[0]
+        elif get_origin(field.annotation) is Literal and not said:
+            said = " | ".join(map(str, get_args(field.annotation)))
+        said = " ".join(said.split())
+        yield from textwrap.wrap(said, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(below, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _explained(below, plain[name], f"{indent}  ")
+        else:
+            value = plain[name]
+            style = '"' if isinstance(value, str) and "\n" in value else None  # on one line, too
+            text = yaml.safe_dump(
+                value, default_flow_style=True, default_style=style, sort_keys=False, allow_unicode=True, width=10**6
+            )
+            yield f"{indent}{name}: {text.removesuffix(_DOCUMENT_END).strip()}"
 
 
 def shipped_recipes() -> list[str]:

@@ -18,7 +18,7 @@ from deepmsi import cli
 from deepmsi.errors import UserError
 from deepmsi.progress import progress_bar
 
-COMMANDS = ("demo", "check", "prepare", "train", "evaluate", "predict", "export", "report", "explain")
+COMMANDS = ("demo", "check", "prepare", "recipe", "train", "evaluate", "predict", "export", "report", "explain")
 
 
 def test_help_names_every_command(deepmsi) -> None:
@@ -33,6 +33,15 @@ def test_each_command_has_help(deepmsi, command: str) -> None:
     outcome = deepmsi(command, "--help")
     assert outcome.code == 0
     assert "Usage: deepmsi " + command in outcome.out
+
+
+def test_a_recipe_is_printed_in_full_and_is_a_recipe(deepmsi, mistake, tmp_path) -> None:
+    outcome = deepmsi("recipe", "clips", "--set", "train.epochs=3")
+    assert outcome.code == 0
+    (tmp_path / "mine.yaml").write_text(outcome.out)
+    again = deepmsi("recipe", tmp_path / "mine.yaml", "--json")
+    assert json.loads(again.out)["train"]["epochs"] == 3
+    assert "did you mean 'train.epochs'" in mistake("recipe", "clips", "--set", "train.epoch=3")
 
 
 def test_help_imports_nothing_heavy() -> None:

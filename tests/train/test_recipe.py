@@ -28,6 +28,17 @@ def test_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
     assert (again.train.lr, again.seed) == (5e-4, 3)
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_what_explains_a_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
+    lines = 'description="Mine: of two lines\\n # and signs"'
+    recipe = load_recipe(name, [lines, "exclude_labels=['#1', 'yes', 'null']"])
+    text = recipe.explained()
+    assert load_recipe(write(tmp_path, text)) == recipe
+    assert "  # of inner-folds, each shuffled anew\n  inner_repeats: " in text
+    assert "  # fp32 | bf16 | fp16\n  precision: " in text
+    assert "\n# Optimisation, and how the number of epochs is found.\ntrain:\n" in text
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
