@@ -426,18 +426,18 @@ def recipe(
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Print a recipe in full: every key that --set takes, with its value and what it means.
+    """Print a recipe in full: every key that --set takes, with its value and notes.
 
-    What is printed is a recipe, too: `deepmsi recipe clips > mine.yaml` begins one of your own.
+    What is printed is a recipe, too: `deepmsi recipe clips > mine.yaml` begins one of your own. Keys that the recipe
+    leaves to defaults, presets and other keys are in comments.
     """
-    from deepmsi.train.recipe import load_recipe
+    from deepmsi.train.recipe import explain_recipe, load_recipe
 
     with _working() as result:
-        loaded = load_recipe(name, settings or [])
         if as_json:
-            _dump(loaded.model_dump(mode="json"), result)
+            _dump(load_recipe(name, settings or []).model_dump(mode="json"), result)
         else:
-            result.write(loaded.explained())
+            result.write(explain_recipe(name, settings or []))
 
 
 @app.command()

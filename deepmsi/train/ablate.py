@@ -125,6 +125,8 @@ def ablate(
             lines.append(_line(name, mode, scores))
     else:
         further = variants_of(run) if variants is None else variants
+        if taken := sorted(further.keys() & dict(named)):
+            raise UserError(f"A variant cannot be named {taken[0]!r}, as a line of its own is.")
         changes = {name: _reads(chosen) for name, chosen in named} | dict(further)
         shared = data
         for name, settings in changes.items():

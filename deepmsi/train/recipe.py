@@ -20,6 +20,7 @@ from deepmsi.models.config import Modalities, ModelSections, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_LINE_END = "\n"
 _DOCUMENT_END = "...\n"  # what YAML writes behind a lone number or word
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -212,6 +213,8 @@ class Recipe(ModelSections):
             if section.encoder == "features" and section.features_from:
                 own[f"{name}_encoder"] = section.features_from
         for key in ("frames", "resize", "face", "face_model", "sample_rate"):
+            if key == "sample_rate" and self.audio.encoder == "none":
+                continue  # no sound is read: data that hold some may have it at any rate
             if key in said and getattr(self.prepare, key) != own[key]:
                 section = "audio" if key == "sample_rate" else "vision"
                 raise ValueError(
@@ -244,37 +247,47 @@ class Recipe(ModelSections):
         plain["train"] |= {"batch_size": batch_size, "accumulation": accumulation}
         return Recipe.model_validate(plain)
 
-    def explained(self) -> str:
-        """The resolved recipe as YAML, each key below what it means; `load_recipe` reads it back equal."""
-        return "".join(f"{line}\n" for line in _explained(self, self.model_dump(mode="json"), ""))
-
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
         write_text(path, text)
 
 
-def _explained(section: BaseModel, plain: dict[str, Any], indent: str) -> Iterator[str]:
+def explain_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> str:
+    """Return a recipe in full, as YAML: each key with notes and its value, in a comment where the recipe leaves it out.
+
+    So it resolves to the same, whatever is changed in it. Arguments and errors as of `load_recipe`.
+    """
+    said, where = _said(name_or_path, overrides)
+    recipe = validated(Recipe, said, where)
+    return "".join(f"{line}\n" for line in _explained(recipe, recipe.model_dump(mode="json"), said, ""))
+
+
+def _explained(section: BaseModel, plain: dict[str, Any], said: Any, indent: str) -> Iterator[str]:
+    if not isinstance(said, dict):  # a protocol by its name
+        said = {"name": said} if isinstance(said, str) else {}
     for name, field in type(section).model_fields.items():
         below = getattr(section, name)
-        said = field.description or ""
+        notes = field.description or ""
         if isinstance(below, BaseModel):
             yield ""
-            said = said or inspect.cleandoc(type(below).__doc__ or "").partition("\n\n")[0]
-        elif get_origin(field.annotation) is Literal and not said:
-            said = " | ".join(map(str, get_args(field.annotation)))
-        said = " ".join(said.split())
-        yield from textwrap.wrap(said, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            notes = notes or inspect.cleandoc(type(below).__doc__ or "").partition("\n\n")[0]
+        elif get_origin(field.annotation) is Literal and not notes:
+            notes = " | ".join(map(str, get_args(field.annotation)))
+        start = f"{indent}# "
+        notes = " ".join(notes.split())
+        yield from textwrap.wrap(notes, 100, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
         if isinstance(below, BaseModel):
             yield f"{indent}{name}:"
-            yield from _explained(below, plain[name], f"{indent}  ")
+            yield from _explained(below, plain[name], said.get(name), f"{indent}  ")
         else:
-            value = plain[name]
-            style = '"' if isinstance(value, str) and "\n" in value else None  # on one line, too
+            value = said.get(name, plain[name])
+            style = '"' if isinstance(value, str) and len(value.splitlines()) > 1 else None  # on one line, too
             text = yaml.safe_dump(
                 value, default_flow_style=True, default_style=style, sort_keys=False, allow_unicode=True, width=10**6
             )
-            yield f"{indent}{name}: {text.removesuffix(_DOCUMENT_END).strip()}"
+            key = name if name in said else f"#{name}"
+            yield f"{indent}{key}: {text.removesuffix(_DOCUMENT_END).removesuffix(_LINE_END)}"
 
 
 def shipped_recipes() -> list[str]:
@@ -295,6 +308,11 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     Raises:
         UserError: no such recipe, no YAML, an unknown key (with the nearest known one), a value out of range.
     """
+    return validated(Recipe, *_said(name_or_path, overrides))
+
+
+def _said(name_or_path: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """What a recipe and its overrides say, and how to name them in a sentence."""
     path = _find(name_or_path)
     data = _read_yaml(path)
     if "name" not in data:
@@ -302,7 +320,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     for override in overrides:
         _apply(data, override)
     where = f"recipe {path.stem if path.parent == RECIPES else path}"
-    return validated(Recipe, data, f"{where} with --set" if overrides else where)
+    return data, f"{where} with --set" if overrides else where
 
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:

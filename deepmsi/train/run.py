@@ -172,13 +172,12 @@ class _Run:
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
         self.seen_before = sorted({row_id for notes in starting_notes(recipe).values() for row_id in notes.seen})
-        if started is None:
-            from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
+        self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
             self.recipe = with_batch_of(recipe, load_recipe(out / RECIPE))
         barrier()
 
-    def _begin(self, data: Path, may_exist: bool, auto_batch: bool) -> None:
+    def _begin(self, data: Path, may_exist: bool, auto_batch: bool) -> dict[str, Any]:
         """Write down what begins; where another call has begun the same run meanwhile, take part in that one."""
         facts = self._describe(data)
         while not (self.out / RUN).exists():
@@ -188,7 +187,7 @@ class _Run:
                     self.recipe.save(self.out / RECIPE)
                     write_json(self.out / SPLITS, self._splits())
                     write_json(self.out / RUN, facts)
-                    return
+                    return facts
             time.sleep(0.1)
         if not may_exist:
             raise UserError(f"Another call has begun a run in {self.out}: give another directory.")
@@ -198,6 +197,7 @@ class _Run:
         if recipe != self.recipe:
             taken = f"train.batch_size={recipe.train.batch_size} and train.accumulation={recipe.train.accumulation}"
             note(f"--auto-batch: another call has begun this run with {taken}, which are kept.")
+        return facts
 
     def go(self) -> dict[str, Any]:
         begun = time.time()
@@ -216,12 +216,19 @@ class _Run:
             missing = [fold.name for fold in self.folds if fold.name not in done]
             note(f"Folds still to run: {', '.join(missing)}; the figures cover the others, the final fit waits.")
         if self.main:
-            facts = read_begun(self.out)  # as the other calls left it that take part in the run
+            facts = self._facts_now()
             facts["seconds"] = round(facts.get("seconds", 0.0) + time.time() - begun, 1)
             facts["speed"] = self._speed() or facts.get("speed")
-            facts["finished"] = _now() if result["complete"] else None
+            facts["finished"] = _now() if result["complete"] else facts.get("finished")
             write_json(self.out / RUN, facts)
         return result
+
+    def _facts_now(self) -> dict[str, Any]:
+        """The record as other calls left it that take part in the run; as it began where it is gone or damaged."""
+        try:
+            return read_begun(self.out)
+        except UserError:
+            return dict(self.facts)
 
     def _plan_memory(self, choose: bool) -> StepMemory | None:
         """Say what a step takes of the memory; on request choose the batch size that fits."""
@@ -366,7 +373,7 @@ class _Run:
         if self.main:
             if self.on_fold is not None:
                 self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
-            write_json(self.out / RUN, read_begun(self.out) | {"final_fit": facts})
+            write_json(self.out / RUN, self._facts_now() | {"final_fit": facts})
         _save_model(model, self.out / "model")  # last: with it there, a resumed call takes this fit for done
 
     def _fit(

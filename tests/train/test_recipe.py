@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from deepmsi.errors import UserError
-from deepmsi.train.recipe import AugmentSettings, Recipe, TrainSettings, load_recipe, shipped_recipes
+from deepmsi.train.recipe import AugmentSettings, Recipe, TrainSettings, explain_recipe, load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("name", ["clips", "demo", "iemocap", "meld", "ravdess"])
@@ -28,15 +28,32 @@ def test_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
     assert (again.train.lr, again.seed) == (5e-4, 3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["vision.frames=8"], ["preset=paper"], ["drop=text"], ["drop=video"], ["text.encoder=features"]],
+    ids=lambda settings: " ".join(settings) or "as it is",
+)
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_what_explains_a_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
-    lines = 'description="Mine: of two lines\\n # and signs"'
-    recipe = load_recipe(name, [lines, "exclude_labels=['#1', 'yes', 'null']"])
-    text = recipe.explained()
-    assert load_recipe(write(tmp_path, text)) == recipe
-    assert "  # of inner-folds, each shuffled anew\n  inner_repeats: " in text
-    assert "  # fp32 | bf16 | fp16\n  precision: " in text
+def test_a_recipe_in_full_resolves_as_the_recipe(name: str, settings: list[str], tmp_path: Path) -> None:
+    first = ['description="Mine: of two lines\\n # and signs"', "seed=3"]
+    text = explain_recipe(name, first)
+    mine = write(tmp_path, text)
+
+    def resolved(source: str | Path, overrides: list[str]) -> object:
+        try:
+            return load_recipe(source, overrides)
+        except UserError as error:
+            return str(error).partition(": ")[2]
+
+    assert resolved(mine, settings) == resolved(name, [*first, *settings])
+    assert "  # of inner-folds, each shuffled anew\n  " in text
+    assert "  # fp32 | bf16 | fp16\n  " in text
     assert "\n# Optimisation, and how the number of epochs is found.\ntrain:\n" in text
+
+
+def test_without_sound_its_rate_does_not_matter() -> None:
+    recipe = load_recipe("clips", ["prepare.sample_rate=8000", "drop=audio"])
+    assert recipe.prepare.sample_rate == 8000
 
 
 def write(folder: Path, text: str) -> Path:

@@ -948,6 +948,14 @@ def test_what_another_call_has_written_into_the_record_meanwhile_stays(corpus: P
     assert json.loads(record.read_text())["final_fit"] == final_fit
 
 
+def test_a_record_that_goes_meanwhile_costs_no_model(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2}, train={"epochs": 1})
+    train(recipe, corpus, run, on_fold=lambda _, folder, *__: folder == run and (run / "run.json").unlink())
+    assert (run / "model").is_dir()
+    assert json.loads((run / "run.json").read_text())["final_fit"]["epochs"] == 1
+
+
 def test_what_a_kill_left_of_a_fold_that_is_done_goes(corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2, "final_fit": False}, train={"epochs": 1})
     train(recipe, corpus, tmp_path / "run")
