@@ -90,7 +90,7 @@ def bench_captured_inference(compare: Any, smallest: bool, device: str, utteranc
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def bench_step_memory(compare: Any, smallest: bool, device: str, recompute: str) -> None:
     if device == "cpu" and not smallest:
-        pytest.skip("sixteen utterances are for a GPU")
+        pytest.skip("sixteen utterances are for a GPU, whose memory they tell of")
     preset, utterances = ("small", 2) if smallest else ("released", 16)
     model = build(preset, recompute).to(device)
     step, batch = Step(model), batch_of(model, utterances, 1, device)

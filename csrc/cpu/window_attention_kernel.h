@@ -238,7 +238,7 @@ DEEPMSI_INLINE void read_head(const WindowAttention& w, const Window& window, in
   turn(s.q, stride, dim, s.qt);
 }
 
-// Look up for all heads where the bias of each key begins.
+// Work out, once for all heads, where the bias of each key begins.
 DEEPMSI_INLINE void find_biases(const WindowAttention& w, const Window& window, WindowScratch& s) {
   for (int64_t j = 0; j < window.count; ++j) {
     const int64_t y = window.slot[j] / w.window, x = window.slot[j] % w.window;

@@ -115,19 +115,19 @@ def ablate(
     out = run / ABLATION if out is None else Path(out)
     if mode == "evaluate" and variants:
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
-    named = subsets(recipe.modalities).items()
+    named = subsets(recipe.modalities)
     lines = []
     if mode == "evaluate":
-        for name, chosen in named:
+        for name, chosen in named.items():
             note(f"Ablation: {name}.")
             scores = evaluate(run, data, out / name, [hidden for hidden in recipe.modalities if hidden not in chosen])
             data = _prepared(data, out / name)
             lines.append(_line(name, mode, scores))
     else:
         further = variants_of(run) if variants is None else variants
-        if taken := sorted(further.keys() & dict(named)):
+        if taken := sorted(further.keys() & named.keys()):
             raise UserError(f"A variant cannot be named {taken[0]!r}, as a line of its own is.")
-        changes = {name: _reads(chosen) for name, chosen in named} | dict(further)
+        changes = {name: _reads(chosen) for name, chosen in named.items()} | dict(further)
         shared = data
         for name, settings in changes.items():
             note(f"Ablation: {name}.")

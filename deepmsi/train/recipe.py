@@ -20,8 +20,6 @@ from deepmsi.models.config import Modalities, ModelSections, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-_LINE_END = "\n"
-_DOCUMENT_END = "...\n"  # what YAML writes behind a lone number or word
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -256,7 +254,8 @@ class Recipe(ModelSections):
 def explain_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> str:
     """Return a recipe in full, as YAML: each key with notes and its value, in a comment where the recipe leaves it out.
 
-    So it resolves to the same, whatever is changed in it. Arguments and errors as of `load_recipe`.
+    So it resolves as the recipe does, with any further `--set`, too: presets and what follows from other keys stay
+    free. Arguments and errors as of `load_recipe`.
     """
     said, where = _said(name_or_path, overrides)
     recipe = validated(Recipe, said, where)
@@ -286,8 +285,8 @@ def _explained(section: BaseModel, plain: dict[str, Any], said: Any, indent: str
             text = yaml.safe_dump(
                 value, default_flow_style=True, default_style=style, sort_keys=False, allow_unicode=True, width=10**6
             )
-            key = name if name in said else f"#{name}"
-            yield f"{indent}{key}: {text.removesuffix(_DOCUMENT_END).removesuffix(_LINE_END)}"
+            text = text.removesuffix("...\n").removesuffix("\n")  # the first stands behind a lone number or word
+            yield f"{indent}{name if name in said else f'#{name}'}: {text}"
 
 
 def shipped_recipes() -> list[str]:

@@ -186,7 +186,7 @@ def _backward_kernel(
         mask = counts[:, None] & inside[None, :]
         branch = tl.load(branch_ptr + at, mask=mask, other=0.0).to(tl.float32)
         unit, inverse = unit_rows(branch, column, channels, eps)
-        unit = tl.where(counts[:, None], unit, 0.0)  # without an eps it is none of a row of zeros
+        unit = tl.where(counts[:, None], unit, 0.0)  # not a number where a row is all zeros and eps is 0
         grad = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
         grad_weight += grad * unit

@@ -563,6 +563,8 @@ def test_autocast_casts_tokens_and_leaves_guide_and_weight(backend: str, device:
         ({"guide_weight": 1.5}, r"guide_weight must lie in \[0, 1\]"),
         ({"guide_weight": torch.zeros(1)}, "guide_weight must be 0-dim"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"threshold": float("nan")}, "threshold and fuse_threshold must be numbers"),
+        ({"fuse_threshold": float("nan")}, "threshold and fuse_threshold must be numbers"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"min_keep": 0}, "min_keep must be at least 1"),
         ({"keep": 5, "capacity": 4}, "capacity 4 is below keep 5"),

@@ -101,3 +101,5 @@ def test_variants_need_training(split_corpus: Path, tmp_path: Path) -> None:
     train(make_recipe(train={"epochs": 1}), split_corpus, run)
     with pytest.raises(UserError, match="mode='retrain'"):
         ablate(run, split_corpus, variants={"x": {"fusion.dropout": "0"}})
+    with pytest.raises(UserError, match="cannot be named 'text'"):
+        ablate(run, split_corpus, mode="retrain", variants={"text": {"fusion.dropout": "0"}})

@@ -21,7 +21,8 @@ counts = {"packed", "frames", "windows", "blocks", "chunks", "parts"}
 for module in pkgutil.iter_modules(kernels.__path__):
     for name, kernel in vars(importlib.import_module(f"deepmsi._triton.{module.name}")).items():
         if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
-            found = {p.name: p.do_not_specialize for p in kernel.params if p.name in counts}
+            of_packed = counts | {"rows"} if module.name == "vsc_compress" else counts
+            found = {p.name: p.do_not_specialize for p in kernel.params if p.name in of_packed}
             print(module.name, name, *(f"{count}={ignored}" for count, ignored in found.items()))
 """
 
