@@ -92,6 +92,14 @@ class TimelineFormat(StrEnum):
     json = "json"
 
 
+class Device(StrEnum):
+    """Where a model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class ExportBackend(StrEnum):
     """Whose operators an exported program is made of."""
 
@@ -536,6 +544,7 @@ def predict(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Write there in place of standard output.", parser=_path),
     ] = None,
+    device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.auto,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what clips express: labels with probabilities, or a timeline of a long recording."""
@@ -566,7 +575,7 @@ def predict(
         from deepmsi.data.files import write_text
         from deepmsi.models.predict import load_run
 
-        model = load_run(run)
+        model = load_run(run, _device(device))
         if text and "text" not in model.modalities:
             _say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
@@ -584,6 +593,15 @@ def predict(
         else:
             write_text(out, document)
             _say(f"written to {out}")
+
+
+def _device(asked: Device) -> str:
+    import torch
+
+    found = torch.cuda.is_available()
+    if asked is Device.cuda and not found:
+        raise UserError("--device is cuda, and torch finds no CUDA device; give cpu or auto")
+    return "cuda" if found and asked is not Device.cpu else "cpu"
 
 
 @app.command()

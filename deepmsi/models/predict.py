@@ -71,8 +71,12 @@ class _Item:
         return self.frames is not None, self.window.text is not None, self.waveform is not None
 
 
-def load_run(run: str | Path) -> DeepMSI:
+def load_run(run: str | Path, device: str | torch.device = "cpu") -> DeepMSI:
     """Load the model of a run directory or a checkpoint folder, and compute its constants under the autocast of now.
+
+    Args:
+        run: the folder.
+        device: where the model goes, before its constants are computed.
 
     Raises:
         UserError: there is neither in it.
@@ -83,7 +87,7 @@ def load_run(run: str | Path) -> DeepMSI:
         raise UserError(f"there is no run directory {folder}.")
     if not (folder / "model.safetensors").exists() and not inner.is_dir():
         raise UserError(f"{folder} holds no model: give a directory that deepmsi train has finished.")
-    model = DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve())
+    model = DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve()).to(device)
     if model.video is not None:
         model.video.fold()
     return model
@@ -277,7 +281,7 @@ def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Pr
             mask[:, column] = False
         else:
             inputs |= batch
-    logits = model(modality_mask=mask, **inputs).logits
+    logits = model(modality_mask=mask, **inputs).logits.cpu()
     for item, row in zip(items, logits, strict=True):
         if not row.isfinite().all():
             raise UserError(f"{item.window.clip}: the model's logits are not finite, so there is no prediction.")

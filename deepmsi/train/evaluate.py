@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deepmsi.data.files import leaving_no_empty
@@ -57,8 +56,9 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         raise UserError(f"{out} is a run, whose own scores would be lost: give another folder, such as {out}/scores.")
     facts = read_run(run)
     recipe = load_recipe(run / RECIPE)
-    start_processes(training_device(recipe.train))
-    model = _load_model(run)
+    device = training_device(recipe.train)
+    start_processes(device)
+    model = _load_model(run).to(device)
     _check_left(model.config.modalities, drop)
     with TemporaryDirectory() as temporary, leaving_no_empty(Path(out or temporary)):
         if out is not None:
@@ -142,8 +142,7 @@ def _load_model(run: Path) -> DeepMSI:
     folder = run / "model"
     if not folder.is_dir():
         raise UserError(f"{run} has no model: its training has not ended; run deepmsi train with --resume.")
-    model = DeepMSI.from_pretrained(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return DeepMSI.from_pretrained(folder)
 
 
 def _check_drop(drop: Sequence[str]) -> list[str]:

@@ -5,9 +5,12 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+
+from deepmsi.errors import UserError
 
 LABELS = {"neutral", "joy", "sadness", "anger", "surprise", "fear"}
 
@@ -89,6 +92,21 @@ def test_predict(deepmsi, trained, clip) -> None:
     label = re.fullmatch(rf"{re.escape(str(clip))}: (\w+) \(.+\)\n", outcome.out)
     assert label is not None
     assert label[1] in LABELS
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "device"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "")],
+)
+def test_predict_runs_on_the_gpu_where_there_is_one(deepmsi, clip, monkeypatch, asked, there, device) -> None:
+    def load_run(run: Path, device: str) -> NoReturn:
+        raise UserError(f"to be loaded to {device}")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("deepmsi.models.predict.load_run", load_run)
+    outcome = deepmsi("predict", "run", clip, "--device", asked)
+    assert outcome.code == 2
+    assert (f"loaded to {device}\n" if device else "finds no CUDA device; give cpu or auto") in outcome.err
 
 
 def test_predict_json_of_several_clips(deepmsi, trained, clips) -> None:

@@ -248,6 +248,7 @@ def test_load_run(model, tmp_path):
     model.save_pretrained(tmp_path / "run" / "model")
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         assert load_run(folder).config == model.config
+    assert {p.device.type for p in load_run(folder, "meta").parameters()} == {"meta"}
     with pytest.raises(UserError, match="no run directory"):
         load_run(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no model"):

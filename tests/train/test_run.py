@@ -711,6 +711,14 @@ def test_evaluate_writes_what_the_interface_promises(finished: Path, split_corpu
     assert all(sum(map(float, row.split(",")[3:])) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
+def test_evaluate_stays_on_the_cpu_where_the_recipe_does(
+    finished: Path, split_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "  device: cpu\n" in (finished / "recipe.yaml").read_text()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert evaluate(finished, split_corpus)["n"] == 60
+
+
 def test_evaluate_with_modalities_hidden(finished: Path, split_corpus: Path) -> None:
     without = evaluate(finished, split_corpus, drop=["text"])
     assert without["n"] == 60
