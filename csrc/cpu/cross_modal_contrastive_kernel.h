@@ -1,4 +1,4 @@
-// The cross-modal contrastive loss (SPEC 6) for a stripe of rows: scores, then loss and gradient of the
+// The cross-modal contrastive loss (Eq. 5) for a stripe of rows: scores, then loss and gradient of the
 // scores in four passes, then the gradients of both sides.
 #include "cross_modal_contrastive.h"
 #include "exponential.h"

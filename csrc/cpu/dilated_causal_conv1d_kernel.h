@@ -1,4 +1,4 @@
-// The dilated causal convolution of rows (SPEC 4) as products that gather their rows tap by tap, forward and
+// The dilated causal convolution of rows (Eq. 4) as products that gather their rows tap by tap, forward and
 // backward.
 //
 // At a few positions a product is bound by reading the weights once, so a panel of them is met by all rows

@@ -1,4 +1,4 @@
-// Visual sequence compression (SPEC 2) under the CUDA key. Forward: norms and column sums; scores, relevance,
+// Visual sequence compression (Eq. 1 to 3) under the CUDA key. Forward: norms and column sums; scores, relevance,
 // the k-th score and an order-preserving compaction, a block a frame; offsets of the output; nearest relevant
 // rows by tiles whose similarities live in registers; merges gathered per relevant row. Every sum has an
 // order that depends on shapes alone, and nothing accumulates through atomics. Sums are in true float32

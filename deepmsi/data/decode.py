@@ -59,7 +59,7 @@ def decode_frames(
     """Decode ``count`` frames spread evenly over a clip or a cut of it.
 
     t_k = t_first + (k + ½)(t_last - t_first)/count for k = 0..count-1, each the frame with the greatest
-    presentation time ≤ t_k (SPEC 1); t_first and t_last are the presentation times of the first and the last
+    presentation time ≤ t_k; t_first and t_last are the presentation times of the first and the last
     frame in [start, end). A clip with fewer frames repeats them; a cut that lies between two frames shows the
     one on screen. Pixels are made square and rotation is applied, then ``side``, then the face crop, then ``resize``.
 

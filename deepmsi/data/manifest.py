@@ -1,6 +1,6 @@
 """Reads the tables that name clips: an own CSV or JSONL manifest, or MELD's CSV files as published.
 
-A manifest's columns are id, video, audio, text, label, speaker, dialogue, split, start, end, side (SPEC 8),
+A manifest's columns are id, video, audio, text, label, speaker, dialogue, split, start, end, side,
 audio_start and audio_end for sound files that are cut elsewhere than the videos,
 and for data without media text_features, audio_features and frames (array files). Every other column is kept
 in ``Row.extra``. Paths are relative to the manifest. Reading opens none of the files that a row names.

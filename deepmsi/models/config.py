@@ -87,7 +87,7 @@ def _admits(annotation: Any, *kinds: Any) -> bool:
 
 
 class VisionConfig(Section):
-    """Frames, VSC-Swin and TCN (SPEC 1 to 4), and the preprocessing that the frames went through."""
+    """Frames, VSC-Swin and TCN, and the preprocessing that the frames went through."""
 
     backbone: str = Field(
         "swinv2_tiny_window8_256",
@@ -98,7 +98,11 @@ class VisionConfig(Section):
     freeze: bool = Field(False, description="keep the backbone's weights; its compression still learns")
     frames: int = Field(15, ge=1, description="frames per utterance, T")
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
-    resize: Resize = "crop"
+    resize: Resize = Field(
+        "crop",
+        description="how a frame becomes a square: crop takes its middle, squash changes its proportions, pad adds "
+        "black",
+    )
     stored_size: int | None = Field(
         None,
         ge=8,
@@ -107,10 +111,14 @@ class VisionConfig(Section):
     )
     face: bool = Field(False, description="frames are cropped to the largest face before resizing")
     face_model: str | None = Field(
-        None, description="path of the YuNet .onnx file that finds the face; prediction on files reads it, too"
+        None,
+        description="path of the YuNet .onnx file that finds the face, null for OpenCV's Haar cascade; prediction "
+        "reads it, too",
     )
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="mean of red, green and blue, from 0 to 1"
+    )
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="deviation of the three, likewise")
     pixel_statistics: bool = Field(
         False,
         description="in place of mean and std, standardise each position of the frame by its own mean and deviation "
@@ -126,14 +134,22 @@ class VisionConfig(Section):
     # Each of these takes the place of the schedule's own value; null leaves that as it is.
     guide_weight: float | None = Field(None, gt=0, lt=1, description="λ of Eq. 1 at the start; it is learned")
     temperature: float | None = Field(None, gt=0, description="τ of the relevance softmax")
-    standardize: bool | None = None
+    standardize: bool | None = Field(
+        None, description="standardise similarities over the frame before the softmax; false is the plain Eq. 2"
+    )
     threshold: float | None = Field(None, ge=0, description="θ, relative relevance from which a token stays")
     keep: int | tuple[int, ...] | None = Field(None, description="tokens kept per compressing block, in place of θ")
     capacity: int | tuple[int, ...] | None = Field(None, description="rows reserved per frame: static shapes")
-    min_keep: int | None = Field(None, ge=1)
+    min_keep: int | None = Field(None, ge=1, description="tokens that stay at least in each frame, by θ")
     fuse_threshold: float | None = Field(None, ge=-1, le=1, description="φ, cosine from which tokens are fused")
     fuse_alpha: float | None = Field(None, ge=0, le=1, description="α, share of the kept token in a fusion")
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="chance that training drops a branch (attention, MLP) of the last block for a frame; it rises from "
+        "0 at the first block",
+    )
     recompute: Literal["none", "light", "block", "chunk"] = Field(
         "none",
         description="what backward computes again in place of keeping it: no product; q, k, v and the MLPs' hidden "
@@ -141,9 +157,11 @@ class VisionConfig(Section):
         "time rises from one to the next",
     )
 
-    tcn_channels: tuple[Width, ...] = Field((1024, 1024, 1024), min_length=1)
-    tcn_kernel: int = Field(3, ge=1, le=64)
-    tcn_dropout: float = Field(0.3, ge=0, lt=1)
+    tcn_channels: tuple[Width, ...] = Field(
+        (1024, 1024, 1024), min_length=1, description="channels of the TCN's blocks, whose dilations are 1, 2, 4, ..."
+    )
+    tcn_kernel: int = Field(3, ge=1, le=64, description="taps of the TCN's convolutions")
+    tcn_dropout: float = Field(0.3, ge=0, lt=1, description="chance, behind each convolution of the TCN")
 
     @property
     def compression(self) -> dict[str, Any]:
@@ -178,8 +196,15 @@ class VisionConfig(Section):
 class _EncoderConfig(Section):
     """What the text and the audio branch have in common."""
 
-    encoder: str = Field("features", min_length=1)
-    dim: Width | None = Field(None, description="length of the utterance vector; null takes the encoder's own")
+    encoder: str = Field(
+        "features",
+        min_length=1,
+        description="features (computed beforehand), a hub name or local folder of transformers, deepmsi's own "
+        "(hashing of text, logmel of audio: nothing to download), or none: no such branch",
+    )
+    dim: Width | None = Field(
+        None, description="length of the utterance vector; null takes the encoder's own, or that of the features"
+    )
     finetune: bool = Field(True, description="train the encoder with the model; false keeps it frozen")
     features_from: str | None = Field(
         None,
@@ -207,9 +232,11 @@ class _EncoderConfig(Section):
 
 
 class TextConfig(_EncoderConfig):
-    """Text branch: 'features', 'hashing' (offline), a hub name or local folder of transformers, or 'none'."""
+    """Text branch."""
 
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls"] = Field(
+        "mean", description="what the utterance vector is of the encoder's output: the mean, or cls, its first token"
+    )
     max_length: int | None = Field(None, ge=2, description="tokens; null takes the encoder's own, at most 512")
     context: int = Field(0, ge=0, description="previous utterances of the dialogue, with speakers, that are read too")
 
@@ -219,7 +246,7 @@ class TextConfig(_EncoderConfig):
 
 
 class AudioConfig(_EncoderConfig):
-    """Audio branch: 'features', 'logmel' (offline), a hub name or local folder of transformers, or 'none'."""
+    """Audio branch."""
 
     sample_rate: int = Field(16000, ge=1000, description="Hz")
     max_seconds: float = Field(20.0, ge=0.025, le=86400, description="longer recordings are cut there")
@@ -248,12 +275,12 @@ def _check_encoder(config: _Encoder, offline: str, features_dim: int) -> _Encode
 
 
 class FusionConfig(Section):
-    """Semantic guide, missing modalities, late fusion and classifier (SPEC 1 and 5)."""
+    """Semantic guide, missing modalities, late fusion and classifier."""
 
     guide_hidden: Width = Field(768, description="width of the semantic guide's hidden layer")
     projection: Width = Field(256, description="channels of each modality's projection")
     hidden: tuple[Width, ...] = Field((512, 256, 128), description="widths of the classifier's hidden layers")
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1, description="in the guide, the projections and the classifier")
     modality_dropout: float = Field(
         0.1,
         ge=0,
@@ -263,17 +290,23 @@ class FusionConfig(Section):
 
 
 class LossConfig(Section):
-    """Total loss of SPEC 6: `cross_entropy`·CE + `contrastive`·L, the paper's β and α."""
+    """Total loss (Eq. 7): `cross_entropy`·CE + `contrastive`·L, the paper's β and α."""
 
-    cross_entropy: float = Field(1.0, ge=0)
-    contrastive: float = Field(0.5, ge=0)
-    temperature: float = Field(0.5, gt=0)
-    include_matched: bool = False
-    normalize: Literal["batch", "positives"] = "batch"
-    text_audio_pair: bool = False
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    cross_entropy: float = Field(1.0, ge=0, description="its weight in the total loss, β")
+    contrastive: float = Field(0.5, ge=0, description="its weight in the total loss, α")
+    temperature: float = Field(0.5, gt=0, description="τ_c, which similarities are divided by in the contrastive term")
+    include_matched: bool = Field(False, description="count two modalities of one utterance as a positive pair, too")
+    normalize: Literal["batch", "positives"] = Field(
+        "batch",
+        description="what a row's sum over its positives is divided by: batch, the other rows, or positives, their own "
+        "number",
+    )
+    text_audio_pair: bool = Field(False, description="contrast text with audio, too, beside video with either")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that goes to all classes alike")
     class_weights: Literal["balanced"] | list[float] | None = Field(
-        None, description="'balanced' is resolved from the training part's counts before a model is built"
+        None,
+        description="one of each class, in their order, or balanced: by the training part's counts; null weighs all "
+        "alike",
     )
 
     @field_validator("class_weights")
@@ -312,7 +345,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 class ModelSections(Section):
     """The sections that a model configuration and a recipe share; `preset` fills what is not said."""
 
-    preset: Literal["paper", "released", "small"] | None = None
+    preset: Literal["paper", "released", "small"] | None = Field(
+        None,
+        description="what the model's sections start from: paper, released (the schedule of the authors' code), or "
+        "small (a backbone for 64 pixels and encoders without weights to download, for a CPU)",
+    )
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     audio: AudioConfig = AudioConfig()

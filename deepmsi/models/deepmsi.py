@@ -150,7 +150,7 @@ class DeepMSI(
         labels: Tensor | None = None,
         return_kept: bool = False,
     ) -> DeepMSIOutput:
-        """Classify a batch of U utterances; compute the loss (SPEC 6, Eq. 5 to 7) where labels are given.
+        """Classify a batch of U utterances; compute the loss (Eq. 5 to 7) where labels are given.
 
         Nothing here waits for the device where the schedule has static shapes, except that wav2vec 2.0 models
         with a group norm read the lengths of their rows.

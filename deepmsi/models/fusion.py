@@ -1,4 +1,4 @@
-"""The parts between the encoders and the logits: semantic guide, projection heads, classifier (SPEC 1 and 5)."""
+"""The parts between the encoders and the logits: semantic guide, projection heads, classifier."""
 
 from __future__ import annotations
 

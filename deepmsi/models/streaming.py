@@ -1,4 +1,4 @@
-"""Live use: the frames of many streams, one at a time, with every frame's features computed once (SPEC 4)."""
+"""Live use: the frames of many streams, one at a time, with every frame's features computed once."""
 
 from __future__ import annotations
 

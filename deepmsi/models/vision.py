@@ -1,4 +1,4 @@
-"""The video branch: normalise on the device, VSC-Swin over all frames at once, TCN over time (SPEC 1, 3, 4)."""
+"""The video branch: normalise on the device, VSC-Swin over all frames at once, TCN over time."""
 
 from __future__ import annotations
 

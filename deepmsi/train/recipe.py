@@ -55,7 +55,7 @@ class TrainSettings(Section):
     accumulation: int = Field(
         1, ge=1, description="micro-batches per step; the contrastive term sees one micro-batch at a time"
     )
-    lr: float = Field(3e-4, gt=0, le=10)
+    lr: float = Field(3e-4, gt=0, le=10, description="learning rate of AdamW, at its highest")
     encoder_lr: float | None = Field(
         None,
         gt=0,
@@ -65,10 +65,13 @@ class TrainSettings(Section):
     weight_decay: float = Field(
         0.01, ge=0, le=100, description="of matrices but those that DeepMSI.no_weight_decay names"
     )
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine",
+        description="how the learning rate goes on after the warm-up: constant, or to 0 by a line (linear) or a cosine",
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
-    max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, ge=0, description="norm that gradients are clipped to; 0 does not clip")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
 
     sampler: Literal["shuffle", "balanced"] = Field(
         "shuffle", description="balanced: every class is drawn equally often in an epoch"
@@ -104,14 +107,20 @@ class TrainSettings(Section):
         "are dropped, which is counted; null reserves nothing",
     )
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of training, and of the scores taken in it: fp32, or by autocast bf16, or fp16 on a GPU; "
+        "evaluate and predict run in fp32",
+    )
     cuda_graphs: bool = Field(
         False,
         description="capture forward and backward of the video branch on a GPU, where shapes are static; what is not "
         "captured is told, with the reason. It has not run on a GPU yet",
     )
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto is the GPU where there is one; evaluate runs there, too"
+    )
     memory_limit: float | None = Field(
         None, gt=0, description="GB that a process may take, for --auto-batch; null takes what is free"
     )
@@ -119,7 +128,7 @@ class TrainSettings(Section):
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(1, ge=1, description="epochs")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps, beside the epochs")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="how many of a fit stay, the newest")
 
 
 class AugmentSettings(Section):
@@ -154,9 +163,9 @@ class Recipe(ModelSections):
     not say its own; stored frames that are larger than `vision.image_size` are scaled down when they are read.
     """
 
-    name: str = "unnamed"
-    description: str = ""
-    seed: int = Field(0, ge=0)
+    name: str = Field("unnamed", description="what run.json calls it: the file's name, where none is said")
+    description: str = Field("", description="what it is for")
+    seed: int = Field(0, ge=0, description="of the weights, the order of rows, dropout, augmentation and folds")
     labels: list[str] | None = Field(
         None, min_length=2, description="classes, in the order of the logits; null takes those of the data"
     )

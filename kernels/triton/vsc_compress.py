@@ -1,4 +1,4 @@
-"""Visual sequence compression in Triton: the forward and the backward of SPEC 2, dense and packed.
+"""Visual sequence compression in Triton: the forward and the backward of Eq. 1 to 3, dense and packed.
 
 Forward: norms and column sums by parts of a frame; the fused guide; scores; then, a program a frame, relevance, the
 k-th score by bisection on order-preserving bits and an order-preserving compaction by `cumsum`; the nearest relevant

@@ -1,4 +1,4 @@
-"""VSC-Swin written a second time: one frame and one token at a time, from SPEC 2 and 3 and a state dict alone."""
+"""VSC-Swin written a second time: one frame and one token at a time, from the definition and a state dict alone."""
 
 import math
 from typing import Any
@@ -102,7 +102,7 @@ class NaiveSwin:
         return out
 
     def compressed(self, name: str, tokens: Frame, guide: Tensor | None, keep: int | None) -> Frame:
-        """SPEC 2, one token after the other; the gate multiplies the normalised token."""
+        """The compression, one token after the other; the gate multiplies the normalised token."""
         assert guide is not None
         places, xs = list(tokens), list(tokens.values())
         weight = self.state[f"{name}.compress.vsc.guide_logit"].sigmoid()

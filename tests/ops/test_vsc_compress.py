@@ -56,7 +56,7 @@ def naive(
     fuse_threshold: float = 0.6,
     fuse_alpha: float = 0.9,
 ) -> dict[str, Any]:
-    """Compute SPEC's compression frame by frame and token by token; gradients are autograd's."""
+    """Compute the compression frame by frame and token by token; gradients are autograd's."""
     tokens, gates, index, cu, scores = [], [], [], [0], []
     relevance = torch.zeros(len(x), dtype=x.dtype)
     assignment = torch.full((len(x),), -1, dtype=torch.int32)

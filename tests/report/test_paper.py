@@ -16,7 +16,7 @@ def test_every_row_fills_every_column(table) -> None:
 
 @pytest.mark.parametrize("table", [TABLE_1_IEMOCAP, TABLE_2_MELD], ids=["iemocap", "meld"])
 def test_the_papers_f1_follows_recall(table) -> None:
-    """SPEC 10.1: its F1 is 2r/(1+r), averaged over folds, which a concave function makes a little smaller."""
+    """Its F1 is 2r/(1+r), averaged over folds, which a concave function makes a little smaller."""
     *classes, _ = dict(table.rows)["DeepMSI-MER"]
     for recall, f1 in classes:
         closed_form = 200 * recall / (100 + recall)

@@ -1,5 +1,6 @@
 """Recipes: what is shipped loads, what is mistyped gets its sentence, what is resolved reads back equal."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,14 @@ def test_a_recipe_in_full_resolves_as_the_recipe(name: str, settings: list[str],
 
     assert resolved(mine, settings) == resolved(name, [*first, *settings])
     assert "  # of inner-folds, each shuffled anew\n  " in text
-    assert "  # fp32 | bf16 | fp16\n  " in text
+    assert "  # split-column | stratified-kfold | " in text
     assert "\n# Optimisation, and how the number of epochs is found.\ntrain:\n" in text
+
+
+def test_every_key_has_a_note() -> None:
+    lines = explain_recipe("demo").splitlines()
+    keys = [n for n, line in enumerate(lines) if re.match(r" *#?[a-z_]+:", line)]
+    assert [lines[n] for n in keys if not (n and lines[n - 1].lstrip().startswith("# "))] == []
 
 
 def test_without_sound_its_rate_does_not_matter() -> None:
