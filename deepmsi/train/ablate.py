@@ -16,7 +16,7 @@ from deepmsi.models.config import COMPRESSION, MODALITIES
 from deepmsi.train.console import note
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import SUMMARY
-from deepmsi.train.recipe import Recipe, load_recipe
+from deepmsi.train.recipe import load_recipe
 from deepmsi.train.record import RECIPE, RUN, read_run, write_json
 from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
@@ -57,12 +57,12 @@ def variants_of(run: Path, keep: Sequence[float] = (), frames: Sequence[int] = (
             raise UserError(f"A clip has 1 frame or more, not {count}.")
     if (keep or frames) and "video" not in recipe.modalities:
         raise UserError(f"{run} has no video branch, so that there are no tokens and frames to vary.")
-    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, recipe, share)} | NO_CAPACITY for share in keep}
+    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, share)} | NO_CAPACITY for share in keep}
     lines |= {f"{count} frames": {"vision.frames": str(count), "prepare.frames": str(count)} for count in frames}
     return parts | lines
 
 
-def _tokens(run: Path, recipe: Recipe, share: float) -> str:
+def _tokens(run: Path, share: float) -> str:
     """Tokens that a share of its stage's grid is, for each compressing block, as a setting."""
     from deepmsi.models.predict import load_run
 

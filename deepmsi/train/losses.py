@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from deepmsi.errors import UserError
 from deepmsi.train.processes import process_rank
@@ -19,11 +20,11 @@ def classification_loss(
     log_prior: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy, focal and logit-adjusted: `Σ_i w_{y_i} (1 - p_i)^γ ce_i / Σ_i w_{y_i}`.
+    """Cross-entropy, focal and logit-adjusted: `Σ_i (1 - p_i)^γ ce_i / Σ_i w_{y_i}`.
 
-    With `q = softmax(logits + log_prior)`, `p_i = q_{y_i}` and `ce_i` the (smoothed) cross-entropy of q. With
-    several processes the sums run over the joined batch, times the number of processes, so that the mean of
-    the gradients is that of one process.
+    With `q = softmax(logits + log_prior)`, `p_i = q_{y_i}` and `ce_i` the cross-entropy of q, weighted and smoothed
+    as torch's. With several processes the sums run over the joined batch, times the number of processes, so that the
+    mean of the gradients is that of one process.
 
     Args:
         logits: [U, K].
@@ -36,28 +37,25 @@ def classification_loss(
     Returns:
         A scalar, float32 or wider.
 
-    Equivalent to: `torch.nn.functional.cross_entropy(logits + log_prior, labels, weights)` where γ = 0 and
-    nothing is smoothed.
+    Equivalent to: `torch.nn.functional.cross_entropy(logits + log_prior, labels, weights,
+    label_smoothing=label_smoothing)` where γ = 0.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if log_prior is not None:
         logits = logits + log_prior
-    log_q = logits.log_softmax(1)
-    log_p = log_q.gather(1, labels[:, None]).squeeze(1)
-    losses = -log_p
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * log_q.mean(1)
+    weights = None if weights is None else weights.to(logits)
+    losses = cross_entropy(logits, labels, weights, reduction="none", label_smoothing=label_smoothing)
     if focal_gamma:
+        log_p = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
         # The floor keeps the power's derivative finite at p = 1, where the loss is 0 anyway.
         losses = (-torch.expm1(log_p)).clamp_min(1e-12) ** focal_gamma * losses
-    share = torch.ones_like(losses) if weights is None else weights.to(losses)[labels]
-    total = share.sum().detach()
+    total = (torch.ones_like(losses) if weights is None else weights[labels]).sum().detach()
     _, world = process_rank()
     if world > 1:
         total = total.clone()
         dist.all_reduce(total)
         total = total / world
-    return (share * losses).sum() / total
+    return losses.sum() / total
 
 
 def class_weights(counts: list[int], labels: list[str]) -> list[float]:

@@ -355,7 +355,7 @@ def _grouped(
             "folds: set protocol.folds lower."
         )
     return [
-        _group_fold(f"{repeat * settings.folds + k + 1:02d}", groups, candidates, candidates[part])
+        _group_fold(f"{repeat * settings.folds + k + 1:02d}", groups, candidates[part])
         for repeat in range(settings.repeats)
         for k, part in enumerate(_grouped_parts(held, [labels[i] for i in candidates], settings.folds, seed + repeat))
     ]
@@ -399,12 +399,7 @@ def _leave_group_out(column: str) -> Callable[..., list[Fold]]:
                 "train on: choose another protocol."
             )
         return [
-            _group_fold(
-                f"{column}-{name}",
-                groups,
-                candidates,
-                np.array([i for i in candidates if groups[i] == name], dtype=np.int64),
-            )
+            _group_fold(f"{column}-{name}", groups, np.array([i for i in candidates if groups[i] == name]))
             for name in held
         ]
 
@@ -419,7 +414,7 @@ def _session5(
     if "5" not in present or len(present) < 2:
         raise UserError(f"iemocap-session5 needs Session 5 and others; the rows are of session {', '.join(present)}.")
     test = np.array([i for i in candidates if groups[i] == "5"], dtype=np.int64)
-    return [_group_fold("session-5", groups, candidates, test)]
+    return [_group_fold("session-5", groups, test)]
 
 
 def _paper(
@@ -472,7 +467,7 @@ def _fold(name: str, rows: int, test: Indices) -> Fold:
     return Fold(name, np.delete(np.arange(rows), test), np.sort(test))
 
 
-def _group_fold(name: str, groups: Sequence[str], candidates: Indices, test: Indices) -> Fold:
+def _group_fold(name: str, groups: Sequence[str], test: Indices) -> Fold:
     """A fold that trains on no row of a held-out group, not even on those that cannot be reported."""
     out = {groups[i] for i in test}
     train = np.array([i for i, group in enumerate(groups) if group not in out], dtype=np.int64)

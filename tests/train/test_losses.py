@@ -15,20 +15,19 @@ WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_it_is_cross_entropy(smoothing: float) -> None:
-    got = classification_loss(LOGITS, LABELS, label_smoothing=smoothing)
-    torch.testing.assert_close(got, F.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing))
-
-
-def test_weights_are_those_of_torch() -> None:
-    expected = F.cross_entropy(LOGITS, LABELS, WEIGHTS)
-    torch.testing.assert_close(classification_loss(LOGITS, LABELS, weights=WEIGHTS), expected)
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["alike", "weighted"])
+def test_it_is_cross_entropy(weights: torch.Tensor | None, smoothing: float) -> None:
+    got = classification_loss(LOGITS, LABELS, weights=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(got, F.cross_entropy(LOGITS, LABELS, weights, label_smoothing=smoothing))
 
 
 def test_focal_loss() -> None:
     p = LOGITS.softmax(1).gather(1, LABELS[:, None]).squeeze(1)
     expected = -((1 - p) ** 2 * p.log()).mean()
     torch.testing.assert_close(classification_loss(LOGITS, LABELS, focal_gamma=2.0), expected)
+    share = WEIGHTS[LABELS]
+    expected = -(share * (1 - p) ** 2 * p.log()).sum() / share.sum()
+    torch.testing.assert_close(classification_loss(LOGITS, LABELS, weights=WEIGHTS, focal_gamma=2.0), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
