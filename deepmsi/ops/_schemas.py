@@ -40,8 +40,9 @@ def _register(
         fake_forward, fake_backward: Shapes, types and strides of the outputs; the forward's may be one for each
             backend.
         setup_context: ``(ctx, inputs, output)``; saves what the backward reads.
-        gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns one gradient per
-            input.
+        gradient: ``(bwd, ctx, *grads)``; calls the backward operator ``bwd`` and returns the gradients of the first
+            inputs; those after them have none. It is not called where no output has a gradient; one that has none is
+            None.
         backends: The compiled backends that have it.
     """
     for backend in backends:
@@ -59,7 +60,9 @@ def _register(
         fwd, bwd = (getattr(torch.ops.deepmsi, f"{name}_{direction}").default for direction in ("fwd", "bwd"))
 
         def backward_of(ctx: Any, *grads: Tensor | None, _bwd: Any = bwd) -> tuple[Any, ...]:
-            return gradient(_bwd, ctx, *grads)
+            found = gradient(_bwd, ctx, *grads) if any(grad is not None for grad in grads) else ()
+            inputs = len(ctx.needs_input_grad) - 1  # after them come the dispatch keys
+            return (*found, *(None,) * (inputs - len(found)))
 
         # Without one torch would warn, and leave this operation out of a second derivative.
         def refused(*_: Any, _op: str = op) -> Any:
@@ -91,6 +94,7 @@ def _differentiable(
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keys = args
         output = below(keys, *inputs)
+        ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
         return output
 
@@ -211,17 +215,14 @@ def _vsc_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, cu_seqlens, guide, guide_weight, *_, fuse_alpha = inputs
     _, cu_out, index, _, relevance, assignment, state, mean = output
     ctx.mark_non_differentiable(cu_out, index, relevance, assignment, state, mean)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, cu_seqlens, guide, guide_weight, cu_out, index, assignment, state, mean)
     ctx.fuse_alpha = fuse_alpha
 
 
 def _vsc_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_tokens, grad_gate = grads[0], grads[3]
-    if grad_tokens is None and grad_gate is None:
-        return (None,) * 12
     grad_x, grad_guide, grad_weight = bwd(grad_tokens, grad_gate, *ctx.saved_tensors, ctx.fuse_alpha)
-    return (grad_x, None, grad_guide, grad_weight, *(None,) * 8)
+    return grad_x, None, grad_guide, grad_weight
 
 
 _register(
@@ -277,19 +278,16 @@ def _window_fake_backward(
 def _window_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, bias_table, head_scale, scale, positions, cu_seqlens, *sizes = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, bias_table, head_scale, positions, cu_seqlens)
     ctx.scale, ctx.sizes = scale, sizes
 
 
 def _window_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 11
     qkv, out, lse, bias_table, head_scale, positions, cu_seqlens = ctx.saved_tensors
     grad_qkv, grad_bias, grad_scale = bwd(
         grads[0], qkv, out, lse, bias_table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes
     )
-    return (grad_qkv, grad_bias, None if head_scale is None else grad_scale, *(None,) * 8)
+    return grad_qkv, grad_bias, None if head_scale is None else grad_scale
 
 
 _register(
@@ -333,21 +331,18 @@ def _contrastive_fake_backward(grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor
 def _contrastive_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_a, grad_b = output
     ctx.mark_non_differentiable(grad_a, grad_b)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2], grad_a, grad_b)
     ctx.with_grad = inputs[-1]
 
 
 def _contrastive_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 11
     _require_kept("cross_modal_contrastive", ctx.with_grad)
     a, b, grad_a, grad_b = ctx.saved_tensors
     if torch.is_grad_enabled():
         # They were made with the loss. That they depend on a and b has a second derivative meet the refusal.
         never = grad_a.new_zeros((), dtype=torch.bool)
         grad_a, grad_b = torch.where(never, a, grad_a), torch.where(never, b, grad_b)
-    return (*bwd(grads[0], grad_a, grad_b), *(None,) * 9)
+    return bwd(grads[0], grad_a, grad_b)
 
 
 _register(
@@ -401,21 +396,18 @@ def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     x, weight, bias, norm_weight, norm_bias, cu_seqlens, ctx.eps, ctx.with_grad = inputs
     ctx.dtypes = [None if vector is None else vector.dtype for vector in (bias, norm_weight, norm_bias)]
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
     ctx.x_dtype = x.dtype
     ctx.save_for_backward(narrow, output[1], weight, norm_weight, cu_seqlens)
 
 
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 8
     _require_kept("project_cells", ctx.with_grad)
     wants_x, wants_layer = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x, wants_layer)
     vectors = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
     layer = (grad_weight, vectors[0]) if wants_layer else (None, None)
-    return (grad_x.to(ctx.x_dtype) if wants_x else None, *layer, *vectors[1:], None, None, None)
+    return (grad_x.to(ctx.x_dtype) if wants_x else None, *layer, *vectors[1:])
 
 
 _register(
@@ -465,13 +457,10 @@ def _bias_fake_backward(grad_table: Tensor, coordinates: Tensor, *rest: Tensor) 
 
 
 def _bias_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output)
 
 
-def _bias_gradient(bwd: Any, ctx: Any, grad_table: Tensor | None) -> tuple[Any, ...]:
-    if grad_table is None:
-        return (None,) * 4
+def _bias_gradient(bwd: Any, ctx: Any, grad_table: Tensor) -> tuple[Any, ...]:
     return None, *bwd(grad_table, *ctx.saved_tensors)
 
 
@@ -509,15 +498,12 @@ def _norm_fake_backward(grad_y: Tensor, branch: Tensor, norm_weight: Tensor, *re
 
 def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, branch, norm_weight, _, row_scale, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(branch, norm_weight, row_scale)
 
 
-def _norm_gradient(bwd: Any, ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None:
-        return (None,) * 6
+def _norm_gradient(bwd: Any, ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     grad_branch, grad_weight, grad_bias = bwd(grad_y, *ctx.saved_tensors, ctx.eps)
-    return grad_y, grad_branch, grad_weight, grad_bias, None, None
+    return grad_y, grad_branch, grad_weight, grad_bias
 
 
 _register(
@@ -566,19 +552,16 @@ def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) ->
 def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *others, ctx.eps, ctx.with_grad = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     branch = output[1]
     ctx.save_for_backward(x if x.dtype == branch.dtype else x.to(branch.dtype), branch, *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 11
     _require_kept("residual_mlp", ctx.with_grad)
     wants_layers = any(ctx.needs_input_grad[1:5])
     grad_x, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_layers)
     layers = found[:4] if wants_layers else (None,) * 4
-    return (grad_x, *layers, *found[4:], None, None, None, None)
+    return (grad_x, *layers, *found[4:])
 
 
 _register(
@@ -632,14 +615,11 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     x, *weights, ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:14]
     *ctx.sizes, ctx.with_grad = inputs[14:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
     ctx.save_for_backward(narrow, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 20
     _require_kept("residual_window_attention", ctx.with_grad)
     *tensors, table, head_scale, positions, cu_seqlens = ctx.saved_tensors
     wants_layers = any(ctx.needs_input_grad[1:5])
@@ -651,7 +631,7 @@ def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any,
         layers[1] = None
     if head_scale is None:
         grad_scale = None
-    return (grad_x, *layers, grad_norm, grad_norm_bias, None, None, grad_table, grad_scale, *(None,) * 9)
+    return (grad_x, *layers, grad_norm, grad_norm_bias, None, None, grad_table, grad_scale)
 
 
 _register(
@@ -726,7 +706,6 @@ def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     x, weight, _, residual, _, dilation, _, step, relu, dropout, with_grad = inputs
     y, active = output
     ctx.mark_non_differentiable(active)
-    ctx.set_materialize_grads(False)
     # A plain convolution's gradient does not read its result.
     ctx.save_for_backward(x, weight, y if relu or residual is not None else active, active)
     ctx.facts = (dilation, step, relu, residual is not None, dropout)
@@ -734,8 +713,6 @@ def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _conv_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 11
     _require_kept("dilated_causal_conv1d", ctx.kept)
     want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
     grad_x, grad_weight, grad_bias, grad_residual = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_weight)
@@ -744,7 +721,6 @@ def _conv_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]
         grad_weight if want_weight else None,
         grad_bias if want_bias else None,
         grad_residual if want_residual else None,
-        *(None,) * 7,
     )
 
 
@@ -797,20 +773,17 @@ def _normed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     x, v, g, _, residual, _, dilation, _, step, relu, dropout, with_grad = inputs
     y, active, norms = output
     ctx.mark_non_differentiable(active, norms)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, v, g, norms, y if relu or residual is not None else active, active)
     ctx.facts = (dilation, step, relu, residual is not None, dropout)
     ctx.kept = with_grad or not relu or residual is None
 
 
 def _normed_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None:
-        return (None,) * 12
     _require_kept("dilated_causal_conv1d", ctx.kept)
     want_x, want_v, want_g, want_bias, want_residual = ctx.needs_input_grad[:5]
     found = bwd(grads[0], *ctx.saved_tensors, *ctx.facts, want_x, want_v or want_g)
     wanted = (want_x, want_v, want_g, want_bias, want_residual)
-    return (*(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 7)
+    return tuple(grad if want else None for grad, want in zip(found, wanted, strict=True))
 
 
 _register(
