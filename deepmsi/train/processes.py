@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,10 @@ from deepmsi.errors import UserError
 
 T = TypeVar("T")
 
+# One process may prepare data for hours, while a group's own collectives give the others up after minutes.
+PATIENCE = timedelta(days=1)
+_waiting: Any = None  # the group that waits so long; None is the group of all, which somebody else has started
+
 
 def process_rank() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) where no group runs."""
@@ -28,11 +33,13 @@ def process_rank() -> tuple[int, int]:
 
 def start_processes(device: torch.device) -> None:
     """Join the other processes where a launcher started several, to work on a kind of device."""
+    global _waiting
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized()):
         from accelerate import PartialState
 
         cpu = device.type == "cpu"
         PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(leave_processes)
 
 
@@ -42,7 +49,9 @@ def leave_processes() -> None:
     A thread that lets go of its last work after that asks for a lock that nobody gives any more, and aborts the
     process.
     """
+    global _waiting
     if dist.is_available() and dist.is_initialized():
+        _waiting = None
         gc.collect()  # the reducer of a model that is gone still holds the group
         dist.destroy_process_group()
 
@@ -62,7 +71,7 @@ def from_main(action: Callable[[], T]) -> T:
             told[0] = action()
         except UserError as error:
             told[1] = str(error)
-    dist.broadcast_object_list(told, src=0)
+    dist.broadcast_object_list(told, src=0, group=_waiting)
     if told[1] is not None:
         raise UserError(told[1])
     return cast(T, told[0])
@@ -78,11 +87,11 @@ def claimed_by_all(folder: Path) -> Iterator[bool]:
             folder.mkdir(parents=True, exist_ok=True)
             free = [stack.enter_context(claimed(folder))]
         if world > 1:
-            dist.broadcast_object_list(free, src=0)
+            dist.broadcast_object_list(free, src=0, group=_waiting)
         yield free[0]
 
 
 def barrier() -> None:
     """Wait for the other processes, where there are any."""
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_waiting)

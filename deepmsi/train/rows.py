@@ -18,7 +18,7 @@ from deepmsi.data.store import INDEX, STARTED, PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections
 from deepmsi.train.dataset import present_modalities
-from deepmsi.train.processes import from_main
+from deepmsi.train.processes import barrier, from_main
 
 if TYPE_CHECKING:
     from deepmsi.data.manifest import Row
@@ -122,9 +122,10 @@ def open_shared(
         with suppress(UserError):
             found = PreparedData.open(folder)
             if found.fingerprint == fingerprint:  # on a disk of this process's own other data may lie there
-                return found
+                own.append(found)
     if not own:
         opened()
+    barrier()  # it took hours, perhaps, which other collectives would not wait for
     return own[0]
 
 

@@ -69,6 +69,25 @@ evaluate(run, data, *out)
 """
 
 
+# A group that gives up after two seconds, as NCCL's does after ten minutes.
+PATIENT = """
+import functools, os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import accelerate, torch
+from deepmsi.train import processes
+
+accelerate.PartialState = functools.partial(accelerate.PartialState, timeout=timedelta(seconds=2))
+processes.start_processes(torch.device("cpu"))
+rank, _ = processes.process_rank()
+told = processes.from_main(lambda: time.sleep(4) or "told")
+with processes.claimed_by_all(Path(sys.argv[1])) as free:
+    time.sleep(4 * rank)
+    processes.barrier()
+Path(f"{sys.argv[1]}-{rank}.txt").write_text(f"{told} {free}")
+"""
+
+
 # The command, which leaves the threads that it still has at its end.
 COMMAND = """
 import atexit, os, sys
@@ -128,6 +147,13 @@ def test_two_processes_that_accumulate_train_as_one_on_the_joined_batch(split_co
         losses.append([(e["loss"], e["cross_entropy"]) for e in events if e["split"] == "train"])
     assert len(losses[0]) == 4
     assert losses[1] == [pytest.approx(pair, rel=1e-4) for pair in losses[0]]
+
+
+def test_processes_wait_for_the_first_longer_than_their_group_does(tmp_path: Path) -> None:
+    script, folder = tmp_path / "script.py", tmp_path / "folder"
+    script.write_text(PATIENT)
+    torchrun(script, folder)
+    assert [Path(f"{folder}-{rank}.txt").read_text() for rank in (0, 1)] == ["told True"] * 2
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["with --out", "without"])
