@@ -120,52 +120,48 @@ def _stage(
     shards = [(digest([VERSION, identity, [inputs[i] for i in chunk]]), chunk) for chunk in chunks]
     missing = [i for i, (key, _) in enumerate(shards) if read_record(folder, i, modality, key, check=True) is None]
     if missing:
-        module, processor = build()
-        module.eval()
+        encode = _encoder(build, load)
+        kind: Kind = "text_features" if modality == "text" else "audio_features"
         done = len(numbers) - sum(len(chunks[shard]) for shard in missing)
         with progress_bar(
             total=len(numbers), initial=done, description=f"{modality} features", unit="row", shown=progress
         ) as bar:
             for shard in missing:
                 key, chunk = shards[shard]
-                _encode(modality, encoder, chunk, load, module, processor, rows, folder, shard, key, bar)
+                outcomes = []
+                with ShardFiles(folder, shard) as files:
+                    for k in range(0, len(chunk), _BATCH):
+                        batch = chunk[k : k + _BATCH]
+                        for i, feature in zip(batch, encode(batch).astype(DTYPES[kind]), strict=True):
+                            outcomes.append(outcome := Outcome())
+                            if np.isfinite(feature).all():
+                                outcome.slots[kind] = files.add(kind, feature)
+                            else:
+                                reason = f"{rows[i].id}: the {modality} encoder {encoder} gives features that are not"
+                                outcome.failures.append((modality, f"{reason} finite"))
+                        bar.update(len(batch))
+                    entries = files.finish()
+                write_record(folder, shard, modality, key, outcomes, entries)
     remove_beyond(folder, modality, len(shards))
     return collect(folder, modality, shards)
 
 
-def _encode(
-    modality: str,
-    encoder: str,
-    chunk: Sequence[int],
-    load: Callable[[int], Any],
-    module: Any,
-    processor: Any,
-    rows: Sequence[Row],
-    folder: Path,
-    shard: int,
-    key: str,
-    bar: Any,
-) -> None:
+def _encoder(build: Callable[[], tuple[Any, Any]], load: Callable[[int], Any]) -> Callable[[Sequence[int]], np.ndarray]:
+    """Features in float32 of what is loaded of rows, by an encoder on the GPU where there is one."""
     import torch
 
-    kind: Kind = "text_features" if modality == "text" else "audio_features"
-    outcomes = []
-    with ShardFiles(folder, shard) as files:
-        for k in range(0, len(chunk), _BATCH):
-            batch = chunk[k : k + _BATCH]
-            with torch.inference_mode():
-                features = module(**processor([load(i) for i in batch])).float().cpu().numpy()
-            for i, feature in zip(batch, features.astype(DTYPES[kind]), strict=True):
-                outcome = Outcome()
-                if np.isfinite(feature).all():
-                    outcome.slots[kind] = files.add(kind, feature)
-                else:
-                    reason = f"{rows[i].id}: the {modality} encoder {encoder} gives features that are not finite"
-                    outcome.failures.append((modality, reason))
-                outcomes.append(outcome)
-            bar.update(len(batch))
-        entries = files.finish()
-    write_record(folder, shard, modality, key, outcomes, entries)
+    from deepmsi.models.precision import float32_products
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, processor = build()
+    module.eval().to(device)
+
+    def encode(numbers: Sequence[int]) -> np.ndarray:
+        inputs = {name: tensor.to(device) for name, tensor in processor([load(i) for i in numbers]).items()}
+        with torch.inference_mode(), float32_products(device):
+            return module(**inputs).float().cpu().numpy()
+
+    return encode
 
 
 def _identity(encoder: str) -> list[Any]:

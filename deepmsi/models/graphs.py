@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,18 +85,25 @@ def _shapes_vary(model: DeepMSI) -> str | None:
 
 
 class _Capture(torch.cuda.graph):
-    """A capture that minds no other thread: a loader's may pin memory meanwhile, which would end any other one."""
+    """A capture that minds no other thread: a loader's may pin memory meanwhile, which would end any other one.
+
+    All of a device are on one stream, for graphs of one pool share memory there alone: `make_graphed_callables` of
+    torch 2.14 would take a new one at each call.
+    """
+
+    streams: ClassVar[dict[int, torch.cuda.Stream]] = {}
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        held = _Capture.default_capture_stream
-        if held is not None and held.device_index != torch.cuda.current_device():
-            _Capture.default_capture_stream = None  # torch keeps that of the first device for all of them
-        super().__init__(*arguments, **{**options, "capture_error_mode": "thread_local"})
+        device = torch.cuda.current_device()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        given = {"stream": self.streams[device], "capture_error_mode": "thread_local"}
+        super().__init__(*arguments, **{**options, **given})
 
 
 @contextmanager
 def _minding_no_other_thread() -> Iterator[None]:
-    """Let `torch.cuda.make_graphed_callables` capture so: that of torch 2.11 takes no `capture_error_mode`."""
+    """Let `torch.cuda.make_graphed_callables` capture so: it takes no stream, and in torch 2.11 no error mode."""
     ordinary = torch.cuda.graph
     torch.cuda.graph = _Capture  # type: ignore[misc]
     try:

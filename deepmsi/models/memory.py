@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepmsi.models.precision import autocast_for
+
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
 Model = TypeVar("Model", bound=nn.Module)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The autocast that a precision means on a device: "bf16" or "fp16"; none of "fp32"."""
-    return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
 @dataclass

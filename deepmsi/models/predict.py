@@ -18,6 +18,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.encoders import build_feature_encoder
+from deepmsi.models.precision import float32_products
 from deepmsi.progress import progress_bar
 
 SHORTEST_WINDOW = 0.25
@@ -145,8 +146,9 @@ def predict(
     model.eval()
     try:
         predictions: list[Prediction] = []
-        while batch := list(islice(items, batch_size)):
-            predictions += _run(model, encoders, batch)
+        with float32_products(_device(model)):
+            while batch := list(islice(items, batch_size)):
+                predictions += _run(model, encoders, batch)
     finally:
         model.train(training)
     labelled = {prediction.clip for prediction in predictions if prediction.label is not None}

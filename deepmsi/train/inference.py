@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
-from deepmsi.models.memory import autocast_for
+from deepmsi.models.precision import autocast_for, float32_products
 from deepmsi.train.dataset import Collator, UtteranceDataset
 from deepmsi.train.processes import process_rank
 from deepmsi.train.recipe import TrainSettings
@@ -56,7 +56,7 @@ def predict_logits(
     model.eval()
     parts = [torch.empty(0, len(model.config.names))]
     try:
-        with torch.inference_mode(), autocast_for(precision, device):
+        with torch.inference_mode(), autocast_for(precision, device), float32_products(device, settings.tf32):
             for batch in loader:
                 moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
                 parts.append(model(**moved).logits.float().cpu())

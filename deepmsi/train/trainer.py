@@ -33,6 +33,7 @@ from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, OWN_ENCODERS
 from deepmsi.models.graphs import VideoGraphs, why_not_training
+from deepmsi.models.precision import float32_products
 from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
 from deepmsi.train.compression import CompressionLog
@@ -106,7 +107,8 @@ def run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     Raises:
         UserError: the loss is no longer finite; no CUDA device where one is asked for.
     """
-    with _collected_quickly():
+    settings = fit.recipe.train
+    with _collected_quickly(), float32_products(training_device(settings), settings.tf32):
         return _run_fit(model, fit)
 
 
@@ -632,7 +634,6 @@ def _arguments(fit: Fit) -> TrainingArguments:
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bf16",
             fp16=settings.precision == "fp16",
-            tf32=True if settings.tf32 and not cpu else None,
             use_cpu=cpu,
             ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
             ddp_find_unused_parameters=False,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepmsi.data import store
+from deepmsi.data import features, store
 from deepmsi.data.decode import decode_audio, decode_frames
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.prepare import _start, prepare
@@ -494,6 +494,29 @@ def test_an_encoder_that_cannot_be_had_is_told_before_anything_is_decoded(clips,
         with pytest.raises(UserError, match=rf"{modality}\.encoder: there is no folder \./absent"):
             run(clips / "m.csv", tmp_path / "out", PrepareOptions(**{f"{modality}_encoder": "./absent"}))
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_features_are_computed_on_the_gpu_where_there_is_one(monkeypatch, device):
+    class Moved:
+        """A module, and a tensor of its input, that tell where they were moved."""
+
+        at = None
+
+        def to(self, where):
+            self.at = where.type
+            return self
+
+        def eval(self):
+            return self
+
+        def __call__(self, given):
+            assert self.at == given.at == device
+            return torch.ones(2, 3, dtype=torch.float16)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    encode = features._encoder(lambda: (Moved(), lambda loaded: {"given": Moved()}), lambda i: i)
+    assert encode([4, 2]).tolist() == [[1.0] * 3] * 2
 
 
 def test_encoder_and_features_of_the_manifest_exclude_each_other(tmp_path):

@@ -172,24 +172,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_a_capture_minds_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that pins memory for a loader would end it; `make_graphed_callables` of torch 2.11 has no word for that."""
-    modes = []
-    monkeypatch.setattr(graphs._Capture.__base__, "__init__", lambda *_, **options: modes.append(options))
+    """One that pins memory for a loader would end it; all of a device share its memory on one stream."""
+    taken: list[dict[str, Any]] = []
+    monkeypatch.setattr(graphs._Capture.__base__, "__init__", lambda *_, **options: taken.append(options))
+    monkeypatch.setattr(graphs._Capture, "streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     ordinary = torch.cuda.graph
-    with graphs._minding_no_other_thread():
-        torch.cuda.graph("graph", pool="pool", capture_error_mode="global")
-    assert modes == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        with graphs._minding_no_other_thread():
+            torch.cuda.graph("graph", pool="pool", stream="another", capture_error_mode="global")
     assert torch.cuda.graph is ordinary
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_a_capture_takes_a_stream_of_the_current_device(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
-    monkeypatch.setattr(graphs._Capture.__base__, "__init__", lambda *_, **options: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    stream = SimpleNamespace(device_index=0)
-    monkeypatch.setattr(graphs._Capture, "default_capture_stream", stream)
-    graphs._Capture("graph")
-    assert graphs._Capture.default_capture_stream is (None if current else stream)
+    assert [each.pop("stream").device for each in (dict(one) for one in taken)] == [0, 1, 0]
+    assert taken[0]["stream"] is taken[2]["stream"]
+    assert all(each["pool"] == "pool" and each["capture_error_mode"] == "thread_local" for each in taken)
 
 
 def gradients(model: DeepMSI, batch: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
