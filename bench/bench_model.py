@@ -185,7 +185,7 @@ def bench_video_branch(
         run,
         baselines,
         rounds=5,
-        graph=direction == "forward",
+        graph=direction == "forward" and schedule != "paper",  # its threshold is waited for on the host
         dtype=dtype,
         floor=floor,
         op="VSCSwin",

@@ -337,10 +337,12 @@ class Comparison:
             for name, function in sides.items():
                 eager[name].append(self._time(function))
         graphs = {}
+        stream = torch.cuda.current_stream()
         for name, function in sides.items():
             try:
                 graphs[name] = testing.captured(function)[0].replay
             except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # torch leaves that of a capture that failed
                 info["no_graph"] = f"{name}: {str(error).splitlines()[0]}"
                 return sides
         info["graph"], info["eager_s"] = True, {name: statistics.median(times) for name, times in eager.items()}

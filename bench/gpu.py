@@ -124,7 +124,7 @@ def testing(options: argparse.Namespace) -> list[Part]:
     processes = min(12, os.cpu_count() or 1)
     few = min(4, processes)
     graphs = pytest_of("cuda_graph or waited_for_nowhere", "tests/ops", processes=few)
-    operations = pytest_of(f"{on} and not graph and not nowhere", "tests/ops", processes=processes)
+    operations = pytest_of(f"{on} and not cuda_graph and not nowhere", "tests/ops", processes=processes)
     modules = pytest_of(on, "tests/nn", processes=few)
     files = [f"tests/models/test_{name}.py" for name in ("synchronisation", "graphs")]
     model = pytest_of("waited_for_nowhere or on_a_gpu", *files, processes=few)

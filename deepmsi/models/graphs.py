@@ -8,7 +8,7 @@ that shapes and operators do not depend on the input): it has not run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -133,10 +133,11 @@ class VideoGraphs:
 
     Args:
         branch: in training mode; `why_not_training` has nothing against it.
+        around: entered for each capture, which runs the branch before it records it.
     """
 
-    def __init__(self, branch: VideoBranch) -> None:
-        self.branch = branch
+    def __init__(self, branch: VideoBranch, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.branch, self.around = branch, around
         self.graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.pool: Any = None
 
@@ -167,6 +168,7 @@ class VideoGraphs:
             torch.random.fork_rng([device]),
             torch.autocast(device.type, enabled=False),
             _minding_no_other_thread(),
+            self.around(),
         ):
             return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(module, samples, **options))
 

@@ -7,6 +7,8 @@ on summing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +90,14 @@ class CompressionLog:
             self.histograms[number] = torch.zeros(places + 1, dtype=torch.long, device=kept.device)
         # Integers: their sum has no order.
         self.histograms[number].index_add_(0, kept, torch.ones_like(kept, dtype=torch.long))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Leave out what the block's passes do: those that warm a captured graph up, say, which goes on summing."""
+        before = {name: pair.clone() for name, pair in self.sums.items()}
+        yield
+        for name, pair in self.sums.items():
+            pair.copy_(before.get(name, torch.zeros_like(pair)))
 
     def take(self) -> dict[str, float]:
         """What there was since the last call, by compression: `keep/K`, the share of the tokens that stayed;

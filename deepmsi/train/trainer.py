@@ -408,7 +408,7 @@ class UtteranceTrainer(Trainer):
         if reason is not None:
             note(f"{self.fit.name}: the video branch is not captured as a CUDA graph: {reason}.")
         elif self.core.video is not None:
-            self.core.video.graphs = VideoGraphs(self.core.video)
+            self.core.video.graphs = VideoGraphs(self.core.video, self.compression.unchanged)
             note(f"{self.fit.name}: the video branch is captured as CUDA graphs, one for each number of videos.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -209,13 +209,22 @@ def test_a_step_by_graphs_is_the_step_without(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = [gradients(model, given) for given in (batch, partial, batch)]
         assert model.video is not None
-        model.video.graphs = VideoGraphs(model.video)
+        entered: list[int] = []
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            entered.append(len(recorder.captured))
+            yield
+            entered.append(len(recorder.captured))
+
+        model.video.graphs = VideoGraphs(model.video, around)
         found = [gradients(model, given) for given in (batch, partial, batch)]
     for left, right in zip(plain, found, strict=True):
         for name, value in left.items():
             assert torch.equal(value, right[name]), name
     shape = batch["pixel_values"].shape
     assert [captured[0] for captured in recorder.captured] == [shape, (3, *shape[1:])]
+    assert entered == [0, 1, 1, 2]
     assert recorder.replayed == 3
     # In evaluation, and where it is asked what was kept, the branch runs as it is.
     model(**batch, return_kept=True)

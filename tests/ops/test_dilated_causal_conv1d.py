@@ -499,7 +499,7 @@ def test_compiles_whole_and_for_changing_sizes(backend: str, device: str) -> Non
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, steps in ((2, 7), (3, 15)):
-        x = randn(batch, 3, steps, seed=steps)
+        x = randn(batch, 3, steps, seed=steps, device=device)
         one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         out, exact = compiled(one), step(other)
         torch.testing.assert_close(out, exact)

@@ -49,6 +49,20 @@ def run(model: DeepMSI, seed: int, utterances: int = 3) -> list[Any]:
     return model(pixel_values=pixels, text_features=text, audio_features=audio, return_kept=True).kept
 
 
+def test_what_warms_a_graph_up_is_not_counted() -> None:
+    model = model_of()
+    log = CompressionLog(model)
+    with log.unchanged():
+        run(model, 7)
+    assert log.take() == {}
+    run(model, 1)
+    held, before = dict(log.sums), {name: pair.tolist() for name, pair in log.sums.items()}
+    with log.unchanged():
+        run(model, 7)
+    assert all(log.sums[name] is pair for name, pair in held.items())  # a graph adds to these
+    assert {name: pair.tolist() for name, pair in log.sums.items()} == before
+
+
 def test_shares_and_cells_are_those_of_the_frames() -> None:
     model = model_of()
     log = CompressionLog(model)
