@@ -63,6 +63,10 @@ RawArg = Annotated[
     Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
 ]
 LabelSetOpt = Annotated[str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")]
+AutoBatchOpt = Annotated[
+    bool,
+    typer.Option("--auto-batch", help="Take the largest batch that fits the memory, and accumulate to the recipe's."),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 FAILURES_SHOWN = 20
@@ -299,6 +303,11 @@ def prepare(
     face: Annotated[
         bool, typer.Option("--face", help="Crop to the face (needs the extra `face` of the package).")
     ] = False,
+    face_model: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.onnx", help="With --face: find it by YuNet, not by OpenCV's Haar cascade."),
+    ] = None,
+    sample_rate: Annotated[int, typer.Option(metavar="HZ", help="Of the stored sound.")] = 16000,
     text_encoder: Annotated[
         str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Store text features of this encoder.")
     ] = None,
@@ -338,12 +347,16 @@ def prepare(
 
     given = {"label_set": label_set, "offset": offset, "sides": sides, "partial": partial or None}
     settings = _release_settings("prepare", source, raw, exclusions=exclude, **given)
+    if face_model is not None and not face:
+        raise UserError("--face-model says how faces are found; add --face")
     with _working() as result:
         said = {
             "frames": frames,
             "size": size,
             "resize": resize.value,
             "face": face,
+            "face_model": None if face_model is None else str(face_model.absolute()),
+            "sample_rate": sample_rate,
             "text_encoder": text_encoder,
             "audio_encoder": audio_encoder,
         }
@@ -399,12 +412,7 @@ def train(
         str | None,
         typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4; into a RUN that others share."),
     ] = None,
-    auto_batch: Annotated[
-        bool,
-        typer.Option(
-            "--auto-batch", help="Take the largest batch that fits the memory, and accumulate to the recipe's."
-        ),
-    ] = False,
+    auto_batch: AutoBatchOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a recipe by its protocol, and measure what it held out.
@@ -461,6 +469,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
     folds: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4.")] = None,
+    auto_batch: AutoBatchOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Fine-tune the text or the audio encoder alone, on the training part of each fold only.
@@ -475,7 +484,7 @@ def finetune(
 
     with _working() as result:
         loaded = load_recipe(recipe, settings or [])
-        metrics = finetune_encoder(modality.value, loaded, data, out, resume=resume, folds=_names(folds))
+        metrics = finetune_encoder(modality.value, loaded, data, out, resume, _names(folds), auto_batch)
         if as_json:
             _dump(metrics, result)
         else:

@@ -101,7 +101,7 @@ def _load_haar(cv2: Any) -> Any:
     file = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
     if not hasattr(cv2, "CascadeClassifier") or not file.is_file():
         raise UserError(
-            f"OpenCV {cv2.__version__} carries no face detector of its own; give YuNet's .onnx file as "
-            "face_model, or install opencv-python-headless<5"
+            f"OpenCV {cv2.__version__} carries no face detector of its own; give YuNet's .onnx file "
+            "(face_model), or install opencv-python-headless<5"
         )
     return cv2.CascadeClassifier(str(file))

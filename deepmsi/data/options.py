@@ -2,7 +2,6 @@
 
 from pydantic import ConfigDict, Field, field_validator
 
-from deepmsi.errors import UserError
 from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, Resize, Section, fixed_place
 
 
@@ -32,5 +31,5 @@ class PrepareOptions(Section):
     @classmethod
     def _pretrained(cls, name: str | None) -> str | None:
         if name in (OFFLINE_TEXT, OFFLINE_AUDIO):
-            raise UserError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
+            raise ValueError(f"{name!r} has no pretrained weights to compute features with; train it end to end")
         return fixed_place(name)

@@ -248,7 +248,7 @@ class TextConfig(_EncoderConfig):
 class AudioConfig(_EncoderConfig):
     """Audio branch."""
 
-    sample_rate: int = Field(16000, ge=1000, description="Hz")
+    sample_rate: int = Field(16000, ge=4000, le=192000, description="Hz")
     max_seconds: float = Field(20.0, ge=0.025, le=86400, description="longer recordings are cut there")
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ def finetune(
     out: Path,
     resume: bool = False,
     folds: Sequence[str | int] | None = None,
+    auto_batch: bool = False,
 ) -> dict[str, Any]:
     """Train an encoder on each fold's training part, and score what it does alone.
 
@@ -41,7 +42,7 @@ def finetune(
         data: a manifest or a prepared folder.
         out: the run directory; the encoder of fold NAME is OUT/folds/NAME/encoder, of a manifest's own split and of
             all rows OUT/encoder.
-        resume, folds: as for `train`.
+        resume, folds, auto_batch: as for `train`.
 
     Returns:
         What `metrics.json` of the run holds.
@@ -68,4 +69,4 @@ def finetune(
             save_encoder(getattr(model, f"{modality}_encoder"), processor, part, weights=True)
             write_notes(part, EncoderNotes(modality, fold, recipe.protocol.title, seen, reads))
 
-    return train(alone, data, out, resume, folds, plan=recipe, on_fold=keep)
+    return train(alone, data, out, resume, folds, auto_batch=auto_batch, plan=recipe, on_fold=keep)

@@ -98,6 +98,8 @@ def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
         (["prepare", "m.csv", "--out", "d", "--text-encoder", ""], "text_encoder"),
         (["prepare", "m.csv", "--out", "d", "--audio-encoder", ""], "audio_encoder"),
         (["prepare", "m.csv", "--out", "d", "--resize", "zoom"], "zoom"),
+        (["prepare", "m.csv", "--out", "d", "--sample-rate", "10"], "sample_rate"),
+        (["prepare", "m.csv", "--out", "d", "--face-model", "yunet.onnx"], "add --face"),
         (["evaluate", "run", "--data", "d", "--drop", "smell"], "smell"),
         (["predict", "run", "a.mp4", "--timeline", "0"], "above 0"),
         (["predict", "run", "a.mp4", "--timeline", "nan"], "above 0"),

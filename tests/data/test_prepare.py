@@ -524,7 +524,7 @@ def test_encoder_and_features_of_the_manifest_exclude_each_other(tmp_path):
     (tmp_path / "m.csv").write_text("id,text,text_features\na,x,t.npy\n")
     with pytest.raises(UserError, match="the manifest brings text_features"):
         run(tmp_path / "m.csv", tmp_path / "out", PrepareOptions(text_encoder="some/bert"))
-    with pytest.raises(UserError, match="'hashing' has no pretrained weights"):
+    with pytest.raises(ValueError, match="'hashing' has no pretrained weights"):
         PrepareOptions(text_encoder="hashing")
 
 

@@ -136,6 +136,13 @@ def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Pa
     assert sorted(notes.seen) == [f"r{i:02d}" for i in range(16) if i != 5]
 
 
+def test_auto_batch_reaches_the_training(bert_folder: Path, tmp_path: Path) -> None:
+    path = manifest(tmp_path / "raw", splits=True)
+    scarce = recipe({"encoder": str(bert_folder)}, protocol="split-column", train={"memory_limit": 1e-5})
+    with pytest.raises(UserError, match="one utterance"):
+        finetune("text", scarce, path, tmp_path / "tuned", auto_batch=True)
+
+
 def test_a_kill_before_the_last_encoder_does_not_lose_it(bert_folder: Path, tmp_path: Path, monkeypatch) -> None:
     data, tuned = prepared(manifest(tmp_path / "raw"), tmp_path / "plain"), tmp_path / "tuned"
     settings = recipe({"encoder": str(bert_folder)}, train={"epochs": 1})
