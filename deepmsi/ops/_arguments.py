@@ -81,6 +81,12 @@ def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> Non
             raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {device}: move it")
 
 
+def check_shape(op: str, name: str, x: Tensor | None, *size: int) -> None:
+    """Raise unless x is None or of this size."""
+    if x is not None and x.shape != size:
+        raise ValueError(f"{op}: {name} must be {list(size)}, not {shape(x)}")
+
+
 def check_packed(op: str, packed: Sequence[Tensor], count: int) -> None:
     """Raise unless these are so many weights that ``pack_weight`` gave."""
     if len(packed) != count or not all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in packed):

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, check_floating, keeps_for_backward, shape, without_autocast
+from deepmsi.ops._arguments import (
+    check_devices,
+    check_floating,
+    check_shape,
+    keeps_for_backward,
+    shape,
+    without_autocast,
+)
 from deepmsi.reference.cross_modal_contrastive import cross_modal_contrastive as reference
 
 _OP = "cross_modal_contrastive"
@@ -71,12 +78,10 @@ def cross_modal_contrastive(
     joined = others[0].shape[0]
     for other in others:
         check_floating(other, _OP, "b")
-        if other.shape != (joined, dim):
-            raise ValueError(f"{_OP}: b must be [{joined}, {dim}], not {shape(other)}")
+        check_shape(_OP, "b", other, joined, dim)
         check_devices(a, _OP, "a", b=other)
     check_devices(a, _OP, "a", labels=labels, labels_b=labels_b)
-    if labels.shape != (rows,):
-        raise ValueError(f"{_OP}: labels must be [{rows}], not {shape(labels)}")
+    check_shape(_OP, "labels", labels, rows)
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"{_OP}: labels must be integers, not {labels.dtype}")
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
@@ -91,8 +96,7 @@ def cross_modal_contrastive(
                 f"{_OP}: b has {joined} rows and row_offset is {row_offset}: a slice of {rows} rows needs labels_b"
             )
         labels_b = labels
-    if labels_b.shape != (joined,):
-        raise ValueError(f"{_OP}: labels_b must be [{joined}], not {shape(labels_b)}")
+    check_shape(_OP, "labels_b", labels_b, joined)
     if labels_b.dtype not in _INTEGERS:
         raise ValueError(f"{_OP}: labels_b must be integers, not {labels_b.dtype}")
     if not 0 <= row_offset <= joined - rows:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import check_devices, check_floating, check_shape, shape, without_autocast
 from deepmsi.reference.position_bias import position_bias as reference
 
 _OP = "position_bias"
@@ -46,8 +46,7 @@ def position_bias(
     if hidden_weight.dim() != 2 or hidden_weight.shape[1] != 2:
         raise ValueError(f"{_OP}: hidden_weight must be [D, 2], not {shape(hidden_weight)}")
     hidden = hidden_weight.shape[0]
-    if hidden_bias.shape != (hidden,):
-        raise ValueError(f"{_OP}: hidden_bias must be [{hidden}], not {shape(hidden_bias)}")
+    check_shape(_OP, "hidden_bias", hidden_bias, hidden)
     if out_weight.dim() != 2 or out_weight.shape[1] != hidden:
         raise ValueError(f"{_OP}: out_weight must be [heads, {hidden}], not {shape(out_weight)}")
     check_devices(hidden_weight, _OP, "hidden_weight", coordinates=coordinates, **weights)

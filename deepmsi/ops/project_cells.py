@@ -13,6 +13,7 @@ from deepmsi.ops._arguments import (
     check_devices,
     check_floating,
     check_packed,
+    check_shape,
     keeps_for_backward,
     shape,
     type_of_layers,
@@ -70,11 +71,10 @@ def project_cells(
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"{_OP}: weight must be [C, {depth}], not {shape(weight)}")
     channels = weight.shape[0]
-    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector is not None and vector.shape != (channels,):
-            raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
-        check_devices(x, _OP, "x", **{name: vector})
-    check_devices(x, _OP, "x", weight=weight, cu_seqlens=cu_seqlens)
+    vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, vector in vectors.items():
+        check_shape(_OP, name, vector, channels)
+    check_devices(x, _OP, "x", weight=weight, cu_seqlens=cu_seqlens, **vectors)
     if cu_seqlens is not None and not (x.shape[:2] == (1, 1) and are_offsets(cu_seqlens)):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "

@@ -11,6 +11,7 @@ from deepmsi.ops._arguments import (
     check_devices,
     check_floating,
     check_packed,
+    check_shape,
     keeps_for_backward,
     shape,
     type_of_layers,
@@ -69,18 +70,12 @@ def residual_mlp(
     hidden, channels = fc1_weight.shape
     if hidden == 0 or channels == 0:
         raise ValueError(f"{_OP}: fc1_weight must have an element at least, not {shape(fc1_weight)}")
-    if fc2_weight.shape != (channels, hidden):
-        raise ValueError(f"{_OP}: fc2_weight must be [{channels}, {hidden}], not {shape(fc2_weight)}")
-    for name, vector, size in (
-        ("fc1_bias", fc1_bias, hidden),
-        ("fc2_bias", fc2_bias, channels),
-        ("norm_weight", norm_weight, channels),
-        ("norm_bias", norm_bias, channels),
-    ):
-        if vector.shape != (size,):
-            raise ValueError(f"{_OP}: {name} must be [{size}], not {shape(vector)}")
-    if row_scale is not None and row_scale.shape != x.shape[:-1]:
-        raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
+    check_shape(_OP, "fc1_bias", fc1_bias, hidden)
+    check_shape(_OP, "fc2_weight", fc2_weight, channels, hidden)
+    check_shape(_OP, "fc2_bias", fc2_bias, channels)
+    check_shape(_OP, "norm_weight", norm_weight, channels)
+    check_shape(_OP, "norm_bias", norm_bias, channels)
+    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     if cu_seqlens is not None and not (x.dim() == 2 and are_offsets(cu_seqlens)):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "

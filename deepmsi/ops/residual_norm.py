@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.backend import resolve
 from deepmsi.ops import _schemas as _schemas  # registers the operators
-from deepmsi.ops._arguments import check_devices, check_floating, shape, without_autocast
+from deepmsi.ops._arguments import check_devices, check_floating, check_shape, shape, without_autocast
 from deepmsi.reference.residual_norm import residual_norm as reference
 
 _OP = "residual_norm"
@@ -50,11 +50,9 @@ def residual_norm(
     if (x.dtype == torch.float64) != (branch.dtype == torch.float64):
         raise ValueError(f"{_OP}: float64 goes with float64 alone, not x in {x.dtype} with branch in {branch.dtype}")
     channels = x.shape[-1]
-    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector.shape != (channels,):
-            raise ValueError(f"{_OP}: {name} must be [{channels}], not {shape(vector)}")
-    if row_scale is not None and row_scale.shape != x.shape[:-1]:
-        raise ValueError(f"{_OP}: row_scale must be {shape(x[..., 0])}, not {shape(row_scale)}")
+    check_shape(_OP, "norm_weight", norm_weight, channels)
+    check_shape(_OP, "norm_bias", norm_bias, channels)
+    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     row_scale = None if row_scale is None else row_scale.detach()
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale}
     check_devices(x, _OP, "x", branch=branch, **vectors)

@@ -9,13 +9,14 @@ from deepmsi.ops._arguments import (
     autocast_layers,
     check_devices,
     check_packed,
+    check_shape,
     keeps_for_backward,
-    shape,
     type_of_layers,
     without_autocast,
 )
-from deepmsi.ops.window_attention import check_windows, head_scale_of, narrowed
+from deepmsi.ops.window_attention import checked, operands
 from deepmsi.reference.residual_window_attention import residual_window_attention as reference
+from deepmsi.reference.window_attention import Windows
 
 _OP = "residual_window_attention"
 
@@ -72,23 +73,19 @@ def residual_window_attention(
         ValueError: An argument has the wrong shape, type or range.
         RuntimeError: The backend that was asked for cannot run this call.
     """
-    windows, tokens = (heads, grid, window, shift, bias_table), (positions, cu_seqlens)
-    logit_scale, scale = check_windows(_OP, x, "x", 1, *windows, logit_scale, scale, *tokens, head_scale)
+    windows = Windows(heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+    windows = checked(_OP, x, "x", 1, windows, head_scale)
     channels = x.shape[-1]
-    for name, tensor, size in (
-        ("qkv_weight", qkv_weight, (3 * channels, channels)),
-        ("qkv_bias", qkv_bias, (3 * channels,)),
-        ("proj_weight", proj_weight, (channels, channels)),
-        ("proj_bias", proj_bias, (channels,)),
-        ("norm_weight", norm_weight, (channels,)),
-        ("norm_bias", norm_bias, (channels,)),
-        ("row_scale", row_scale, x.shape[:-1]),
-    ):
-        if tensor is not None and tensor.shape != size:
-            raise ValueError(f"{_OP}: {name} must be {list(size)}, not {shape(tensor)}")
-        check_devices(x, _OP, "x", **{name: tensor})
-    row_scale = None if row_scale is None else row_scale.detach()
+    check_shape(_OP, "qkv_weight", qkv_weight, 3 * channels, channels)
+    check_shape(_OP, "qkv_bias", qkv_bias, 3 * channels)
+    check_shape(_OP, "proj_weight", proj_weight, channels, channels)
+    check_shape(_OP, "proj_bias", proj_bias, channels)
+    check_shape(_OP, "norm_weight", norm_weight, channels)
+    check_shape(_OP, "norm_bias", norm_bias, channels)
+    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
+    check_devices(x, _OP, "x", **layers, norm_weight=norm_weight, norm_bias=norm_bias, row_scale=row_scale)
+    row_scale = None if row_scale is None else row_scale.detach()
     dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
@@ -101,21 +98,8 @@ def residual_window_attention(
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            return reference(x, *weights, *windows, logit_scale, scale, *tokens, row_scale, eps)
-    y, _, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
-        x.reshape(-1, channels),
-        *weights,
-        None if row_scale is None else row_scale.reshape(-1).float(),
-        eps,
-        bias_table.float(),
-        head_scale_of(logit_scale, head_scale),
-        scale,
-        narrowed(positions),
-        cu_seqlens,
-        heads,
-        *grid,
-        window,
-        shift,
-        with_grad,
-    )
+            return reference(x, *weights, windows, row_scale, eps)
+    row_scale = None if row_scale is None else row_scale.reshape(-1).float()
+    forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
+    y, _, _ = forward(x.reshape(-1, channels), *weights, row_scale, eps, *operands(windows, head_scale), with_grad)
     return y.view(x.shape)

@@ -1,5 +1,7 @@
 """The public function of window attention: check, resolve, call."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,39 +16,25 @@ from deepmsi.ops._arguments import (
     shape,
     without_autocast,
 )
-from deepmsi.reference.window_attention import MAX_LOGIT_SCALE
+from deepmsi.reference.window_attention import MAX_LOGIT_SCALE, Windows
 from deepmsi.reference.window_attention import window_attention as reference
 
 _OP = "window_attention"
 
 
-def check_windows(
-    op: str,
-    x: Tensor,
-    name: str,
-    parts: int,
-    heads: int,
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    head_scale: Tensor | None,
-) -> tuple[Tensor | None, float]:
-    """Check what an attention over windows takes; return the logit scale as [heads], and the scale.
+def checked(op: str, x: Tensor, name: str, parts: int, windows: Windows, head_scale: Tensor | None) -> Windows:
+    """Return what an attention over windows takes, the logit scale as [heads], with a scale.
 
     Args:
         op, name: The operation and its x, for the sentences.
         x: Rows or a grid of ``parts`` times C channels.
+        windows, head_scale: As they came.
 
     Raises:
         ValueError: An argument has the wrong shape, type or range.
     """
     check_floating(x, op, name)
-    height, width = grid
+    heads, (height, width), window, shift, bias_table, logit_scale, scale, positions, cu_seqlens = windows
     wide, times = ("3C", "3 times ") if parts == 3 else ("C", "")
     packed = positions is not None or cu_seqlens is not None
     if packed:
@@ -104,7 +92,14 @@ def check_windows(
             raise ValueError(f"{op}: head_scale must be [{heads}] float32, not {shape(head_scale)} {head_scale.dtype}")
     if scale is None:
         scale = depth**-0.5
-    return logit_scale, scale
+    return windows._replace(logit_scale=logit_scale, scale=scale)
+
+
+def operands(windows: Windows, head_scale: Tensor | None) -> tuple[Any, ...]:
+    """Return what operators take of windows that were checked."""
+    heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens = windows
+    head_scale = head_scale_of(logit_scale, head_scale)
+    return bias_table.float(), head_scale, scale, _narrowed(positions), cu_seqlens, heads, *grid, window, shift
 
 
 def head_scale_of(logit_scale: Tensor | None, held: Tensor | None = None) -> Tensor | None:
@@ -117,7 +112,7 @@ def head_scale_of(logit_scale: Tensor | None, held: Tensor | None = None) -> Ten
     return logit_scale.reshape(-1).float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
-def narrowed(positions: Tensor | None) -> Tensor | None:
+def _narrowed(positions: Tensor | None) -> Tensor | None:
     """Return positions in int32, which kernels read; those that it cannot hold stay off every grid."""
     if positions is None or positions.dtype == torch.int32:
         return positions
@@ -181,23 +176,13 @@ def window_attention(
         if qkv.shape[0] % area == 0:
             qkv = qkv.view(qkv.shape[0] // area, *grid, qkv.shape[1])
     qkv = autocast(qkv)
-    windows, tokens = (heads, grid, window, shift, bias_table), (positions, cu_seqlens)
-    logit_scale, scale = check_windows(_OP, qkv, "qkv", 3, *windows, logit_scale, scale, *tokens, head_scale)
+    windows = Windows(heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+    windows = checked(_OP, qkv, "qkv", 3, windows, head_scale)
     chosen = resolve(_OP, backend, qkv.device.type, qkv.dtype, head_dim=qkv.shape[-1] // (3 * heads))
     with without_autocast(qkv.device.type):
         if chosen == "reference":
-            out = reference(qkv, *windows, logit_scale, scale, *tokens)
+            out = reference(qkv, windows)
             return out.reshape(*places, out.shape[-1])
-        out, _ = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")(
-            qkv.reshape(-1, qkv.shape[-1]),
-            bias_table.float(),
-            head_scale_of(logit_scale, head_scale),
-            scale,
-            narrowed(positions),
-            cu_seqlens,
-            heads,
-            *grid,
-            window,
-            shift,
-        )
+        forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
+        out, _ = forward(qkv.reshape(-1, qkv.shape[-1]), *operands(windows, head_scale))
         return out.view(*places, out.shape[-1])

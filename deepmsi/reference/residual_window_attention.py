@@ -5,7 +5,7 @@ from torch import Tensor
 
 from deepmsi.reference.packed import counted, within
 from deepmsi.reference.residual_norm import residual_norm
-from deepmsi.reference.window_attention import window_attention
+from deepmsi.reference.window_attention import Windows, window_attention
 
 
 def residual_window_attention(
@@ -16,15 +16,7 @@ def residual_window_attention(
     proj_bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    heads: int,
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
+    windows: Windows,
     row_scale: Tensor | None,
     eps: float,
 ) -> Tensor:
@@ -32,9 +24,9 @@ def residual_window_attention(
 
     Rows past the last offset stay x.
     """
+    cu_seqlens = windows.cu_seqlens
     narrow = counted(cu_seqlens, x).to(qkv_weight.dtype)
     qkv = torch.nn.functional.linear(narrow, qkv_weight, qkv_bias)
-    out = window_attention(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
-    branch = torch.nn.functional.linear(out, proj_weight, proj_bias)
+    branch = torch.nn.functional.linear(window_attention(qkv, windows), proj_weight, proj_bias)
     y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
     return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)

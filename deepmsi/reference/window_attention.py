@@ -5,6 +5,7 @@ is rolled, padded and cut into windows; packed rows are copied to their slots, a
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,33 +14,27 @@ NORM_FLOOR = 1e-12
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
-def window_attention(
-    qkv: Tensor,
-    heads: int,
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Compute :func:`deepmsi.ops.window_attention` with its arguments already checked; ``scale`` is V1's alone."""
-    if positions is None or cu_seqlens is None:
-        return _dense(qkv, heads, window, shift, bias_table, logit_scale, scale)
-    return _packed(qkv, heads, grid, window, shift, bias_table, logit_scale, scale, positions, cu_seqlens)
+class Windows(NamedTuple):
+    """Who attends to whom, and how: the arguments of :func:`deepmsi.ops.window_attention` under their names."""
+
+    heads: int
+    grid: tuple[int, int]
+    window: int
+    shift: int
+    bias_table: Tensor
+    logit_scale: Tensor | None
+    scale: float | None
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
 
 
-def _dense(
-    qkv: Tensor,
-    heads: int,
-    window: int,
-    shift: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-) -> Tensor:
+def window_attention(qkv: Tensor, windows: Windows) -> Tensor:
+    """Compute :func:`deepmsi.ops.window_attention` with its arguments already checked."""
+    return _dense(qkv, windows) if windows.positions is None else _packed(qkv, windows)
+
+
+def _dense(qkv: Tensor, windows: Windows) -> Tensor:
+    heads, window, shift = windows.heads, windows.window, windows.shift
     frames, height, width, channels = qkv.shape
     down, across = -(-height // window), -(-width // window)
     padded = (down * window, across * window)
@@ -59,7 +54,7 @@ def _dense(
     if shift or ragged:
         kind = _grid_kind((height, width), window, shift, qkv.device)
         allowed = _same_kind(kind).unsqueeze(1)
-    out = _attend(q, k, v, window, bias_table, logit_scale, scale, allowed)
+    out = _attend(q, k, v, windows, allowed)
     out = (
         out.view(frames, down, across, heads, window, window, depth)
         .permute(0, 1, 4, 2, 5, 3, 6)
@@ -70,18 +65,10 @@ def _dense(
     return out[:, :height, :width].contiguous() if ragged else out
 
 
-def _packed(
-    qkv: Tensor,
-    heads: int,
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-    positions: Tensor,
-    cu_seqlens: Tensor,
-) -> Tensor:
+def _packed(qkv: Tensor, windows: Windows) -> Tensor:
+    heads, grid, window, shift, *_, positions, cu_seqlens = windows
+    assert positions is not None
+    assert cu_seqlens is not None
     rows, frames = qkv.shape[0], cu_seqlens.shape[0] - 1
     depth = qkv.shape[1] // (3 * heads)
     slots = window * window
@@ -102,22 +89,13 @@ def _packed(
     # An empty slot sees itself (its value is zero), so that no softmax runs over nothing.
     itself = torch.eye(slots, device=qkv.device, dtype=torch.bool)
     allowed = _same_kind(kind).repeat(frames, 1, 1) & taken.view(-1, 1, slots) | itself
-    out = _attend(q, k, v, window, bias_table, logit_scale, scale, allowed.unsqueeze(1))
+    out = _attend(q, k, v, windows, allowed.unsqueeze(1))
     out = out.transpose(1, 2).reshape(total, heads * depth)
     out = torch.cat([out, out.new_zeros(1, heads * depth)]).index_select(0, slot)
     return torch.where(present.unsqueeze(1), out, 0)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    scale: float,
-    allowed: Tensor | None,
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, windows: Windows, allowed: Tensor | None) -> Tensor:
     """Attend inside each window: q, k, v [windows, heads, slots, depth].
 
     ``allowed`` [n, 1, slots, slots] says for n windows, repeated as often as they go into all of them, which query
@@ -126,15 +104,17 @@ def _attend(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     storage = q.dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    if logit_scale is not None:
+    if windows.logit_scale is None:
+        assert windows.scale is not None
+        logits = (q * windows.scale) @ k.transpose(-2, -1)
+    else:
         q = torch.nn.functional.normalize(q, dim=-1, eps=NORM_FLOOR)
         k = torch.nn.functional.normalize(k, dim=-1, eps=NORM_FLOOR)
         # Not folded into q: the gradient of the scale is a sum that cancels, and loses digits that way.
-        logits = q @ k.transpose(-2, -1) * logit_scale.to(wide).view(-1, 1, 1).clamp(max=MAX_LOGIT_SCALE).exp()
-    else:
-        logits = (q * scale) @ k.transpose(-2, -1)
+        scale = windows.logit_scale.to(wide).view(-1, 1, 1).clamp(max=MAX_LOGIT_SCALE).exp()
+        logits = q @ k.transpose(-2, -1) * scale
     # In place from here: no backward reads the sums.
-    logits = logits.add_(bias_table.to(wide)[_bias_index(window, q.device)].permute(2, 0, 1))
+    logits = logits.add_(windows.bias_table.to(wide)[_bias_index(windows.window, q.device)].permute(2, 0, 1))
     if allowed is not None and logits.shape[0]:
         logits = logits.unflatten(0, (-1, allowed.shape[0])).masked_fill_(~allowed, -torch.inf).flatten(0, 1)
     return (logits.softmax(-1) @ v).to(storage)
