@@ -181,15 +181,15 @@ class VSCSwin(nn.Module):
             # Cells that merging left empty make frames unequal: only a capacity keeps the shapes static.
             capacity = keep if plan.layout == "packed" else None
         vsc = VSC(
-            plan.guide_weight,
-            plan.temperature,
-            plan.standardize,
-            plan.threshold,
-            keep,
-            capacity,
-            plan.min_keep,
-            plan.fuse_threshold,
-            plan.fuse_alpha,
+            guide_weight=plan.guide_weight,
+            temperature=plan.temperature,
+            standardize=plan.standardize,
+            threshold=plan.threshold,
+            keep=keep,
+            capacity=capacity,
+            min_keep=plan.min_keep,
+            fuse_threshold=plan.fuse_threshold,
+            fuse_alpha=plan.fuse_alpha,
         )
         regrid = plan.layout == "regrid"
         if regrid and keep is not None:

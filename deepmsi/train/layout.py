@@ -97,12 +97,17 @@ def lay_out(
     return Layout(selection, rows, folds, chosen)
 
 
+def dev_chooses(recipe: Recipe, dev: NDArray[np.int64] | None) -> bool:
+    """Whether a dev part chooses the number of epochs."""
+    return dev is not None and recipe.train.selection in ("auto", "dev")
+
+
 def inner_parts(
     recipe: Recipe, rows: Sequence[PreparedRow], train: NDArray[np.int64], dev: NDArray[np.int64] | None
 ) -> list[Fold]:
     """The parts of a training part that choose its number of epochs; none where the recipe or a dev part does."""
     settings = recipe.train
-    if settings.selection in ("last", "dev") or (settings.selection == "auto" and dev is not None):
+    if settings.selection == "last" or dev_chooses(recipe, dev):
         return []
     all_parts = settings.selection == "inner-folds"
     repeats = settings.inner_repeats if all_parts else 1

@@ -49,6 +49,7 @@ from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.layout import (
     check_encoders,
     check_same,
+    dev_chooses,
     fit_to_data,
     inner_parts,
     lay_out,
@@ -70,8 +71,6 @@ if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
     from deepmsi.models.memory import StepMemory
     from deepmsi.train.trainer import FitResult
-
-DEV = "the dev part"
 
 
 def train(
@@ -330,7 +329,7 @@ class _Run:
         if self.main:
             if self.on_fold is not None:
                 parts = self._ids(fold)
-                chosen_on = parts.get("dev", []) if epochs_from == DEV else []
+                chosen_on = parts["dev"] if dev_chooses(self.recipe, fold.dev) else []
                 self.on_fold(model, folder, fold.name, self._seen([*parts["train"], *chosen_on]))
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
@@ -392,7 +391,7 @@ class _Run:
             last = settings.selection == "last"
             scored = dev is not None and not last
             model, result = self._fit_part(name, folder, train, dev, seed, keep_best=scored)
-            return model, result, "the recipe" if last else DEV
+            return model, result, "the recipe" if last else "the dev part"
         if settings.selection != "inner-folds" and not whole:
             model, result = self._fit_part(name, folder, parts[0].train, parts[0].test, seed, keep_best=True)
             return model, result, "an inner validation part"
@@ -491,8 +490,9 @@ class _Run:
         import transformers
 
         recipe = self.recipe
+        on_gpu = training_device(recipe.train).type == "cuda"
         seen = self._ids(self.folds[0]) if self.single else {"train": [row.id for row in self.rows]}
-        chose = seen.get("dev", []) if recipe.train.selection in ("auto", "dev") else []
+        chose = seen["dev"] if self.single and dev_chooses(recipe, self.folds[0].dev) else []
         return {
             "format": RUN_FORMAT,
             "deepmsi": __version__,
@@ -500,7 +500,7 @@ class _Run:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
             "processes": process_rank()[1],
             "threads": torch.get_num_threads(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
