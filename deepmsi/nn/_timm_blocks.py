@@ -26,7 +26,7 @@ def square(block: Any) -> bool:
     return block.window_size[0] == block.window_size[1] and block.shift_size[0] == block.shift_size[1]
 
 
-def _attend(block: Any, qkv: Tensor, **options: Any) -> Tensor:
+def _attention_of(block: Any, qkv: Tensor, **options: Any) -> Tensor:
     """Attend over the (padded) grid of qkv, and project."""
     attn, size = block.attn, (qkv.shape[1], qkv.shape[2])
     out = window_attention(qkv, attn.num_heads, size, block.window_size[0], block.shift_size[0], **options)
@@ -130,7 +130,7 @@ class FusedSwinBlock(SwinTransformerBlock):
         if not _runs_fused(self, x):
             return super()._attn(x)
         attn: Any = self.attn
-        out = _attend(
+        out = _attention_of(
             self,
             _called(self, attn.qkv, _pad_as_timm(self, x)),
             bias_table=attn.relative_position_bias_table,
@@ -267,7 +267,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         else:
             qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
         options = {"bias_table": self._bias_table(), "logit_scale": attn.logit_scale, "head_scale": self._head_scale()}
-        out = _attend(self, qkv, **options)
+        out = _attention_of(self, qkv, **options)
         return _crop_as_timm(self, out, x)
 
 

@@ -29,11 +29,11 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def type_of_layers(
-    op: str, kind: torch.dtype, norms: tuple[Tensor, ...], **layers: Tensor | None
+    op: str, x_dtype: torch.dtype, norms: tuple[Tensor, ...], **layers: Tensor | None
 ) -> tuple[torch.dtype, int]:
     """Return the :func:`autocast_type` of the weights and biases of layers, and the fact ``mixed``.
 
-    It is 1 where x, which is of ``kind``, is of another type, or a norm is of another one than that or float32.
+    It is 1 where x, which is of ``x_dtype``, is of another type, or a norm is of another one than that or float32.
 
     Raises:
         ValueError: The layers are not of one type, or some are in float64 and x is not, or the other way round.
@@ -42,10 +42,10 @@ def type_of_layers(
     if len(dtypes) != 1:
         raise ValueError(f"{op}: {', '.join(layers)} must be of one type")
     (dtype,) = dtypes
-    if (dtype == torch.float64) != (kind == torch.float64):
-        raise ValueError(f"{op}: float64 goes with float64 alone, not x in {kind} with weights in {dtype}")
+    if (dtype == torch.float64) != (x_dtype == torch.float64):
+        raise ValueError(f"{op}: float64 goes with float64 alone, not x in {x_dtype} with weights in {dtype}")
     allowed = (dtype, torch.float32)
-    return dtype, int(kind != dtype or any(norm.dtype not in allowed for norm in norms))
+    return dtype, int(x_dtype != dtype or any(norm.dtype not in allowed for norm in norms))
 
 
 def autocast_layers(layers: Iterable[Tensor | None], backend: str) -> list[Any]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepmsi.backend import require
+from deepmsi.backend import why_not
 from deepmsi.ops import _schemas as _schemas  # registers the operator
 from deepmsi.ops._arguments import shape
 
@@ -34,5 +34,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         )
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, dtype):
         raise ValueError(f"pack_weight: products are in float32 or bfloat16, not in {dtype} of {weight.dtype}")
-    require("residual_mlp", "cpp", "cpu", dtype)
+    reason = why_not("residual_mlp", "cpp", "cpu", dtype)  # one of those that read it
+    if reason is not None:
+        raise RuntimeError(f"pack_weight: {reason}")
     return torch.ops.deepmsi.pack_weight_cpp(weight.detach(), dtype == torch.bfloat16)

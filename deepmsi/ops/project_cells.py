@@ -80,10 +80,10 @@ def project_cells(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [1, 1, R, A, B, c], not {shape(cu_seqlens)} "
             f"{cu_seqlens.dtype} beside {shape(x)}"
         )
-    kind = autocast_type(x)
-    dtype, mixed = type_of_layers(_OP, kind, (norm_weight, norm_bias), weight=weight, bias=bias)
-    if kind != dtype:
-        raise ValueError(f"{_OP}: x and weight must be of one type, not {kind} and {dtype}")
+    x_dtype = autocast_type(x)
+    dtype, mixed = type_of_layers(_OP, x_dtype, (norm_weight, norm_bias), weight=weight, bias=bias)
+    if x_dtype != dtype:
+        raise ValueError(f"{_OP}: x and weight must be of one type, not {x_dtype} and {dtype}")
     chosen = resolve(_OP, backend, x.device.type, dtype, mixed=mixed, outputs=channels)
     with_grad = keeps_for_backward(x, weight, bias, norm_weight, norm_bias)
     if chosen != "triton" or with_grad:
