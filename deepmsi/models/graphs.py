@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.nn.constants import HoldsConstants
-from deepmsi.nn.tcn import TemporalBlock
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -236,8 +235,7 @@ class CapturedInference:
 
 def constants_of(model: nn.Module) -> list[Tensor]:
     """What a model reads beside its inputs: weights, buffers, and what evaluation keeps of weights."""
-    kept = [held for module in model.modules() if isinstance(module, TemporalBlock) for held in module.folded()]
-    kept += [held for module in model.modules() if isinstance(module, HoldsConstants) for held in module.kept()]
+    kept = [held for module in model.modules() if isinstance(module, HoldsConstants) for held in module.kept()]
     return [tensor.detach() for tensor in (*model.parameters(), *model.buffers(), *kept)]
 
 

@@ -182,20 +182,21 @@ class HoldsConstants(nn.Module):
 
 
 def fix_constants(model: Model) -> Model:
-    """Compute once, for inference, what follows from the weights of a Swin alone, and return the model.
+    """Compute once, for inference, what follows from the weights of a Swin or a TCN alone, and return the model.
 
     Those are the tables of the position bias, the joined bias of q, k and v, the scale of each head and, on the CPU,
-    the layers' weights as its kernels read them, which take the memory of these weights again. The fewer images a call
-    has, the more it saves. Call it under the autocast that the model will run under. ``train()`` undoes it, and so does
-    a call that wants gradients of the weights; where they have changed otherwise, in place or by another tensor in
-    their place, these are computed in every call again. What torch does not count as a change stays unseen
-    (``parameter.data``, numpy's views, collectives): call it again then. Of weights that still have gradients nothing
-    is kept, since a step may follow: ``zero_grad()`` first. Nor is anything of shards (FSDP).
+    the layers' weights as its kernels read them, which take the memory of these weights again; and the weights of a TCN
+    with their norms folded in. The fewer images a call has, the more it saves. Call it under the autocast that the
+    model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they have
+    changed otherwise, in place or by another tensor in their place, these are computed in every call again. What torch
+    does not count as a change stays unseen (``parameter.data``, numpy's views, collectives): call it again then. Of
+    weights that still have gradients nothing is kept, since a step may follow: ``zero_grad()`` first. Nor is anything
+    of shards (FSDP).
     In a graph of ``torch.compile`` everything is computed in every call.
 
     Args:
-        model: A :class:`VSCSwin`, a model that :func:`deepmsi.fuse` fused, or a module that contains such; it is put in
-            evaluation mode.
+        model: A :class:`VSCSwin`, a :class:`TCN`, a model that :func:`deepmsi.fuse` fused, or a module that contains
+            such; it is put in evaluation mode.
 
     Raises:
         UserError: There is no such model in it.
@@ -203,8 +204,8 @@ def fix_constants(model: Model) -> Model:
     parts = [module for module in model.modules() if isinstance(module, HoldsConstants)]
     if not parts:
         raise UserError(
-            f"fix_constants: {type(model).__name__} has nothing to fix: give it a VSCSwin, or a swinv2_* model of timm "
-            "that deepmsi.fuse fused"
+            f"fix_constants: {type(model).__name__} has nothing to fix: give it a VSCSwin, a TCN, or a swinv2_* model "
+            "of timm that deepmsi.fuse fused"
         )
     model.eval()
     # A tensor that was made in inference mode could not be saved for the gradient of x.

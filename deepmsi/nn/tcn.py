@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from deepmsi.errors import UserError
-from deepmsi.nn.constants import Content, recorded, shows_changes
+from deepmsi.nn.constants import Fixed, HoldsConstants, recorded
 from deepmsi.nn.fusing import unhooked
 from deepmsi.ops._arguments import autocast, autocasts, needs_grad, shape
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
@@ -20,7 +20,7 @@ TCNState = tuple[Tensor, ...]
 Seeds = tuple[Tensor | None, Tensor | None]
 
 
-class TemporalBlock(nn.Module):
+class TemporalBlock(HoldsConstants):
     """(Weight-normed dilated causal convolution, ReLU, dropout) twice, plus the input, ReLU. Works on rows of time.
 
     A layer that is hooked, or of another class than torch's own, is called: a convolution then maps [B, Cin, n] to
@@ -37,7 +37,7 @@ class TemporalBlock(nn.Module):
         self.conv2 = _weight_normed(outputs, outputs, kernel_size, dilation)
         self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
         self.dropout = nn.Dropout(dropout)
-        self._folded: dict[nn.Conv1d, tuple[torch.dtype | None, Content, Tensor]] = {}
+        self._folded: dict[nn.Conv1d, Fixed[Tensor]] = {}
 
     def forward(self, x: Tensor, seeds: Seeds = (None, None)) -> Tensor:
         """Map [B, T, Cin] to [B, T, Cout]."""
@@ -72,8 +72,14 @@ class TemporalBlock(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what was folded for evaluation is dropped."""
-        self._folded.clear()
+        self.forget()
         return super().train(mode)
+
+    def fix(self) -> None:
+        """Fold the weights of now, as the first call in evaluation does."""
+        for conv in (self.conv1, self.conv2, self.downsample):
+            if conv is not None and not self._called(conv):
+                self._weight(conv)
 
     def calls(self) -> bool:
         """Whether it is hooked, or calls one of its layers, which compute every position: not for :meth:`sparse`."""
@@ -84,13 +90,6 @@ class TemporalBlock(nn.Module):
         """Return the share of its elements that a dropout drops in the mode that it is in."""
         dropout = self.dropout
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-    def folded(self) -> list[Tensor]:
-        """Return the weights that are kept folded for evaluation."""
-        return [weight for *_, weight in self._folded.values()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": {}}
 
     def _called(self, *convs: nn.Module) -> bool:
         dropout = self.dropout
@@ -147,27 +146,26 @@ class TemporalBlock(nn.Module):
     def _weight(self, conv: nn.Conv1d) -> tuple[Tensor, Tensor | None]:
         """Return a convolution's weight [k, Cin, Cout] and None, or v [Cout, Cin, k] and g of its weight norm.
 
-        In evaluation it is folded once, and kept until its parameters change or a gradient of them is wanted. A change
-        that :class:`Content` does not see is seen after the next call of ``train()`` or ``eval()``.
+        In evaluation it is folded once, and kept while its :class:`Fixed` holds. A change that this does not see is
+        seen after the next call of ``train()`` or ``eval()``.
         """
         norm = _weight_norm(conv)
         sources = (conv.weight,) if norm is None else (norm.original1, norm.original0)
-        in_use = self.training or recorded()
-        if not in_use and needs_grad(*sources):
-            self._folded.pop(conv, None)  # what follows may change them unseen
-            in_use = True
-        if in_use or not shows_changes(*sources):
-            return (norm.original1, norm.original0) if norm is not None else (pack(*sources), None)
-        device = sources[0].device.type
-        narrowed = torch.get_autocast_dtype(device) if autocasts(device) else None
-        held = self._folded.get(conv)
-        if held is None or held[0] != narrowed or not held[1].holds(*sources):
-            content = Content(*sources)
-            # A tensor that was made in inference mode could not be saved for the gradient of x.
-            with torch.inference_mode(False), torch.no_grad():
-                weight = fold_weight_norm(*sources) if norm is not None else pack(*sources)
-                held = self._folded[conv] = (narrowed, content, autocast(weight))
-        return held[2], None
+
+        def folded() -> Tensor:
+            return autocast(fold_weight_norm(*sources) if norm is not None else pack(*sources))
+
+        if not self.training and not recorded():
+            held = self._folded.setdefault(conv, Fixed())
+            weight = held.of(*sources)
+            if weight is None and not needs_grad(*sources):
+                # A tensor that was made in inference mode could not be saved for the gradient of x.
+                with torch.inference_mode(False), torch.no_grad():
+                    held.fix(folded, *sources)
+                weight = held.of(*sources)
+            if weight is not None:
+                return weight, None
+        return (norm.original1, norm.original0) if norm is not None else (pack(*sources), None)
 
 
 def _weight_normed(inputs: int, outputs: int, kernel_size: int, dilation: int) -> nn.Conv1d:

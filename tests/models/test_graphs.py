@@ -307,13 +307,13 @@ def test_what_a_graph_reads_outlives_training_mode(tiny: Callable[..., DeepMSI],
     attention = [m for m in model.modules() if isinstance(m, WindowAttention)]
     with torch.no_grad():
         tables = [kept for m in attention for kept in (m.fixed_table, m.qkv_bias(), m.head_scale())]
-    folded = [weight for block in model.video.tcn.blocks() for weight in block.folded()]
+    folded = [weight for block in model.video.tcn.blocks() for weight in block.kept()]
     assert len(folded) >= 2 * len(model.video.tcn.blocks())
     addresses = [tensor.data_ptr() for tensor in (*tables, *folded, *model.parameters())]
     held = {tensor.data_ptr() for tensor in graphs.constants_of(model)}
     assert held.issuperset(addresses)
     model.train()
-    assert not [weight for block in model.video.tcn.blocks() for weight in block.folded()]
+    assert not [weight for block in model.video.tcn.blocks() for weight in block.kept()]
 
 
 class OfWeights(TorchDispatchMode):

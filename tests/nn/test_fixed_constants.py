@@ -350,7 +350,7 @@ def test_another_input_size_has_other_tables() -> None:
 
 def test_what_has_no_constants_gets_a_sentence() -> None:
     for model in (nn.Linear(3, 3), fuse(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))):
-        with pytest.raises(UserError, match="has nothing to fix: give it a VSCSwin, or a swinv2"):
+        with pytest.raises(UserError, match="has nothing to fix: give it a VSCSwin, a TCN, or a swinv2"):
             fix_constants(model)
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from deepmsi import testing
 from deepmsi.backend import use_backend
 from deepmsi.errors import UserError
-from deepmsi.nn import TCN
+from deepmsi.nn import TCN, fix_constants
 from deepmsi.ops.dilated_causal_conv1d import causal_conv_rows, fold_weight_norm, pack
 from deepmsi.testing import DEVICES, PLACES, REFERENCES, randn
 
@@ -406,9 +406,15 @@ def test_evaluation_folds_once_and_sees_every_change(monkeypatch: pytest.MonkeyP
         tcn.float()
         torch.testing.assert_close(tcn.last(x.float()), other.last(x).float(), rtol=1e-4, atol=1e-5)
     copied = copy.deepcopy(tcn)
-    assert all(not block._folded for block in copied.blocks())
+    assert all(not block.kept() for block in copied.blocks())
     tcn.train()
-    assert all(not block._folded for block in tcn.blocks())
+    assert all(not block.kept() for block in tcn.blocks())
+    before = len(folds)
+    fix_constants(tcn)
+    assert len(folds) == before + 8
+    with torch.no_grad():
+        tcn.last(x.float())
+    assert len(folds) == before + 8
 
 
 def test_autocast_folds_into_its_own_type() -> None:
