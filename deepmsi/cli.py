@@ -305,7 +305,9 @@ def prepare(
     ] = False,
     face_model: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.onnx", help="With --face: find it by YuNet, not by OpenCV's Haar cascade."),
+        typer.Option(
+            metavar="FILE.onnx", help="With --face: find it by YuNet, not by OpenCV's Haar cascade.", parser=_path
+        ),
     ] = None,
     sample_rate: Annotated[int, typer.Option(metavar="HZ", help="Of the stored sound.")] = 16000,
     text_encoder: Annotated[

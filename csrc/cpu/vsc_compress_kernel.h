@@ -1,5 +1,5 @@
-// Visual sequence compression of one frame at a time (Eq. 1 to 3). A frame's rows stay in the second-level cache
-// from one step to the next; the similarity of irrelevant and relevant rows exists only in registers.
+// Visual sequence compression of one frame at a time (Eq. 1 to 3). A frame's rows stay in the second-level
+// cache from one step to the next; the similarity of irrelevant and relevant rows exists only in registers.
 #include "simd.h"
 #include "vsc_compress.h"
 

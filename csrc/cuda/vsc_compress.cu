@@ -1,8 +1,8 @@
-// Visual sequence compression (Eq. 1 to 3) under the CUDA key. Forward: norms and column sums; scores, relevance,
-// the k-th score and an order-preserving compaction, a block a frame; offsets of the output; nearest relevant
-// rows by tiles whose similarities live in registers; merges gathered per relevant row. Every sum has an
-// order that depends on shapes alone, and nothing accumulates through atomics. Sums are in true float32
-// (float64 for float64).
+// Visual sequence compression (Eq. 1 to 3) under the CUDA key. Forward: norms and column sums; scores,
+// relevance, the k-th score and an order-preserving compaction, a block a frame; offsets of the output;
+// nearest relevant rows by tiles whose similarities live in registers; merges gathered per relevant row.
+// Every sum has an order that depends on shapes alone, and nothing accumulates through atomics. Sums are in
+// true float32 (float64 for float64).
 #include "tensors.cuh"
 
 namespace deepmsi {

@@ -6,7 +6,7 @@ from deepmsi.models.config import OFFLINE_AUDIO, OFFLINE_TEXT, Resize, Section, 
 
 
 class PrepareOptions(Section):
-    """How clips become arrays. Equal options and equal input give equal bytes."""
+    """How clips become arrays. Equal options and equal input give equal bytes, of features on the same device."""
 
     model_config = ConfigDict(frozen=True)
 

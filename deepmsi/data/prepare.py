@@ -2,7 +2,8 @@
 
 The work is cut into shards of consecutive rows (``shards.py``), made in worker processes (``pool.py``), and
 joined into ``index.json`` at the end (``store.py`` tells the layout). A run that was stopped at any point is
-continued by the same command; equal input and options give equal bytes, whatever the number of workers.
+continued by the same command; equal input and options give equal bytes, whatever the number of workers (features of
+encoders on the same device).
 """
 
 import contextlib

@@ -203,7 +203,8 @@ class _EncoderConfig(Section):
         "(hashing of text, logmel of audio: nothing to download), or none: no such branch",
     )
     dim: Width | None = Field(
-        None, description="length of the utterance vector; null takes the encoder's own, or that of the features"
+        None,
+        description="length of the utterance vector, which follows from the encoder, or the data, unless it is said",
     )
     finetune: bool = Field(True, description="train the encoder with the model; false keeps it frozen")
     features_from: str | None = Field(

@@ -20,15 +20,30 @@ def autocast_for(precision: str, device: torch.device) -> AbstractContextManager
 def float32_products(device: torch.device, tf32: bool = False) -> Iterator[None]:
     """Make float32 products and convolutions of a GPU all with TF32, or all without.
 
-    torch left to itself has TF32 in its convolutions alone.
+    torch left to itself has TF32 in its convolutions alone. It has two ways to say so, and refuses to tell in the older
+    one, which `torch.compile` reads, what was said in the newer.
     """
     if device.type != "cuda":
         yield
         return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    cudnn: Any = torch.backends.cudnn
+    parts: tuple[Any, ...] = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+    before = [part.fp32_precision for part in parts]
+    try:
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        older = None
+    if older is None:
+        for part in parts:
+            part.fp32_precision = "tf32" if tf32 else "ieee"
+    else:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            cudnn.allow_tf32 = older[1]
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision

@@ -82,9 +82,9 @@ def check_devices(x: Tensor, op: str, name: str, **others: Tensor | None) -> Non
 
 
 def check_shape(op: str, name: str, x: Tensor | None, *size: int) -> None:
-    """Raise unless x is None or of this size."""
-    if x is not None and x.shape != size:
-        raise ValueError(f"{op}: {name} must be {list(size)}, not {shape(x)}")
+    """Raise unless x is there and of this size."""
+    if x is None or x.shape != size:
+        raise ValueError(f"{op}: {name} must be {list(size)}, not {None if x is None else shape(x)}")
 
 
 def check_packed(op: str, packed: Sequence[Tensor], count: int) -> None:

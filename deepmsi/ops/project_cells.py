@@ -71,9 +71,11 @@ def project_cells(
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"{_OP}: weight must be [C, {depth}], not {shape(weight)}")
     channels = weight.shape[0]
+    if bias is not None:
+        check_shape(_OP, "bias", bias, channels)
+    check_shape(_OP, "norm_weight", norm_weight, channels)
+    check_shape(_OP, "norm_bias", norm_bias, channels)
     vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, vector in vectors.items():
-        check_shape(_OP, name, vector, channels)
     check_devices(x, _OP, "x", weight=weight, cu_seqlens=cu_seqlens, **vectors)
     if cu_seqlens is not None and not (x.shape[:2] == (1, 1) and are_offsets(cu_seqlens)):
         raise ValueError(

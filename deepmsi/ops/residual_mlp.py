@@ -75,7 +75,8 @@ def residual_mlp(
     check_shape(_OP, "fc2_bias", fc2_bias, channels)
     check_shape(_OP, "norm_weight", norm_weight, channels)
     check_shape(_OP, "norm_bias", norm_bias, channels)
-    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
+    if row_scale is not None:
+        check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     if cu_seqlens is not None and not (x.dim() == 2 and are_offsets(cu_seqlens)):
         raise ValueError(
             f"{_OP}: cu_seqlens must be [F + 1] int32 beside packed rows [R, C], not {shape(cu_seqlens)} "

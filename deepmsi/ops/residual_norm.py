@@ -52,7 +52,8 @@ def residual_norm(
     channels = x.shape[-1]
     check_shape(_OP, "norm_weight", norm_weight, channels)
     check_shape(_OP, "norm_bias", norm_bias, channels)
-    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
+    if row_scale is not None:
+        check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     row_scale = None if row_scale is None else row_scale.detach()
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "row_scale": row_scale}
     check_devices(x, _OP, "x", branch=branch, **vectors)

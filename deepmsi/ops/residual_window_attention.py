@@ -77,12 +77,14 @@ def residual_window_attention(
     windows = checked(_OP, x, "x", 1, windows, head_scale)
     channels = x.shape[-1]
     check_shape(_OP, "qkv_weight", qkv_weight, 3 * channels, channels)
-    check_shape(_OP, "qkv_bias", qkv_bias, 3 * channels)
+    if qkv_bias is not None:
+        check_shape(_OP, "qkv_bias", qkv_bias, 3 * channels)
     check_shape(_OP, "proj_weight", proj_weight, channels, channels)
     check_shape(_OP, "proj_bias", proj_bias, channels)
     check_shape(_OP, "norm_weight", norm_weight, channels)
     check_shape(_OP, "norm_bias", norm_bias, channels)
-    check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
+    if row_scale is not None:
+        check_shape(_OP, "row_scale", row_scale, *x.shape[:-1])
     layers = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     check_devices(x, _OP, "x", **layers, norm_weight=norm_weight, norm_bias=norm_bias, row_scale=row_scale)
     row_scale = None if row_scale is None else row_scale.detach()

@@ -93,7 +93,10 @@ class CompressionLog:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Leave out what the block's passes do: those that warm a captured graph up, say, which goes on summing."""
+        """Leave the sums as they are, whatever runs in the block: passes that warm a captured graph up, say.
+
+        What is measured for a capacity is not left out: nothing is captured meanwhile.
+        """
         before = {name: pair.clone() for name, pair in self.sums.items()}
         yield
         for name, pair in self.sums.items():

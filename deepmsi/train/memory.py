@@ -61,7 +61,9 @@ def room(settings: TrainSettings) -> tuple[int, str]:
     if settings.memory_limit is not None:
         return round(settings.memory_limit * 1e9), "of train.memory_limit"
     if training_device(settings).type == "cuda":
-        free, whose = torch.cuda.mem_get_info()[0], "free on the GPU"
+        # What the allocator holds and nothing uses is free for a step: encoders may just have computed features.
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, whose = torch.cuda.mem_get_info()[0] + idle, "free on the GPU"
     else:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         whose = "available in RAM"

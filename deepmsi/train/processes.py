@@ -39,6 +39,8 @@ def start_processes(device: torch.device) -> None:
 
         cpu = device.type == "cpu"
         PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+        if not dist.is_initialized():
+            raise UserError("WORLD_SIZE says that there are several processes, which nothing joins: start by torchrun.")
         _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(leave_processes)
 
@@ -91,7 +93,7 @@ def claimed_by_all(folder: Path) -> Iterator[bool]:
         yield free[0]
 
 
-def barrier() -> None:
-    """Wait for the other processes, where there are any."""
+def barrier(patient: bool = True) -> None:
+    """Wait for the other processes, where there are any; as long as their group does where not patient."""
     if dist.is_available() and dist.is_initialized():
-        dist.barrier(group=_waiting)
+        dist.barrier(group=_waiting if patient else None)

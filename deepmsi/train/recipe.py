@@ -119,7 +119,9 @@ class TrainSettings(Section):
     )
     tf32: bool = Field(False, description="allow TF32 in float32 products on the GPU")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto is the GPU where there is one; evaluate runs there, too"
+        "auto",
+        description="auto (the GPU where there is one), cpu or cuda; evaluate runs there, too. Features of frozen "
+        "encoders are computed on the GPU where there is one",
     )
     memory_limit: float | None = Field(
         None, gt=0, description="GB that a process may take, for --auto-batch; null takes what is free"

@@ -114,9 +114,12 @@ def train(
     start_processes(training_device(recipe.train))
     try:
         with leaving_no_empty(out):
-            return _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
-    finally:
-        barrier()
+            result = _Run(recipe, data, out, resume, folds, auto_batch, plan, on_fold).go()
+    except UserError:  # of all processes, as a rule; what else there may be ends this one, and so the others
+        barrier(patient=False)
+        raise
+    barrier()
+    return result
 
 
 class _Run:
@@ -277,7 +280,7 @@ class _Run:
             "utterances_per_second": round(utterances / seconds, 2),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20),
         }
-        if torch.cuda.is_available():
+        if training_device(self.recipe.train).type == "cuda":
             speed["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         return speed
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from deepmsi import cli
 from deepmsi.errors import UserError
@@ -184,6 +185,8 @@ class TestEndings:
             bars.append(progress_bar(total=2, description="reporting", unit="run"))
             raise UserError("a sentence")
 
+        for left in list(getattr(tqdm, "_instances", ())):
+            left.close()  # of an earlier test: it would push this one a line down
         monkeypatch.setattr(sys, "stderr", terminal := Terminal())
         monkeypatch.setattr("deepmsi.report.report", fail)
         assert cli.main(["report", "run"]) == 2

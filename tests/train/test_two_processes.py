@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -71,14 +72,15 @@ evaluate(run, data, *out)
 
 # A group that gives up after two seconds, as NCCL's does after ten minutes.
 PATIENT = """
-import functools, os, sys, time
+import sys, time
 from datetime import timedelta
 from pathlib import Path
-import accelerate, torch
+import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from deepmsi.train import processes
 
-accelerate.PartialState = functools.partial(accelerate.PartialState, timeout=timedelta(seconds=2))
 processes.start_processes(torch.device("cpu"))
+_set_pg_timeout(timedelta(seconds=2))
 rank, _ = processes.process_rank()
 told = processes.from_main(lambda: time.sleep(4) or "told")
 with processes.claimed_by_all(Path(sys.argv[1])) as free:
@@ -154,6 +156,30 @@ def test_processes_wait_for_the_first_longer_than_their_group_does(tmp_path: Pat
     script.write_text(PATIENT)
     torchrun(script, folder)
     assert [Path(f"{folder}-{rank}.txt").read_text() for rank in (0, 1)] == ["told True"] * 2
+
+
+# The first process meets what nobody expects while the others wait for it.
+BROKEN = """
+import sys
+from pathlib import Path
+from deepmsi.train import rows, run
+from deepmsi.train.recipe import load_recipe
+
+def full(*words, **options):
+    raise MemoryError("all of it is taken")
+rows.open_data = full
+run.train(load_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_what_ends_the_first_process_ends_those_that_wait_for_it(split_corpus: Path, tmp_path: Path) -> None:
+    script, recipe = tmp_path / "script.py", tmp_path / "small.yaml"
+    script.write_text(BROKEN)
+    recipe.write_text(yaml.safe_dump(FEATURES))
+    begun = time.monotonic()
+    done = torchrun(script, recipe, split_corpus, tmp_path / "run", fails=True)
+    assert "MemoryError: all of it is taken" in done.stderr
+    assert time.monotonic() - begun < 120  # and not a day
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["with --out", "without"])
