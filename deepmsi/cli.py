@@ -486,7 +486,9 @@ def finetune(
 
     with _working() as result:
         loaded = load_recipe(recipe, settings or [])
-        metrics = finetune_encoder(modality.value, loaded, data, out, resume, _names(folds), auto_batch)
+        metrics = finetune_encoder(
+            modality.value, loaded, data, out, resume=resume, folds=_names(folds), auto_batch=auto_batch
+        )
         if as_json:
             _dump(metrics, result)
         else:

@@ -57,25 +57,28 @@ def variants_of(run: Path, keep: Sequence[float] = (), frames: Sequence[int] = (
             raise UserError(f"A clip has 1 frame or more, not {count}.")
     if (keep or frames) and "video" not in recipe.modalities:
         raise UserError(f"{run} has no video branch, so that there are no tokens and frames to vary.")
-    lines = {f"keep {share:.0%}": {"vision.keep": _tokens(run, share)} | NO_CAPACITY for share in keep}
+    tokens = _tokens(run, keep) if keep else []
+    lines = {
+        f"keep {share:.0%}": {"vision.keep": str(kept)} | NO_CAPACITY for share, kept in zip(keep, tokens, strict=True)
+    }
     lines |= {f"{count} frames": {"vision.frames": str(count), "prepare.frames": str(count)} for count in frames}
     return parts | lines
 
 
-def _tokens(run: Path, share: float) -> str:
-    """Tokens that a share of its stage's grid is, for each compressing block, as a setting."""
+def _tokens(run: Path, shares: Sequence[float]) -> list[list[int]]:
+    """Tokens that each share of its stage's grid is, for each compressing block."""
     from deepmsi.models.predict import load_run
 
     video = load_run(run).video
     schedule = None if video is None else video.backbone.schedule
     if video is None or schedule is None or schedule.blocks is None:
         raise UserError(f"{run} compresses no tokens, so that there is no share to vary.")
-    kept = []
-    for stage, _ in schedule.blocks:
-        side = -(-(video.backbone.img_size // video.backbone.patch_size) // 2**stage)
-        whole = max(1, round(share * side * side))
-        kept.append(max(1, round(whole**0.5)) ** 2 if schedule.layout == "regrid" else whole)
-    return str(kept)
+    side = video.backbone.img_size // video.backbone.patch_size
+    areas = [(-(-side // 2**stage)) ** 2 for stage, _ in schedule.blocks]
+    kept = [[max(1, round(share * area)) for area in areas] for share in shares]
+    if schedule.layout == "regrid":
+        return [[max(1, round(tokens**0.5)) ** 2 for tokens in each] for each in kept]
+    return kept
 
 
 def subsets(modalities: Sequence[str]) -> dict[str, list[str]]:

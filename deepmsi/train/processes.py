@@ -39,7 +39,7 @@ def start_processes(device: torch.device) -> None:
 
         cpu = device.type == "cpu"
         PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
-        if not dist.is_initialized():
+        if process_rank()[1] == 1:
             raise UserError("WORLD_SIZE says that there are several processes, which nothing joins: start by torchrun.")
         _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(leave_processes)

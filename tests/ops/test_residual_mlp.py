@@ -371,10 +371,24 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
         ({"fc2_bias": torch.zeros(6).half()}, "fc1_weight, fc1_bias, fc2_weight, fc2_bias must be of one type"),
         ({"x": torch.zeros(8, 6).double()}, "float64 goes with float64 alone"),
         ({"fc2_weight": torch.zeros(6, 10, device="meta")}, "fc2_weight is on meta, x on cpu: move it"),
+        ({"fc2_bias": None}, r"fc2_bias must be \[6\], not None"),
     ],
-    ids=["fc1", "no hidden", "fc2", "bias", "scale", "offsets", "no offset", "type", "types", "float64", "device"],
+    ids=[
+        "fc1",
+        "no hidden",
+        "fc2",
+        "bias",
+        "scale",
+        "offsets",
+        "no offset",
+        "type",
+        "types",
+        "float64",
+        "device",
+        "none",
+    ],
 )
-def test_bad_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
+def test_bad_arguments_are_named(change: dict[str, Tensor | None], words: str) -> None:
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
     with pytest.raises(ValueError, match=words):
         residual_mlp(**(arguments | change))

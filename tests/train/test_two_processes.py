@@ -10,13 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from small_corpus import FEATURES, LABELS, make_recipe, prepared_corpus, write_corpus
 
 from deepmsi.data.files import TEMPORARY
+from deepmsi.errors import UserError
 from deepmsi.train.evaluate import evaluate
+from deepmsi.train.processes import start_processes
 from deepmsi.train.recipe import load_recipe
 from deepmsi.train.run import train
 
@@ -156,6 +159,13 @@ def test_processes_wait_for_the_first_longer_than_their_group_does(tmp_path: Pat
     script.write_text(PATIENT)
     torchrun(script, folder)
     assert [Path(f"{folder}-{rank}.txt").read_text() for rank in (0, 1)] == ["told True"] * 2
+
+
+def test_processes_that_nothing_joins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: None)  # it starts no group where LOCAL_RANK is not said
+    with pytest.raises(UserError, match="which nothing joins: start by torchrun"):
+        start_processes(torch.device("cpu"))
 
 
 # The first process meets what nobody expects while the others wait for it.
