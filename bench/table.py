@@ -16,6 +16,7 @@ SUMMARY = (
     ("video branch", "VSCSwin", "15 frames, released"),
     ("video branch", "VSCSwin", "15 frames, released, against torch.compile"),
     ("video branch, bfloat16", "VSCSwin", "15 frames, released, bfloat16 autocast"),
+    ("kept output of a frozen stem", "VSCSwin", "15 frames, released, output of a frozen stem"),
     ("`deepmsi.fuse`", "fuse", "swinv2_tiny_window8_256, 15 frames"),
     ("`deepmsi.fuse`, bfloat16", "fuse", "swinv2_tiny_window8_256, 15 frames, bfloat16 autocast"),
     ("`deepmsi.fuse`, one image", "fuse", "swinv2_tiny_window8_256, 1 image, constants fixed"),

@@ -45,7 +45,7 @@ def write(model: DeepMSI, folder: Path) -> None:
     config = {
         "architecture": ARCHITECTURE,
         "format": FORMAT,
-        "frozen": {name: _digest(encoder) for name, encoder in _frozen(model).items()},
+        "frozen": {name: weights_digest(encoder) for name, encoder in _frozen(model).items()},
         **model.config.model_dump(mode="json"),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -74,7 +74,7 @@ def _frozen(model: DeepMSI) -> dict[str, PretrainedEncoder]:
     }
 
 
-def _digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module) -> str:
     """A name for a module's weights, so that other weights in their place are noticed."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
@@ -98,7 +98,7 @@ def read(cls: type[DeepMSI], folder: Path) -> DeepMSI:
         model = cls(config, saved=folder)
     _load(model, weights, folder)
     for name, encoder in _frozen(model).items():
-        if frozen.get(name) != _digest(encoder):
+        if frozen.get(name) != weights_digest(encoder):
             section = name.removesuffix("_encoder")
             source = getattr(config, section).encoder
             raise UserError(

@@ -95,7 +95,11 @@ class VisionConfig(Section):
         description="any swinv2_* name of timm, 'small' (deepmsi's own, 64 px), or 'none'",
     )
     pretrained: bool = Field(False, description="start from timm's weights (needs the model hub once)")
-    freeze: bool = Field(False, description="keep the backbone's weights; its compression still learns")
+    freeze: bool | Literal["stem"] = Field(
+        False,
+        description="true keeps the backbone's weights, and its compression still learns; stem keeps those before the "
+        "first compression, which neither text nor sound reaches (train.cache_stem computes that part once)",
+    )
     frames: int = Field(15, ge=1, description="frames per utterance, T")
     image_size: int = Field(256, ge=8, description="side of the square frame in pixels")
     resize: Resize = Field(

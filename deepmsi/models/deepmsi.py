@@ -157,7 +157,7 @@ class DeepMSI(
 
         Args:
             pixel_values: `[V, T, 3, S, S]` uint8, or float already normalised: the videos that are present,
-                in the order of their rows.
+                in the order of their rows. Or what `model.video.stem` made of them, where the stem does not learn.
             text_features: `[U, Dt]` utterance vectors, in place of `input_ids`.
             audio_features: `[U, Da]` utterance vectors, in place of `input_values`.
             input_ids, attention_mask: `[U, L]` int64, for the text encoder.

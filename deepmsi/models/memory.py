@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepmsi.models.precision import autocast_for
+from deepmsi.models.precision import AUTOCAST, autocast_for
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -136,6 +136,7 @@ def step_memory(
     device: torch.device | str | None = None,
     averaged: bool = False,
     processes: int = 1,
+    stems: bool = False,
 ) -> StepMemory | None:
     """Count the memory of a training step with AdamW, without taking it.
 
@@ -149,6 +150,7 @@ def step_memory(
         device: where the step runs; None takes the model's. Counted for the kernels that run there.
         averaged: whether an average of the weights is kept, too.
         processes: over how many the batch is spread, of which each has `utterances`.
+        stems: whether the batch holds what the stem made of the frames in place of them (`VideoBranch.stem`).
 
     Returns:
         The bytes of one process; None where something reads values on the host, so that the sizes are not known
@@ -166,6 +168,9 @@ def step_memory(
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: live.settle(p.grad))
             batch = _largest_batch(twin, utterances, where)
+            if stems and twin.video is not None:
+                shape = (utterances, model.config.vision.frames, *twin.video.stem_shape)
+                batch["pixel_values"] = torch.empty(shape, dtype=AUTOCAST.get(precision, torch.float32), device=where)
             with autocast_for(precision, where), saved_bytes(twin) as saved:
                 loss = twin(**batch).loss
             kept = saved.total

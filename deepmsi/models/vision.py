@@ -28,6 +28,7 @@ class VideoBranch(nn.Module):
     Attributes:
         dim: width of the video feature.
         guide_dim: channels of the guide, G; None where nothing compresses, and no guide is read.
+        stem_shape: (H, W, C) of what `stem` makes of a frame.
         graphs: replays training steps where set; see `deepmsi.models.graphs`.
     """
 
@@ -38,9 +39,13 @@ class VideoBranch(nn.Module):
         super().__init__()
         self.image_size = config.image_size
         self.backbone = _build_backbone(config, weights)
-        for name, parameter in self.backbone.named_parameters():
-            # What compresses has no pretrained values to keep.
-            parameter.requires_grad_(not config.freeze or ".compress." in name)
+        if config.freeze == "stem":
+            self.backbone.freeze_stem()
+        else:
+            for name, parameter in self.backbone.named_parameters():
+                # What compresses has no pretrained values to keep.
+                parameter.requires_grad_(not config.freeze or ".compress." in name)
+        self.stem_shape = self.backbone.stem_shape
         self.tcn = TCN(self.backbone.num_features, config.tcn_channels, config.tcn_kernel, config.tcn_dropout)
         self.dim = config.tcn_channels[-1]
         self.guide_dim: int | None = self.backbone.guide_dim
@@ -100,7 +105,7 @@ class VideoBranch(nn.Module):
         """Encode videos.
 
         Args:
-            pixel_values: `[V, T, 3, S, S]`, uint8 or normalised float.
+            pixel_values: `[V, T, 3, S, S]`, uint8 or normalised float; or what `stem` made of them.
             guide: `[V, G]`, one for all frames of a video; None where `guide_dim` is None.
             return_kept: whether to tell what each compressing block kept.
 
@@ -108,19 +113,38 @@ class VideoBranch(nn.Module):
             `[V, dim]`, and what each compressing block kept (nothing where it was not asked for).
 
         Raises:
-            UserError: the frames have another shape or dtype than the model reads.
+            UserError: the frames have another shape or dtype than the model reads, or they are the output of a stem
+                that learns.
         """
-        size = self.image_size
-        if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, size, size) or not pixel_values.shape[1]:
-            raise UserError(
-                f"pixel_values is {list(pixel_values.shape)}: this model reads [videos, frames, 3, {size}, {size}], "
-                "of at least one frame."
-            )
+        self._check(pixel_values)
         if self.graphs is not None and self.training and torch.is_grad_enabled() and not return_kept:
             features = self.graphs(pixel_values, guide)
             if features is not None:
                 return features, []
         return self.encode(pixel_values, guide, return_kept)
+
+    def _check(self, pixel_values: Tensor) -> None:
+        size, shape = self.image_size, tuple(pixel_values.shape)
+        if len(shape) != 5 or not shape[1] or shape[2:] not in ((3, size, size), self.stem_shape):
+            raise UserError(
+                f"pixel_values is {list(shape)}: this model reads [videos, frames, 3, {size}, {size}], of at least one "
+                "frame."
+            )
+        if shape[2:] != self.stem_shape:
+            return
+        if not pixel_values.is_floating_point():
+            raise UserError(f"pixel_values has the shape of the stem's output and is {pixel_values.dtype}: give float.")
+        if self.training and torch.is_grad_enabled() and not self.backbone.stem_frozen:
+            raise UserError(
+                "pixel_values is the output of a stem that learns: give it frames, or freeze it (vision.freeze=stem)."
+            )
+
+    def stem(self, pixel_values: Tensor) -> Tensor:
+        """Compute what depends on frames alone, `[V, T, H, W, C]` of `[V, T, 3, S, S]`, up to the first compression.
+
+        While the stem's weights stay, `forward` takes it in place of the frames.
+        """
+        return self.backbone.stem(pixel_values.flatten(0, 1), self.normalize).unflatten(0, pixel_values.shape[:2])
 
     def encode(
         self, pixel_values: Tensor, guide: Tensor | None, return_kept: bool = False
@@ -129,12 +153,14 @@ class VideoBranch(nn.Module):
         videos, frames = pixel_values.shape[:2]
         if guide is not None:
             guide = guide.repeat_interleave(frames, 0)
-        pixels = pixel_values.flatten(0, 1)
+        x = pixel_values.flatten(0, 1)
         kept: list[KeptTokens] = []
-        if return_kept:
-            features, kept = self.backbone(pixels, guide, return_kept=True, prepare=self.normalize)
+        if x.shape[1:] == self.stem_shape:
+            features = self.backbone.guided(x, guide, kept if return_kept else None)
+        elif return_kept:
+            features, kept = self.backbone(x, guide, return_kept=True, prepare=self.normalize)
         else:
-            features = self.backbone(pixels, guide, prepare=self.normalize)
+            features = self.backbone(x, guide, prepare=self.normalize)
         return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
 
 

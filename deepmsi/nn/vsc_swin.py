@@ -26,6 +26,7 @@ from deepmsi.nn.swin_blocks import (
     mean_of_frames,
 )
 from deepmsi.nn.vsc import VSC
+from deepmsi.ops._arguments import autocast_type
 
 # Buffers that older checkpoints of Swin V2 carry, and that follow from the sizes.
 _DERIVED = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
@@ -307,14 +308,21 @@ class VSCSwin(nn.Module):
             kept: list[KeptTokens] = []
             feature = self.guided(self.stem(frames, prepare), guide, kept)
             return feature, kept
-        if self.recompute == "chunk" and torch.is_grad_enabled():
-            return self._in_chunks(frames, guide, prepare)
-        return self.guided(self.stem(frames, prepare), guide)
+        if self.recompute != "chunk" or not torch.is_grad_enabled():
+            return self.guided(self.stem(frames, prepare), guide)
+        if self.stem_frozen and not frames.requires_grad:  # it is computed once, and its output kept
+            return self._in_chunks(self._guided, frames, guide, partial(self.stem, prepare=prepare))
+
+        def whole(frames: Tensor, guide: Tensor | None) -> Tensor:
+            return self._guided(self.stem(frames, prepare), guide)
+
+        return self._in_chunks(whole, frames, guide)
 
     def stem(self, frames: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Compute the half that does not depend on the guide, up to the first compression: [F, H, W, C].
 
-        It can be kept per frame and given to :meth:`guided` under changing guides. ``prepare`` as in :meth:`forward`.
+        It can be kept per frame and given to :meth:`guided` under changing guides, or in every epoch where the stem is
+        frozen. ``prepare`` as in :meth:`forward`.
         """
         expected = (self.in_chans, self.img_size, self.img_size)
         if frames.dim() != 4 or frames.shape[1:] != expected:
@@ -342,9 +350,15 @@ class VSCSwin(nn.Module):
     def guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
         """Compute the other half from :meth:`stem`'s output, under guides [F, G]: features [F, num_features].
 
-        What each compressing block kept is appended to ``kept``.
+        The output may have been kept in another floating type.
+        What each compressing block kept is appended to ``kept``; nothing is then computed again.
         """
-        tokens = Tokens(x, (x.shape[1], x.shape[2]))
+        if self.recompute == "chunk" and torch.is_grad_enabled() and kept is None:
+            return self._in_chunks(self._guided, x, guide)
+        return self._guided(x, guide, kept)
+
+    def _guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
+        tokens = Tokens(x.to(autocast_type(self.norm.weight)), (x.shape[1], x.shape[2]))
         if self.guide_dim is not None:
             if guide is None:
                 raise ValueError(f"VSCSwin: the schedule compresses under a guide [F, {self.guide_dim}]: give one")
@@ -395,29 +409,48 @@ class VSCSwin(nn.Module):
         y = again_in_parts(lambda x: run(x, None, None, None).x, x, owners=owners, draws=draws)
         return Tokens(y, (y.shape[1], y.shape[2]))
 
-    def _in_chunks(self, frames: Tensor, guide: Tensor | None, prepare: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Compute 15 frames at a time, and all of it again in backward; a frozen stem is computed once and kept."""
-        stem = self._stem_modules()
-        frozen = not frames.requires_grad and not any(p.requires_grad for m in stem for p in m.parameters())
+    def _in_chunks(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        given: Tensor,
+        guide: Tensor | None,
+        first: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Compute 15 frames at a time, and all of it again in backward, but for what is done ``first``."""
         draws = self.training and any(block.drop_path > 0 for stage in self.stages() for block in stage.each())
-        count = len(frames)
-
-        def whole(frames: Tensor, guide: Tensor | None) -> Tensor:
-            return self.guided(self.stem(frames, prepare), guide)
-
         features = []
-        for start in range(0, max(count, 1), CHUNK_FRAMES):
-            part = frames[start : start + CHUNK_FRAMES]
+        for start in range(0, max(len(given), 1), CHUNK_FRAMES):
+            part = given[start : start + CHUNK_FRAMES]
             its_guide = None if guide is None else guide[start : start + CHUNK_FRAMES]
-            function, given = (self.guided, self.stem(part, prepare)) if frozen else (whole, part)
-            features.append(again(function, given, its_guide, owners=(self,), draws=draws))
+            part = part if first is None else first(part)
+            features.append(again(function, part, its_guide, owners=(self,), draws=draws))
         return torch.cat(features)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names that timm's optimizers spare: the attention's scales and the position bias's network."""
         return {name for name, _ in self.named_parameters() if "logit_scale" in name or "cpb_mlp" in name}
 
-    def _stem_modules(self) -> list[nn.Module]:
+    @property
+    def stem_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what :meth:`stem` gives for a frame."""
+        stages = self.stages()
+        compressing = [i for i, stage in enumerate(stages) if any(block.compress is not None for block in stage.each())]
+        last = compressing[0] if compressing else len(stages) - 1
+        side = -(-self.img_size // self.patch_size // 2**last)
+        return side, side, self.num_features // 2 ** (len(stages) - 1 - last)
+
+    @property
+    def stem_frozen(self) -> bool:
+        """Whether nothing that :meth:`stem` uses learns."""
+        return not any(p.requires_grad for module in self.stem_modules() for p in module.parameters())
+
+    def freeze_stem(self) -> "VSCSwin":
+        """Let everything up to the first compression keep its weights; without a schedule that is all but a norm."""
+        for module in self.stem_modules():
+            module.requires_grad_(False)
+        return self
+
+    def stem_modules(self) -> list[nn.Module]:
         """Return the modules that :meth:`stem` uses."""
         found: list[nn.Module] = [self.patch_embed]
         for stage in self.stages():

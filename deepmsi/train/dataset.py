@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from deepmsi.models.config import MODALITIES, ModelSections
 from deepmsi.models.encoders import context_strings
 from deepmsi.train.recipe import AugmentSettings
 from deepmsi.train.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from deepmsi.train.stems import Stems
 
 Batch = dict[str, Tensor]
 Key = tuple[int, int, int]
@@ -118,6 +121,9 @@ class UtteranceDataset(Dataset[Example]):
         augment: augmentation of training clips; None for none.
         seed: of augmentation and modality dropout.
         hidden: modalities to leave out (`--drop`).
+
+    Attributes:
+        stems: read in place of frames, where set.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class UtteranceDataset(Dataset[Example]):
         self.augment = augment
         self.seed = seed
         self.hidden = tuple(name in hidden for name in MODALITIES)
+        self.stems: Stems | None = None
         encoded = config.text.encoded
         self.texts = context_strings(data.rows, config.text.context) if encoded else [None] * len(data.rows)
 
@@ -164,9 +171,11 @@ class UtteranceDataset(Dataset[Example]):
 
     def videos(self) -> Iterator[Tensor]:
         """The frames of every row that has video, `[T, 3, S, S]` uint8, not augmented."""
-        for position, i in enumerate(self.indices):
-            if self.present(position)[0]:
-                yield self._frames(i, None)
+        return map(self.frames, self.with_video())
+
+    def with_video(self) -> list[int]:
+        """The rows of the folder that take part and have video."""
+        return [i for position, i in enumerate(self.indices) if self.present(position)[0]]
 
     def sounds(self) -> Iterator[NDArray[np.float32]]:
         """The waveform of every row that has audio, `[samples]`, not augmented; not of prepared features."""
@@ -182,7 +191,9 @@ class UtteranceDataset(Dataset[Example]):
         frames = sound = None
         words: str | NDArray[np.float32] | None = None
         if video:
-            frames = self._frames(i, rng)
+            frames = self.frames(i) if self.stems is None else self.stems.read(i)
+            if rng is not None and self.augment is not None:  # of stems nothing changes, and as many numbers are drawn
+                frames = augment_frames(frames, self.augment, rng)
         if text:
             words = self._features("text", i) if config.text.encoder == "features" else self.texts[i]
         if audio and config.audio.encoder == "features":
@@ -193,14 +204,12 @@ class UtteranceDataset(Dataset[Example]):
                 sound = augment_audio(sound, self.augment, rng)
         return Example(frames, words, sound, self.labels[position])
 
-    def _frames(self, i: int, rng: np.random.Generator | None) -> Tensor:
+    def frames(self, i: int) -> Tensor:
+        """The frames of row `i` of the folder, `[T, 3, S, S]` uint8, not augmented."""
         stored = self.data.frames(i)
         if stored is None:
             raise UserError(f"{self.data.path}: the frames of row {self.data.rows[i].id!r} are gone.")
-        frames = torch.from_numpy(scale(stored, self.config.vision.image_size))
-        if rng is not None and self.augment is not None:
-            frames = augment_frames(frames, self.augment, rng)
-        return frames
+        return torch.from_numpy(scale(stored, self.config.vision.image_size))
 
     def _waveform(self, i: int) -> NDArray[np.float32]:
         sound = self.data.waveform(i)
@@ -322,9 +331,10 @@ class Collator:
 
         Returns:
             `modality_mask [U, 3]` bool; `pixel_values [U', T, 3, S, S]` uint8 of the rows that have video
-            (absent where none has); `text_features [U, D]` or the text processor's tensors; `audio_features
-            [U, D]` or the audio processor's tensors (`audio_attention_mask [U, S]`); `labels [U]` int64.
-            Rows without a modality hold zeros or the empty text there, and the mask says so.
+            (absent where none has), or what a stem made of them, `[U', T, H, W, C]`; `text_features [U, D]` or
+            the text processor's tensors; `audio_features [U, D]` or the audio processor's tensors
+            (`audio_attention_mask [U, S]`); `labels [U]` int64. Rows without a modality hold zeros or the empty
+            text there, and the mask says so.
         """
         batch: Batch = {
             "modality_mask": torch.tensor(

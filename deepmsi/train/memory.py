@@ -50,6 +50,7 @@ def estimate(model: DeepMSI, recipe: Recipe, utterances: int) -> StepMemory | No
         device=training_device(settings),
         averaged=settings.average is not None,
         processes=process_rank()[1],
+        stems=settings.cache_stem,
     )
 
 

@@ -107,6 +107,13 @@ class TrainSettings(Section):
         "are dropped, which is counted; null reserves nothing",
     )
 
+    cache_stem: bool = Field(
+        False,
+        description="keep what the frozen stem (vision.freeze) makes of each row's frames beside the prepared clips, "
+        "as float32 or in the type of precision, and train from that: a step then begins at the first compression. It "
+        "takes no augmentation of frames",
+    )
+
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="of training, and of the scores taken in it: fp32, or by autocast bf16, or fp16 on a GPU; "
@@ -156,6 +163,10 @@ class AugmentSettings(Section):
     def none(cls) -> AugmentSettings:
         """No augmentation at all."""
         return cls(**dict.fromkeys(cls.model_fields, 0.0))
+
+
+# What changes frames.
+_OF_FRAMES = ("flip", "crop", "shift", "brightness", "contrast", "shuffle", "grey")
 
 
 class Recipe(ModelSections):
@@ -238,6 +249,8 @@ class Recipe(ModelSections):
         missing = {key: value for key, value in own.items() if key not in said}
         # Not through setattr: validation on assignment would run this validator again.
         self.__dict__["prepare"] = PrepareOptions(**{**self.prepare.model_dump(), **missing})
+        if self.train.cache_stem and self.vision.backbone != "none":
+            self._check_stem()
         if self.labels is not None:
             if len(set(self.labels)) != len(self.labels):
                 raise ValueError("labels has a name twice")
@@ -245,6 +258,21 @@ class Recipe(ModelSections):
             if both:
                 raise ValueError(f"{min(both)!r} stands in labels and in exclude_labels")
         return self
+
+    def _check_stem(self) -> None:
+        """Refuse to keep the output of a stem that is not the same for the same row at every time."""
+        vision = self.vision
+        changes = [f"augment.{name}=0" for name in _OF_FRAMES if getattr(self.augment, name)]
+        if vision.drop_path:
+            changes.append("vision.drop_path=0")
+        if vision.pixel_statistics:
+            changes.append("vision.pixel_statistics=false")
+        if not vision.freeze:
+            changes.append("vision.freeze=stem")
+        if changes:
+            raise ValueError(
+                f"train.cache_stem keeps what the same frames always give: set {', '.join(changes)}, or leave it out"
+            )
 
     def sections(self) -> dict[str, Any]:
         """The model's sections as plain data: what `DeepMSIConfig` takes beside the labels."""

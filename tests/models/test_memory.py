@@ -21,13 +21,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def taken(model: DeepMSI, utterances: int, precision: str = "fp32") -> tuple[int, int]:
+def taken(model: DeepMSI, utterances: int, precision: str = "fp32", stems: bool = False) -> tuple[int, int]:
     """Take forward and backward; return what was kept in between, and the most that lived beside the gradients."""
     side, frames = model.config.vision.image_size, model.config.vision.frames
     torch.manual_seed(2)
     model.train()
     with _Live(model) as live:
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: live.settle(p.grad))
         batch = {
             "labels": torch.zeros(utterances, dtype=torch.long),
@@ -35,6 +35,8 @@ def taken(model: DeepMSI, utterances: int, precision: str = "fp32") -> tuple[int
             "text_features": torch.randn(utterances, 12),
             "audio_features": torch.randn(utterances, 10),
         }
+        if stems:
+            batch["pixel_values"] = torch.randn(utterances, frames, *model.video.stem_shape)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), saved_bytes(model) as saved:
             loss = model(**batch).loss
         kept = saved.total
@@ -115,6 +117,15 @@ def test_averages_and_several_processes_cost_more(tiny: Callable[..., DeepMSI]) 
     assert plain.gradients == trained < plain.weights
     assert step_memory(model, 1, averaged=True).weights == plain.weights + trained
     assert step_memory(model, 1, processes=2).gradients == 2 * trained
+
+
+def test_a_step_from_the_stem_s_output(tiny: Callable[..., DeepMSI]) -> None:
+    model = tiny(vision={**DEEPER, **SCHEDULES["regrid"], "freeze": "stem"})
+    found = step_memory(model, 2, stems=True)
+    kept, peak = taken(model, 2, stems=True)
+    assert found.saved == kept
+    assert abs(found.saved + found.temporary - peak) < 0.01 * peak
+    assert found.saved + found.temporary < 0.7 * sum(taken(tiny(vision={**DEEPER, **SCHEDULES["regrid"]}), 2)[1:])
 
 
 def test_encoders_count_at_their_longest(tiny: Callable[..., DeepMSI]) -> None:

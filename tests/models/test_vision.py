@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmsi import DeepMSI, DeepMSIConfig
+from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
 from deepmsi.models.vision import VideoBranch
-from deepmsi.testing import assert_within_budget
+from deepmsi.testing import assert_within_budget, randn
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depths": [1, 1, 1], "heads": [1, 1, 1], "window": 4}
 
@@ -245,3 +246,58 @@ def test_statistics_of_each_position_are_not_folded() -> None:
         video.fold()
         torch.testing.assert_close(video(pixels, None)[0], expected)
     assert video.backbone.patch_embed.pixel_weight is None
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "block", "chunk"])
+def test_a_frozen_stem_s_output_stands_for_the_frames(recompute: str) -> None:
+    """The features, the gradients and what is kept of the tokens, from it and from the frames."""
+    video, pixels = branch(schedule="paper", freeze="stem", recompute=recompute).double(), torch.stack(videos(6))
+    with torch.no_grad():
+        for i, parameter in enumerate(video.parameters()):
+            parameter += 0.1 * randn(*parameter.shape, seed=i, dtype=torch.float64)  # post-norms begin at zero
+    guide = randn(6, video.guide_dim or 0, seed=9, dtype=torch.float64)
+    with torch.no_grad():
+        stem = video.stem(pixels)
+    assert stem.shape == (6, 3, *video.stem_shape)
+    found = []
+    for given in (pixels, stem):
+        video.zero_grad()
+        leaf = guide.clone().requires_grad_()
+        features, _ = video(given, leaf)
+        features.square().sum().backward()
+        _, kept = video(given, guide, return_kept=True)
+        grads = {name: p.grad for name, p in video.named_parameters() if p.requires_grad}
+        found.append((features, leaf.grad, grads, [part.positions for part in kept]))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][3]
+
+
+def test_the_output_of_a_stem_that_learns_is_refused_in_training() -> None:
+    video, pixels = branch(schedule=None), torch.stack(videos())
+    with torch.no_grad():
+        stem = video.stem(pixels)
+        torch.testing.assert_close(video(stem, None)[0], video(pixels, None)[0])
+    with pytest.raises(UserError, match="a stem that learns: give it frames, or freeze it"):
+        video.train()(stem, None)
+    with pytest.raises(UserError, match=r"the stem's output and is torch\.int32: give float"):
+        video(stem.int(), None)
+    with pytest.raises(UserError, match=r"this model reads \[videos, frames, 3, 32, 32\]"):
+        video(stem[..., :-1], None)
+
+
+@pytest.mark.parametrize("schedule", [None, "paper", "released"])
+def test_the_stem_of_a_backbone_of_timm(schedule: str | None) -> None:
+    """Of the size of the frames as bytes, in 16 bits, where the third stage compresses."""
+    pytest.importorskip("timm")
+    config = VisionConfig(schedule=schedule, freeze="stem")
+    with torch.device("meta"):
+        video = VideoBranch(config)
+        stem = video.stem(torch.empty(1, 1, 3, 256, 256, dtype=torch.uint8))
+    assert stem.shape == (1, 1, *video.stem_shape) == (1, 1, *((16, 16, 384) if schedule else (8, 8, 768)))
+    assert schedule is None or stem[0, 0].numel() * 2 == 3 * 256 * 256
+    assert video.backbone.stem_frozen
+    learning = [name for name, p in video.backbone.named_parameters() if p.requires_grad]
+    first = [name for name in learning if name.startswith("layers.2.blocks.0.")]
+    assert schedule is None or {name.split(".")[4] for name in first} == {"compress", "mlp", "norm2"}
+    assert not any(name.startswith(("patch_embed", "layers.0", "layers.1", "layers.2.downsample")) for name in learning)
+    assert learning if schedule else learning == ["norm.weight", "norm.bias"]

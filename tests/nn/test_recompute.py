@@ -330,9 +330,10 @@ def kept(model: VSCSwin, frames: int, prepare: Any = None, dtype: torch.dtype = 
 def test_frozen_stages_are_not_kept() -> None:
     model = build("released")
     whole = kept(model, CHUNK_FRAMES)
-    for module in model._stem_modules():
-        module.requires_grad_(False)
-    stem = CHUNK_FRAMES * 8 * 8 * 16 * 8  # its output, [F, 8, 8, 16] in float64
+    assert not model.stem_frozen
+    assert model.freeze_stem().stem_frozen
+    assert model.stem_shape == (8, 8, 16)
+    stem = CHUNK_FRAMES * 8 * 8 * 16 * 8  # its output in float64
     guided = kept(model, CHUNK_FRAMES)
     assert guided < 0.6 * whole
     model.recompute = "chunk"
