@@ -455,3 +455,24 @@ class EpochBatches(Sampler[list[Key]]):
             base, extra = divmod(len(joined), self.world)
             begin = self.rank * base + min(self.rank, extra)
             yield joined[begin : begin + base + (self.rank < extra)]
+
+
+def partial_rows(dataset: UtteranceDataset, share: float | None) -> tuple[NDArray[np.bool_], int] | None:
+    """Which rows lack a modality of the model, and how many of them an epoch draws; None: all.
+
+    Raises:
+        UserError: no row is complete, so that a number per complete row means nothing.
+    """
+    if share is None:
+        return None
+    wanted = [name in dataset.config.modalities for name in MODALITIES]
+    partial = np.array(
+        [
+            any(want and not has for want, has in zip(wanted, dataset.present(i), strict=True))
+            for i in range(len(dataset))
+        ]
+    )
+    complete = int((~partial).sum())
+    if not complete:
+        raise UserError("train.partial_rows counts rows per complete row, and no training row has every modality.")
+    return partial, min(round(share * complete), int(partial.sum()))

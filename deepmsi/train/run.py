@@ -42,6 +42,7 @@ from deepmsi.models.vision import check_vision
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
+from deepmsi.train.curve import Point, best_epoch, read_curve
 from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
 from deepmsi.train.evaluate import prediction_rows
 from deepmsi.train.inference import predict_logits
@@ -406,10 +407,8 @@ class _Run:
         model, result = self._fit_part(name, folder, train, None, seed, stop_epoch=best)
         return model, result, f"{len(parts)} inner fits"
 
-    def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[dict[str, float]]:
+    def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[Point]:
         """Scores by epoch on an inner part; a finished one is read back when a run resumes."""
-        from deepmsi.train.trainer import read_curve
-
         inner = folder / "inner" / part.name
         done = inner / "done.json"
         if not done.is_file():
@@ -530,26 +529,6 @@ class _Run:
             "trained_ids": self._seen([*seen["train"], *chose]),
             "started": _now(),
         }
-
-
-def best_epoch(curves: Sequence[Sequence[dict[str, float]]], sizes: Sequence[int], metric: str) -> int:
-    """The epoch that is best on average over inner parts, weighted by their rows; a tie goes to the lower loss.
-
-    Args:
-        curves: per part, one dictionary per epoch with `epoch`, `loss` and the scores.
-        sizes: rows of each part.
-        metric: `loss` or the name of a score.
-    """
-    weights = np.asarray(sizes, dtype=np.float64)
-    epochs = min(len(curve) for curve in curves)
-
-    def mean(name: str) -> NDArray[np.float64]:
-        return np.average([[point[name] for point in curve[:epochs]] for curve in curves], axis=0, weights=weights)
-
-    loss = mean("loss")
-    score = -loss if metric == "loss" else mean(metric)
-    order = np.lexsort((loss, -np.round(score, 9)))
-    return int(curves[0][int(order[0])]["epoch"])
 
 
 def _check_directory(out: Path, may_exist: bool) -> dict[str, Any] | None:

@@ -16,33 +16,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES, OWN_ENCODERS
 from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.models.precision import float32_products
 from deepmsi.train import checkpoints
 from deepmsi.train.average import WeightAverage
 from deepmsi.train.compression import CompressionLog
-from deepmsi.train.console import note, progress
-from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset
-from deepmsi.train.inference import predict_logits, softmax
+from deepmsi.train.console import note
+from deepmsi.train.curve import Point, best_point, curve_of, watched_scores
+from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset, partial_rows
+from deepmsi.train.history import Records, truncate_history
+from deepmsi.train.inference import predict_logits
 from deepmsi.train.losses import classification_loss, log_prior
 from deepmsi.train.memory import check_device, training_device
-from deepmsi.train.metrics import SUMMARY, compute_metrics
+from deepmsi.train.optimizer import build_optimizer
 from deepmsi.train.processes import barrier, from_main, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.record import HISTORY
@@ -62,8 +60,8 @@ class FitResult:
     """Utterances trained on by this process group, every epoch counted; none of those before a resume."""
     seconds: float = 0.0
     """What that took, with the evaluations between epochs."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """One dictionary per evaluated epoch: epoch, loss, and the scores of `SUMMARY`."""
+    curve: list[Point] = field(default_factory=list)
+    """The watched scores of each epoch that was scored."""
 
 
 @dataclass
@@ -125,9 +123,9 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     if start is None:
         _forget(fit.folder, aside=bool(skipped))
     state: dict[str, Any] = json.loads((start / checkpoints.STATE).read_text(encoding="utf-8")) if start else {}
-    _truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
+    truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
-    curve = _curve(state.get("log_history", []))
+    curve = curve_of(state.get("log_history", []))
     utterances = seconds = 0.0
     epochs_done = state.get("epoch") or 0.0
     if start is not None and _is_over(fit, curve, epochs_done):
@@ -137,7 +135,7 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         begun = time.perf_counter()
         with warnings_of_transformers_off():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-        curve = _curve(trainer.state.log_history)
+        curve = curve_of(trainer.state.log_history)
         epochs = round(trainer.state.epoch or 0)
         seconds = time.perf_counter() - begun
         utterances = ((trainer.state.epoch or 0) - epochs_done) * trainer.batches.size
@@ -149,7 +147,7 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         trainer.average.apply()
     kept = epochs
     if fit.keep_best and curve:
-        kept = int(_best(curve, fit.recipe.train.metric)["epoch"])
+        kept = int(best_point(curve, fit.recipe.train.metric)["epoch"])
         if kept != epochs:
             barrier()
             checkpoints.load_weights(model, fit.folder / checkpoints.BEST, kept)
@@ -231,7 +229,7 @@ class UtteranceTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
         if self.is_world_process_zero():
-            self.add_callback(_Records(fit))
+            self.add_callback(Records(fit))
 
     def get_train_dataloader(self) -> DataLoader:
         """Loader of this process's share; the keys carry the epoch, so workers may outlive it."""
@@ -326,21 +324,15 @@ class UtteranceTrainer(Trainer):
             )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        curve = _curve(self.state.log_history)
-        if self.fit.keep_best and _best(curve, settings.metric) is curve[-1] and self.args.should_save:
+        curve = curve_of(self.state.log_history)
+        if self.fit.keep_best and best_point(curve, settings.metric) is curve[-1] and self.args.should_save:
             checkpoints.save_weights(self.core, self.fit.folder / checkpoints.BEST, curve[-1]["epoch"])
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
         if self.optimizer is None:
-            settings = self.fit.recipe.train
-            # One pass over weights and moments. Not in fp16, whose scaler could not tell of a step it skipped.
-            fused = True if self.args.device.type in ("cpu", "cuda") and settings.precision != "fp16" else None
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.core, settings), lr=settings.lr, betas=settings.betas, fused=fused
-            )
-            self.optimizer.register_load_state_dict_pre_hook(partial(_stepping, fused=fused))
+            self.optimizer = build_optimizer(self.core, self.fit.recipe.train, self.args.device)
         return self.optimizer
 
     def create_scheduler(
@@ -470,125 +462,9 @@ class _Flow(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         fit = self.trainer.fit
-        if _is_over(fit, _curve(state.log_history), state.epoch or 0.0):
+        if _is_over(fit, curve_of(state.log_history), state.epoch or 0.0):
             control.should_training_stop = True
             control.should_save = fit.checkpoints
-
-
-class _Records(TrainerCallback):
-    """history.jsonl, TensorBoard and the progress bar."""
-
-    SKIPPED = ("train_runtime", "epoch", "step", "total_flos")
-
-    def __init__(self, fit: Fit) -> None:
-        self.fit = fit
-        self.bar: Any = None
-        self.writer: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(self.fit.folder / "logs"), purge_step=state.global_step or None)
-        total = state.max_steps * self.fit.last_epoch // self.fit.recipe.train.epochs
-        self.bar = progress(total, self.fit.name, "step", state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "train_runtime" in logs:
-            return
-        split = "dev" if any(name.startswith("eval_") for name in logs) else "train"
-        values = {name.removeprefix("eval_"): value for name, value in logs.items() if name not in self.SKIPPED}
-        record = {"step": state.global_step, "epoch": state.epoch, "split": split, **values}
-        with (self.fit.folder / HISTORY).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, state.global_step)
-        shown = {"loss": values["loss"]} | {k: v for k, v in values.items() if k == self.fit.recipe.train.metric}
-        self.bar.set_postfix({f"{split} {k}": f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()
-        self.writer.close()
-
-
-def partial_rows(dataset: UtteranceDataset, share: float | None) -> tuple[NDArray[np.bool_], int] | None:
-    """Which rows lack a modality of the model, and how many of them an epoch draws; None: all.
-
-    Raises:
-        UserError: no row is complete, so that a number per complete row means nothing.
-    """
-    if share is None:
-        return None
-    wanted = [name in dataset.config.modalities for name in MODALITIES]
-    partial = np.array(
-        [
-            any(want and not has for want, has in zip(wanted, dataset.present(i), strict=True))
-            for i in range(len(dataset))
-        ]
-    )
-    complete = int((~partial).sum())
-    if not complete:
-        raise UserError("train.partial_rows counts rows per complete row, and no training row has every modality.")
-    return partial, min(round(share * complete), int(partial.sum()))
-
-
-def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Scores of logits [n, K] against class ids: those of `SUMMARY`, and `loss`, the mean negative log-likelihood."""
-    probabilities = softmax(logits)
-    names = [str(k) for k in range(logits.shape[1])]
-    metrics = compute_metrics(labels, logits.argmax(1), names, resamples=0)
-    likelihood = probabilities[np.arange(len(labels)), labels]
-    return {
-        "loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if np.isfinite(logits).all() else math.nan,
-        **{name: metrics[name] for name in SUMMARY},
-    }
-
-
-def _stepping(optimizer: torch.optim.Optimizer, stored: dict[str, Any], fused: bool | None) -> dict[str, Any]:
-    """A stored state for this device: how a step is computed is not taken over from where the state was stored."""
-    return stored | {"param_groups": [group | {"fused": fused} for group in stored["param_groups"]]}
-
-
-def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Parameters by rate and decay: encoders that start from pretrained weights take `encoder_lr`.
-
-    What compresses inside a pretrained backbone (λ among it) starts from nothing and takes `lr`.
-
-    What has two dimensions or more decays, but for what the model's parts spare (`DeepMSI.no_weight_decay`): matrices.
-    Biases, norms, λ and the learned vectors of missing modalities do not.
-    """
-    config = model.config
-    pretrained = ["video.backbone."] if config.vision.pretrained else []
-    pretrained += [
-        f"{name}_encoder." for name in ("text", "audio") if getattr(config, name).encoder not in OWN_ENCODERS
-    ]
-    spared = model.no_weight_decay()
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            encoder = name.startswith(tuple(pretrained)) and ".compress." not in name
-            groups.setdefault((encoder, parameter.ndim >= 2 and name not in spared), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": (settings.encoder_lr or settings.lr) if encoder else settings.lr,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for (encoder, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
 
 
 @contextmanager
@@ -655,38 +531,14 @@ def _arguments(fit: Fit) -> TrainingArguments:
     return arguments
 
 
-def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The watched scores by epoch."""
-    return [
-        {"epoch": round(entry["epoch"]), **{k.removeprefix("eval_"): v for k, v in entry.items() if "eval_" in k}}
-        for entry in log_history
-        if "eval_loss" in entry
-    ]
-
-
-def read_curve(folder: Path) -> list[dict[str, float]]:
-    """The watched scores by epoch of a finished fit, from its history."""
-    events = [json.loads(line) for line in (folder / HISTORY).read_text(encoding="utf-8").splitlines()]
-    return [
-        {key: value for key, value in event.items() if key not in ("step", "split")} | {"epoch": round(event["epoch"])}
-        for event in events
-        if event["split"] == "dev"
-    ]
-
-
-def _best(curve: list[dict[str, float]], metric: str) -> dict[str, float]:
-    """The first of the best points; a tie goes to the lower loss."""
-    return max(curve, key=lambda point: (-point["loss"] if metric == "loss" else point[metric], -point["loss"]))
-
-
-def _is_over(fit: Fit, curve: list[dict[str, float]], epoch: float) -> bool:
+def _is_over(fit: Fit, curve: list[Point], epoch: float) -> bool:
     """Whether the last epoch is reached, or patience is at its end."""
     if epoch >= fit.last_epoch:
         return True
     patience = fit.recipe.train.patience
     if patience is None or not fit.keep_best or not curve or epoch != curve[-1]["epoch"]:
         return False
-    return epoch - _best(curve, fit.recipe.train.metric)["epoch"] >= patience
+    return epoch - best_point(curve, fit.recipe.train.metric)["epoch"] >= patience
 
 
 def _forget(folder: Path, aside: bool) -> None:
@@ -703,17 +555,3 @@ def _forget(folder: Path, aside: bool) -> None:
         for name in ("checkpoints", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / checkpoints.BEST).unlink(missing_ok=True)
-
-
-def _truncate_history(path: Path, step: int) -> None:
-    """Drop the events after a step: a resumed fit will write them again."""
-    if process_rank()[0] or not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if step and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the end of a line that a kill cut off
-    write_text(path, "".join(kept))

@@ -28,15 +28,18 @@ from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.offline import LogMelEncoder, WaveformProcessor
 from deepmsi.train import checkpoints as checkpoints_module
+from deepmsi.train import optimizer as optimizer_module
 from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
+from deepmsi.train.curve import best_epoch
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.layout import fit_to_data
+from deepmsi.train.optimizer import parameter_groups, stepping
 from deepmsi.train.recipe import AugmentSettings, load_recipe
 from deepmsi.train.record import read_predictions
-from deepmsi.train.run import _save_model, best_epoch, train
+from deepmsi.train.run import _save_model, train
 
 VIDEO: dict[str, Any] = {
     "preset": "small",
@@ -145,7 +148,7 @@ def test_a_checkpoint_of_other_groups_of_parameters_is_refused(
         first, *others = model.parameters()
         return [{"params": [first]}, {"params": others}]
 
-    monkeypatch.setattr(trainer_module, "parameter_groups", otherwise)
+    monkeypatch.setattr(optimizer_module, "parameter_groups", otherwise)
     with pytest.raises(UserError, match=r"checkpoint-2 has an optimizer with other groups .* delete .*checkpoints"):
         train(recipe, split_corpus, tmp_path / "run", resume=True)
 
@@ -160,7 +163,7 @@ def test_a_run_that_goes_on_elsewhere_steps_as_it_would_there(stored: bool | Non
         weight.grad = torch.ones(3)
         optimizer.step()
         states.append(optimizer.state_dict())
-    optimizer.register_load_state_dict_pre_hook(partial(trainer_module._stepping, fused=fused))
+    optimizer.register_load_state_dict_pre_hook(partial(stepping, fused=fused))
     optimizer.load_state_dict(states[0])
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
     assert states[0]["param_groups"][0]["fused"] is stored, "what was read is not changed"
@@ -606,7 +609,7 @@ def test_encoders_have_their_own_rate() -> None:
         def no_weight_decay(self):
             return {"spared"}
 
-    groups = trainer_module.parameter_groups(Pretrained(), recipe.train)  # type: ignore[arg-type]
+    groups = parameter_groups(Pretrained(), recipe.train)  # type: ignore[arg-type]
     assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [
         (1e-5, 0.0),
         (1e-5, 0.01),
@@ -620,7 +623,7 @@ def test_encoders_have_their_own_rate() -> None:
 def test_decay_spares_what_timm_spares_and_the_lengths_of_weight_norms() -> None:
     recipe = make_recipe(**VIDEO)
     model = DeepMSI(validated(DeepMSIConfig, {"num_labels": 3, **recipe.sections()}, "test"))
-    groups = trainer_module.parameter_groups(model, recipe.train)
+    groups = parameter_groups(model, recipe.train)
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     still = {name for name, p in model.named_parameters() if id(p) not in decayed}
     assert still == model.no_weight_decay() | {name for name, p in model.named_parameters() if p.ndim < 2}
@@ -634,7 +637,7 @@ def test_what_compresses_a_pretrained_backbone_takes_the_rate_of_new_layers() ->
     recipe.train.encoder_lr = 1e-5
     model = DeepMSI(validated(DeepMSIConfig, {"num_labels": 3, **recipe.sections()}, "test"))
     model.config.vision.pretrained = True
-    rates = {id(p): g["lr"] for g in trainer_module.parameter_groups(model, recipe.train) for p in g["params"]}
+    rates = {id(p): g["lr"] for g in parameter_groups(model, recipe.train) for p in g["params"]}
     of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     backbone = [name for name in of if name.startswith("video.backbone.")]
     new = [name for name in backbone if ".compress." in name]
