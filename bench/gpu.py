@@ -51,6 +51,7 @@ MODEL: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("against torch.compile", "model", 280, ("--compile", "-k", "video and released-16")),
     ("model", "model", 200, ()),
     ("latency", "latency", 60, ()),
+    ("frozen stem", "frozen_stem", 60, ()),
 )
 # What the parts import beside torch: those that need one which is not there are refused, or skip.
 PACKAGES = ("timm", "pydantic", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "setuptools")

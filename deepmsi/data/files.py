@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         DiskFullError: no room is left; nothing of the new file stays.
         UserError: the folder cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    # Two containers on one disk may have processes of the same number.
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid4().hex[:8]}-{path.name}")
     try:
         try:
             with temporary.open("wb") as file:

@@ -177,6 +177,8 @@ class VisionConfig(Section):
     def _check(self) -> VisionConfig:
         if self.stored_size is not None and self.stored_size < self.image_size:
             raise ValueError(f"stored_size is {self.stored_size}, smaller than image_size, {self.image_size}")
+        if self.freeze == "stem" and self.schedule is None:
+            raise ValueError("without a schedule there is no first compression, where the stem ends: set freeze=true")
         if self.options and self.backbone not in ("small", "none"):
             raise ValueError(f"options belong to the backbone 'small', not to {self.backbone!r}")
         for name, value in self.options.items():

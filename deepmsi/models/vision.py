@@ -128,22 +128,27 @@ class VideoBranch(nn.Module):
         if len(shape) != 5 or not shape[1] or shape[2:] not in ((3, size, size), self.stem_shape):
             raise UserError(
                 f"pixel_values is {list(shape)}: this model reads [videos, frames, 3, {size}, {size}], of at least one "
-                "frame."
+                f"frame, or the output of its stem, [videos, frames, {', '.join(map(str, self.stem_shape))}]."
             )
         if shape[2:] != self.stem_shape:
             return
         if not pixel_values.is_floating_point():
             raise UserError(f"pixel_values has the shape of the stem's output and is {pixel_values.dtype}: give float.")
-        if self.training and torch.is_grad_enabled() and not self.backbone.stem_frozen:
+        if torch.is_grad_enabled() and not self.backbone.stem_frozen:
             raise UserError(
-                "pixel_values is the output of a stem that learns: give it frames, or freeze it (vision.freeze=stem)."
+                "pixel_values is the output of a stem that learns: give frames, freeze it (vision.freeze=stem), or use "
+                "torch.no_grad()."
             )
 
     def stem(self, pixel_values: Tensor) -> Tensor:
         """Compute what depends on frames alone, `[V, T, H, W, C]` of `[V, T, 3, S, S]`, up to the first compression.
 
         While the stem's weights stay, `forward` takes it in place of the frames.
+
+        Raises:
+            UserError: as `forward`.
         """
+        self._check(pixel_values)
         return self.backbone.stem(pixel_values.flatten(0, 1), self.normalize).unflatten(0, pixel_values.shape[:2])
 
     def encode(

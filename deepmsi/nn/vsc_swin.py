@@ -306,10 +306,10 @@ class VSCSwin(nn.Module):
         """
         if return_kept:
             kept: list[KeptTokens] = []
-            feature = self.guided(self.stem(frames, prepare), guide, kept)
+            feature = self._guided(self.stem(frames, prepare), guide, kept)
             return feature, kept
         if self.recompute != "chunk" or not torch.is_grad_enabled():
-            return self.guided(self.stem(frames, prepare), guide)
+            return self._guided(self.stem(frames, prepare), guide)
         if self.stem_frozen and not frames.requires_grad:  # it is computed once, and its output kept
             return self._in_chunks(self._guided, frames, guide, partial(self.stem, prepare=prepare))
 
@@ -350,15 +350,16 @@ class VSCSwin(nn.Module):
     def guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
         """Compute the other half from :meth:`stem`'s output, under guides [F, G]: features [F, num_features].
 
-        The output may have been kept in another floating type.
-        What each compressing block kept is appended to ``kept``; nothing is then computed again.
+        The output may have been kept in another floating type. What each compressing block kept is appended to
+        ``kept``; nothing is then computed again.
         """
+        x = x.to(autocast_type(self.patch_embed.proj.weight))
         if self.recompute == "chunk" and torch.is_grad_enabled() and kept is None:
             return self._in_chunks(self._guided, x, guide)
         return self._guided(x, guide, kept)
 
     def _guided(self, x: Tensor, guide: Tensor | None, kept: list[KeptTokens] | None = None) -> Tensor:
-        tokens = Tokens(x.to(autocast_type(self.norm.weight)), (x.shape[1], x.shape[2]))
+        tokens = Tokens(x, (x.shape[1], x.shape[2]))
         if self.guide_dim is not None:
             if guide is None:
                 raise ValueError(f"VSCSwin: the schedule compresses under a guide [F, {self.guide_dim}]: give one")

@@ -47,6 +47,9 @@ def variants_of(run: Path, keep: Sequence[float] = (), frames: Sequence[int] = (
     parts = dict(PARTS)
     if "video" not in recipe.modalities or recipe.vision.schedule is None:
         del parts["without VSC"]
+    elif recipe.vision.freeze == "stem":
+        del parts["without VSC"]
+        note("The line without VSC is left out: where the frozen stem ends, the first compression says.")
     if len(recipe.modalities) == 1 or "video" not in recipe.modalities or not recipe.loss.contrastive:
         del parts["without the contrastive term"]  # its pairs are of the video
     for share in keep:

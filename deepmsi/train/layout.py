@@ -30,6 +30,7 @@ FREE = {"name", "description"}
 FREE_IN_TRAIN = {
     "workers",
     "device",
+    "cache_stem",
     "memory_limit",
     "log_every",
     "checkpoint_every",

@@ -79,6 +79,28 @@ def from_main(action: Callable[[], T]) -> T:
     return cast(T, told[0])
 
 
+def together(action: Callable[[], T]) -> T:
+    """Run an action in every process, and wait until all of them have.
+
+    Raises:
+        UserError: what one of them raised, in all of them.
+    """
+    _, world = process_rank()
+    if world == 1:
+        return action()
+    result, told = None, None
+    try:
+        result = action()
+    except UserError as error:
+        told = str(error)
+    everywhere: list[Any] = [None] * world
+    dist.all_gather_object(everywhere, told, group=_waiting)
+    for sentence in everywhere:
+        if sentence is not None:
+            raise UserError(sentence)
+    return cast(T, result)
+
+
 @contextmanager
 def claimed_by_all(folder: Path) -> Iterator[bool]:
     """Whether no other call works in the folder (made where it is missing); it is this call's for the block."""

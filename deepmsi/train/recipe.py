@@ -110,8 +110,8 @@ class TrainSettings(Section):
     cache_stem: bool = Field(
         False,
         description="keep what the frozen stem (vision.freeze) makes of each row's frames beside the prepared clips, "
-        "as float32 or in the type of precision, and train from that: a step then begins at the first compression. It "
-        "takes no augmentation of frames",
+        "as float32 or in the type of precision, and train from that: a step then begins at the first compression. "
+        "Frames are not augmented then",
     )
 
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -250,7 +250,7 @@ class Recipe(ModelSections):
         # Not through setattr: validation on assignment would run this validator again.
         self.__dict__["prepare"] = PrepareOptions(**{**self.prepare.model_dump(), **missing})
         if self.train.cache_stem and self.vision.backbone != "none":
-            self._check_stem()
+            self._keep_stem()
         if self.labels is not None:
             if len(set(self.labels)) != len(self.labels):
                 raise ValueError("labels has a name twice")
@@ -259,20 +259,24 @@ class Recipe(ModelSections):
                 raise ValueError(f"{min(both)!r} stands in labels and in exclude_labels")
         return self
 
-    def _check_stem(self) -> None:
-        """Refuse to keep the output of a stem that is not the same for the same row at every time."""
-        vision = self.vision
-        changes = [f"augment.{name}=0" for name in _OF_FRAMES if getattr(self.augment, name)]
+    def _keep_stem(self) -> None:
+        """Leave frames as they are, and refuse what gives a row another stem at another time or in another fit."""
+        vision, said = self.vision, self.augment.model_fields_set
+        changes = [f"augment.{name}=0" for name in _OF_FRAMES if name in said and getattr(self.augment, name)]
         if vision.drop_path:
             changes.append("vision.drop_path=0")
         if vision.pixel_statistics:
             changes.append("vision.pixel_statistics=false")
         if not vision.freeze:
             changes.append("vision.freeze=stem")
+        if not vision.pretrained:
+            changes.append("vision.pretrained=true")
         if changes:
             raise ValueError(
                 f"train.cache_stem keeps what the same frames always give: set {', '.join(changes)}, or leave it out"
             )
+        plain = self.augment.model_dump() | dict.fromkeys(_OF_FRAMES, 0.0)
+        self.__dict__["augment"] = AugmentSettings(**plain)
 
     def sections(self) -> dict[str, Any]:
         """The model's sections as plain data: what `DeepMSIConfig` takes beside the labels."""

@@ -67,7 +67,6 @@ from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.record import PREDICTIONS, RECIPE, RUN, RUN_FORMAT, write_json, write_predictions
 from deepmsi.train.rows import open_shared
 from deepmsi.train.seeding import derive_seed, seed_torch
-from deepmsi.train.stems import keep_stems
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -443,15 +442,12 @@ class _Run:
         encoder, processor = model.audio_encoder, model.audio_processor
         if isinstance(encoder, LogMelEncoder) and processor is not None:
             encoder.fit_statistics(processor([sound]) for sound in train.sounds())
-        watched = None if watch is None else self._dataset(watch, config)
-        if model.video is not None and self.recipe.train.cache_stem:
-            keep_stems(model, [train] if watched is None else [train, watched], self.recipe.train)
         fit = Fit(
             name=name,
             folder=folder,
             recipe=self.recipe,
             train=train,
-            watch=watched,
+            watch=None if watch is None else self._dataset(watch, config),
             keep_best=keep_best,
             stop_epoch=stop_epoch,
             seed=seed,

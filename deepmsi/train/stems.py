@@ -1,14 +1,16 @@
 """Computes once what a frozen stem makes of each row's frames, and keeps it beside the prepared clips.
 
 PREPARED/stems/KEY/NNNNNN.safetensors    `stem [T, H, W, C]` of one row, by its place in the prepared folder
+PREPARED/stems/KEY/stem.json             what the key is made of
 
-The key tells the frames, the stem's weights and sizes, and the precision, so that runs, folds and ablations which share
-these share the files, too. Nothing else reads them: they may be deleted whenever no training runs.
+The key tells the frames, the stem's weights and sizes, and how it is computed, so that runs, folds and ablations which
+share these share the files, too. Nothing else reads them: they may be deleted whenever no training runs.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from deepmsi.data.files import digest, replacing
+from deepmsi.data.files import digest, replacing, write_sorted_json
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import weights_digest
 from deepmsi.models.memory import gigabytes
@@ -27,7 +29,7 @@ from deepmsi.models.precision import AUTOCAST, autocast_for, float32_products
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset
 from deepmsi.train.memory import training_device
-from deepmsi.train.processes import barrier, process_rank
+from deepmsi.train.processes import barrier, process_rank, together
 from deepmsi.train.recipe import TrainSettings
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _FOLDER = "stems"
 _VERSION = 1
+"""Rises where the numbers of a stem change by more than roundings: files of earlier versions are then left alone."""
 
 
 class Stems:
@@ -48,7 +51,8 @@ class Stems:
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
-        self.bytes = math.prod(shape) * dtype.itemsize
+        self.size = math.prod(shape) * dtype.itemsize
+        """Bytes of a row."""
 
     def path(self, i: int) -> Path:
         """The file of row `i` of the prepared folder."""
@@ -57,7 +61,7 @@ class Stems:
     def has(self, i: int) -> bool:
         """Whether row `i` has its file, of the size that it should have."""
         try:
-            return self.path(i).stat().st_size > self.bytes
+            return self.path(i).stat().st_size > self.size
         except OSError:
             return False
 
@@ -67,13 +71,13 @@ class Stems:
         Raises:
             UserError: its file is gone or damaged.
         """
-        path = self.path(i)
+        path, again = self.path(i), "delete it, and train again with --resume"
         try:
             stem = load_file(path)["stem"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete it, and train again with --resume.") from None
+            raise UserError(f"{path} cannot be read ({error}): {again}.") from None
         if stem.shape != self.shape or stem.dtype != self.dtype:
-            raise UserError(f"{path} holds {list(stem.shape)} {stem.dtype}: delete it, and train again with --resume.")
+            raise UserError(f"{path} holds {list(stem.shape)} {stem.dtype}: {again}.")
         return stem
 
     def write(self, i: int, stem: Tensor) -> None:
@@ -86,66 +90,77 @@ class Stems:
             file.write(save({"stem": stem.contiguous()}))
 
 
-def keep_stems(model: DeepMSI, datasets: Sequence[UtteranceDataset], settings: TrainSettings) -> Stems:
+def keep_stems(model: DeepMSI, datasets: Sequence[UtteranceDataset], settings: TrainSettings) -> None:
     """Compute what is not there yet of the rows of some datasets, and let them read it in place of the frames.
 
-    The model moves to the device of training. Several processes share the rows, and each computes what it does not see
-    afterwards.
+    The model moves to the device of training. Several processes share the rows; where they do not see each other's
+    files, those of one machine share them.
 
     Args:
         model: whose stem is frozen.
         datasets: of one prepared folder.
-        settings: the precision, and how many utterances are computed at a time.
+        settings: how it is computed, and of how many utterances at a time.
 
     Raises:
         UserError: there is no room on the disk, or the prepared folder cannot be written.
     """
-    assert model.video is not None
-    data, vision = datasets[0].data, model.config.vision
-    sizes = [vision.backbone, vision.options, vision.image_size, vision.mean, vision.std]
-    weights = [weights_digest(module) for module in model.video.backbone.stem_modules()]
-    key = digest([_VERSION, data.content, settings.precision, sizes, weights])[:16]
-    shape = (vision.frames, *model.video.stem_shape)
-    stems = Stems(data.path / _FOLDER / key, shape, AUTOCAST.get(settings.precision, torch.float32))
     rows = {i: dataset for dataset in datasets for i in dataset.with_video()}
+    stems = together(lambda: _open(model, datasets[0], settings, sorted(rows)))
     missing = [i for i in sorted(rows) if not stems.has(i)]
-    _make_room(stems, len(rows), len(missing))
-    rank, world = process_rank()
     barrier()  # all have seen what is missing
-    for own in (missing[rank::world], missing):
-        _compute(model, [(i, rows[i]) for i in own if not stems.has(i)], stems, settings)
-        barrier()
+    (rank, world), (local, beside) = process_rank(), _on_this_machine()
+    for own in (missing[rank::world], missing[local::beside], missing):
+        together(lambda own=own: _compute(model, {i: rows[i] for i in own}, stems, settings))  # type: ignore[misc]
     for dataset in datasets:
         dataset.stems = stems
-    return stems
 
 
-def _make_room(stems: Stems, rows: int, missing: int) -> None:
-    """Make the folder, and say what it will take."""
+def _on_this_machine() -> tuple[int, int]:
+    """This process's number among those that a launcher has started on this machine, and how many these are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _open(model: DeepMSI, dataset: UtteranceDataset, settings: TrainSettings, rows: Sequence[int]) -> Stems:
+    """Find the key and make its folder, where there is room for what is missing."""
+    assert model.video is not None
+    data, vision = dataset.data, model.config.vision
+    made_of = {
+        "version": _VERSION,
+        "content": data.content,
+        "backbone": [vision.backbone, vision.options, vision.image_size, vision.mean, vision.std],
+        "weights": [weights_digest(module) for module in model.video.backbone.stem_modules()],
+        "computed": [training_device(settings).type, settings.precision, settings.tf32],
+    }
+    shape = (vision.frames, *model.video.stem_shape)
+    dtype = AUTOCAST.get(settings.precision, torch.float32)
+    stems = Stems(data.path / _FOLDER / digest(made_of)[:16], shape, dtype)
+    missing = [i for i in rows if not stems.has(i)]
+    if not missing:
+        return stems
+    otherwise = "or train without train.cache_stem"
     try:
         stems.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{stems.folder} cannot be made ({error.strerror}): let train.cache_stem write beside the prepared clips, "
-            "or set it to false."
+            f"{stems.folder} cannot be made ({error.strerror}): make {data.path} writable, {otherwise}."
         ) from None
-    free, wanted = shutil.disk_usage(stems.folder).free, missing * stems.bytes
+    free, wanted = shutil.disk_usage(stems.folder).free, len(missing) * stems.size
     if wanted > free:
         raise UserError(
-            f"{stems.folder}: what the stem makes of {missing} rows takes {gigabytes(wanted)} GB, and "
-            f"{gigabytes(free)} GB are free on its disk: make room, or set train.cache_stem=false."
+            f"{stems.folder}: what the stem makes of {len(missing)} rows takes {gigabytes(wanted)} GB, and "
+            f"{gigabytes(free)} GB are free on its disk: make room, {otherwise}."
         )
-    if missing:
-        note(
-            f"Computing what the frozen stem makes of {missing} of {rows} rows: {gigabytes(rows * stems.bytes)} GB in "
-            f"{stems.folder}, for this and later fits."
-        )
+    write_sorted_json(stems.folder / "stem.json", made_of)
+    note(
+        f"Computing what the frozen stem makes of {len(missing)} of {len(rows)} rows: "
+        f"{gigabytes(len(rows) * stems.size)} GB in {stems.folder}, for this and later fits."
+    )
+    return stems
 
 
-def _compute(
-    model: DeepMSI, rows: Sequence[tuple[int, UtteranceDataset]], stems: Stems, settings: TrainSettings
-) -> None:
-    if not rows:
+def _compute(model: DeepMSI, rows: dict[int, UtteranceDataset], stems: Stems, settings: TrainSettings) -> None:
+    missing = [i for i in rows if not stems.has(i)]
+    if not missing:
         return
     device = training_device(settings)
     branch, training, batch = model.to(device).video, model.training, settings.eval_batch_size or settings.batch_size
@@ -155,12 +170,13 @@ def _compute(
         torch.inference_mode(),
         autocast_for(settings.precision, device),
         float32_products(device, settings.tf32),
-        progress(len(rows), "stem", "row") as bar,
+        progress(len(missing), "stem", "row") as bar,
     ):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            frames = torch.stack([dataset.frames(i) for i, dataset in part])
-            for (i, _), stem in zip(part, branch.stem(frames.to(device)).to(stems.dtype).cpu(), strict=True):
-                stems.write(i, stem)
-            bar.update(len(part))
+        for start in range(0, len(missing), batch):
+            part = [i for i in missing[start : start + batch] if not stems.has(i)]  # another call may be at it
+            if part:
+                frames = torch.stack([rows[i].frames(i) for i in part])
+                for i, stem in zip(part, branch.stem(frames.to(device)).to(stems.dtype).cpu(), strict=True):
+                    stems.write(i, stem)
+            bar.update(len(missing[start : start + batch]))
     model.train(training)

@@ -45,6 +45,7 @@ from deepmsi.train.processes import barrier, from_main, process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.record import HISTORY
 from deepmsi.train.seeding import derive_seed, seed_torch
+from deepmsi.train.stems import keep_stems
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -132,6 +133,10 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
         trainer._load_from_checkpoint(str(start))
         epochs = round(epochs_done)
     else:
+        if model.video is not None and fit.recipe.train.cache_stem:
+            if start is not None:  # the stem that it began with, whatever a new model would begin with today
+                checkpoints.load_weights(model, start / checkpoints.WEIGHTS)
+            keep_stems(model, [rows for rows in (fit.train, fit.watch) if rows is not None], fit.recipe.train)
         begun = time.perf_counter()
         with warnings_of_transformers_off():
             trainer.train(resume_from_checkpoint=str(start) if start else None)

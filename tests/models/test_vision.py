@@ -277,21 +277,28 @@ def test_the_output_of_a_stem_that_learns_is_refused_in_training() -> None:
     with torch.no_grad():
         stem = video.stem(pixels)
         torch.testing.assert_close(video(stem, None)[0], video(pixels, None)[0])
-    with pytest.raises(UserError, match="a stem that learns: give it frames, or freeze it"):
-        video.train()(stem, None)
+    with pytest.raises(UserError, match="a stem that learns: give frames, freeze it"):
+        video(stem, None)
+    with pytest.raises(ValueError, match="without a schedule there is no first compression"):
+        branch(schedule=None, freeze="stem")
     with pytest.raises(UserError, match=r"the stem's output and is torch\.int32: give float"):
         video(stem.int(), None)
-    with pytest.raises(UserError, match=r"this model reads \[videos, frames, 3, 32, 32\]"):
-        video(stem[..., :-1], None)
+    for reads in (lambda x: video(x, None), video.stem):
+        with pytest.raises(
+            UserError, match=r"reads \[videos, frames, 3, 32, 32\], .* stem, \[videos, frames, 1, 1, 32\]"
+        ):
+            reads(stem[..., :-1])
 
 
 @pytest.mark.parametrize("schedule", [None, "paper", "released"])
 def test_the_stem_of_a_backbone_of_timm(schedule: str | None) -> None:
     """Of the size of the frames as bytes, in 16 bits, where the third stage compresses."""
     pytest.importorskip("timm")
-    config = VisionConfig(schedule=schedule, freeze="stem")
+    config = VisionConfig(schedule=schedule, freeze="stem" if schedule else False)
     with torch.device("meta"):
         video = VideoBranch(config)
+        if schedule is None:
+            video.backbone.freeze_stem()
         stem = video.stem(torch.empty(1, 1, 3, 256, 256, dtype=torch.uint8))
     assert stem.shape == (1, 1, *video.stem_shape) == (1, 1, *((16, 16, 384) if schedule else (8, 8, 768)))
     assert schedule is None or stem[0, 0].numel() * 2 == 3 * 256 * 256

@@ -332,6 +332,20 @@ def test_stem_does_not_see_the_guide() -> None:
         torch.testing.assert_close(model.guided(stem, guide), model(frames, guide), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_in_more_bits_than_the_weights(training: bool) -> None:
+    """As transformers and timm keep them; tokens have the type of the products."""
+    model = small("paper").bfloat16().train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    frames, guide = randn(2, 3, 32, 32, seed=5, dtype=torch.bfloat16), randn(2, 16, seed=6, dtype=torch.bfloat16)
+    out = model(frames, guide)
+    assert out.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(model.guided(model.stem(frames).float(), guide), out.detach(), rtol=0, atol=0)
+
+
 def test_a_frame_does_not_depend_on_its_neighbours() -> None:
     model = small("paper")
     frames, guide = randn(3, 3, 32, 32, seed=5, dtype=torch.float64), randn(3, 16, seed=6, dtype=torch.float64)
