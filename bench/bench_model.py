@@ -75,12 +75,18 @@ def on_reference(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def backbones(schedule: str | None, device: str = "cpu") -> tuple[nn.Module, VSCSwin]:
-    """Return timm's model with every parameter moved, and ours with its weights."""
+def of_timm(name: str, device: str = "cpu") -> nn.Module:
+    """Return a model of timm with every parameter moved."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    theirs = timm.create_model(BACKBONE, num_classes=0)
-    randomise(theirs)
+    model = timm.create_model(name, num_classes=0)
+    randomise(model)
+    return model.to(device)
+
+
+def backbones(schedule: str | None, device: str = "cpu") -> tuple[nn.Module, VSCSwin]:
+    """Return timm's model with every parameter moved, and ours with its weights."""
+    theirs = of_timm(BACKBONE)
     ours = VSCSwin.from_timm(BACKBONE, schedule=schedule)
     ours.load_state_dict(theirs.state_dict(), strict=schedule is None)
     return theirs.to(device), ours.to(device)
@@ -195,12 +201,17 @@ def bench_video_branch(
 
 
 @pytest.mark.parametrize("direction", ["forward", "training_step"])
-@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
-def bench_fuse(compare: Any, smallest: bool, device: str, narrow: bool, direction: str) -> None:
-    theirs, _ = backbones(None, device)
+@pytest.mark.parametrize(
+    ("backbone", "narrow"),
+    [(BACKBONE, False), (BACKBONE, True), ("swin_tiny_patch4_window7_224", False), ("swin_s3_tiny_224", False)],
+    ids=["v2-float32", "v2-bfloat16", "v1-float32", "s3-float32"],
+)
+def bench_fuse(compare: Any, smallest: bool, device: str, backbone: str, narrow: bool, direction: str) -> None:
+    theirs = of_timm(backbone, device)
     fused = deepmsi.fuse(copy.deepcopy(theirs))
     frames = 1 if smallest else 15
-    x = testing.randn(frames, 3, 256, 256, seed=1, device=device)
+    side = 256 if backbone == BACKBONE else 224
+    x = testing.randn(frames, 3, side, side, seed=1, device=device)
     theirs.eval()
     fused.eval()
     ours, other = cast(narrow, device, lambda: fused(x)), cast(narrow, device, lambda: theirs(x))
@@ -223,7 +234,7 @@ def bench_fuse(compare: Any, smallest: bool, device: str, narrow: bool, directio
         rounds=5,
         dtype=torch.bfloat16 if narrow else torch.float32,
         op="fuse",
-        case=f"{BACKBONE}, {frames} frames{', bfloat16 autocast' if narrow else ''}",
+        case=f"{backbone}, {frames} frames{', bfloat16 autocast' if narrow else ''}",
         direction=direction,
     )
 

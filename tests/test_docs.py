@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deepmsi
+from deepmsi.nn.constants import HoldsConstants
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "in-your-own-training-script.md"
@@ -28,6 +29,9 @@ def test_the_page_on_training_scripts_runs_in_order() -> None:
     for block in blocks(PAGE):
         if not block.startswith("# train.py"):
             exec(compile(block, str(PAGE), "exec"), names)
+        if "fix_constants(model)" in block:  # which keeps nothing where it is called too early, and says nothing
+            parts = [part for part in names["model"].modules() if isinstance(part, HoldsConstants)]  # type: ignore[attr-defined]
+            assert sum(len(part.kept()) for part in parts) > 50
 
 
 def test_its_training_script_runs_on_two_processes(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ class UtteranceTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_num_workers > 0,
             pin_memory=args.dataloader_pin_memory,
         )
 
