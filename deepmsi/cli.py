@@ -93,6 +93,7 @@ class TimelineFormat(StrEnum):
 
     csv = "csv"
     srt = "srt"
+    vtt = "vtt"
     json = "json"
 
 
@@ -518,13 +519,16 @@ def evaluate(
         str,
         typer.Option(metavar="MODALITIES", help="Leave modalities out: any of text,audio,video, by commas."),
     ] = "",
+    split: Annotated[
+        str | None, typer.Option(metavar="PART", help="Only train, dev or test, by the data's column split.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a trained model on labelled clips."""
     from deepmsi.train.evaluate import evaluate as evaluate_run
 
     with _working() as result:
-        metrics = evaluate_run(run, data, out=out, drop=[drop])
+        metrics = evaluate_run(run, data, out=out, drop=[drop], split=split)
         if as_json:
             _dump(metrics, result)
         else:
@@ -581,7 +585,11 @@ def predict(
         what = f"--format {fmt}" if fmt else f"--out {out}"
         raise UserError(f"{what} is for a timeline; add --timeline SECONDS, or give --json")
     chosen = asked or TimelineFormat.csv
-    if chosen is TimelineFormat.srt and len(clips) > 1:
+    if timeline is not None and out is not None and out.suffix and not by_name and fmt is None and not as_json:
+        known = ", ".join(f".{each}" for each in TimelineFormat)
+        raise UserError(f"--out {out}: a timeline is written as {known}; name the file so, or give --format")
+    subtitles = chosen in (TimelineFormat.srt, TimelineFormat.vtt)
+    if subtitles and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
     with _working() as result:
@@ -597,8 +605,8 @@ def predict(
             document = json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
         elif timeline is None:
             document = render.render_predictions(predictions)
-        elif chosen is TimelineFormat.srt:
-            document = render.render_subtitles(predictions)
+        elif subtitles:
+            document = render.render_subtitles(predictions, web=chosen is TimelineFormat.vtt)
         else:
             document = render.render_timeline(predictions)
         if out is None:

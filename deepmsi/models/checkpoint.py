@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "DeepMSI"
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 ENCODERS = ("text_encoder", "audio_encoder")
-OWN_FILES = {CONFIG, WEIGHTS, "README.md", *ENCODERS}
+OWN_FILES = {CONFIG, WEIGHTS, CARD, *ENCODERS}
 
 
 def write(model: DeepMSI, folder: Path) -> None:
@@ -50,12 +50,35 @@ def write(model: DeepMSI, folder: Path) -> None:
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8", errors="backslashreplace")  # of a path that is not UTF-8
+    (folder / CARD).write_text(_card(model), encoding="utf-8", errors="backslashreplace")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_state(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     for name in ENCODERS:
         encoder = getattr(model, name)
         if encoder is not None:
             save_encoder(encoder, getattr(model, name.replace("encoder", "processor")), folder / name)
+
+
+def _card(model: DeepMSI) -> str:
+    """A model card that says what is known here: not whose data trained the model, nor under which licence it is."""
+    reads, labels = ", ".join(model.modalities), ", ".join(model.config.names)
+    return f"""---
+{model._hub_mixin_info.model_card_data.to_yaml()}
+---
+
+# Emotion recognition from {reads}
+
+Made with deepmsi; the labels are {labels}.
+
+```python
+from deepmsi import DeepMSI
+
+model = DeepMSI.from_pretrained("FOLDER OR REPOSITORY")
+print(model.predict(["clip.mp4"], texts=["what is said in it"]))
+```
+
+Before you share it, say here which data trained it, under which terms these allow that, and how it was measured.
+"""
 
 
 def stored_state(model: DeepMSI) -> dict[str, Tensor]:

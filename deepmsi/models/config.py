@@ -483,8 +483,8 @@ def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
     # An unknown key is most often the cause of the others, so it goes first.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    # Pydantic adds the name of the union's branch ("literal[...]") after the key itself.
-    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    # Pydantic adds the name of the union's branch ("literal[...]", "bool") after the key itself.
+    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part not in _BRANCHES)
     if first["type"] == "extra_forbidden":
         sentence = f"unknown key '{path}'{_nearest(cls, first['loc'])}"
     else:
@@ -495,6 +495,9 @@ def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
             sentence += f" (found {first['input']!r:.60})"
     more = len({problem["loc"][:2] for problem in problems}) - 1
     return sentence + (f" (and {more} more problem{'s' * (more > 1)})." if more else ".")
+
+
+_BRANCHES = ("bool", "int", "float", "str")
 
 
 def known_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:

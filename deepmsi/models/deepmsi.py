@@ -63,7 +63,6 @@ class DeepMSI(
     PyTorchModelHubMixin,
     library_name="deepmsi",
     tags=["emotion-recognition", "multimodal"],
-    license="apache-2.0",
 ):
     """Recognise emotions from the frames, the words and the voice of an utterance.
 

@@ -173,6 +173,12 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
         return
     if info.duration is None:
         raise UserError(f"{clip}: the file does not say how long it is; remux it to go over it in windows.")
+    heard, longest = model.config.audio.max_seconds, min(length, info.duration)
+    if has_audio and longest > heard:
+        raise UserError(
+            f"{clip}: of a window of {longest:g} s this model would hear the first {heard:g} (audio.max_seconds): give "
+            "shorter windows."
+        )
     count = max(1, math.ceil(info.duration / length - SHORTEST_WINDOW))
     for k in range(count):
         # The last window takes a rest that is too short to stand alone.

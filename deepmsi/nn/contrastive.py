@@ -130,10 +130,15 @@ def _pad(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
 
 
+def _collective(name: str, before: str) -> Any:
+    """Return a collective by the name that torch has since 2.14, where the one before warns."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 def _gather(x: Tensor, group: Any) -> Tensor:
     """Return the rows of all processes [world · n, ...], in the order of their ranks."""
     joined = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(joined, x.contiguous(), group)
+    _collective("all_gather_single", "all_gather_into_tensor")(joined, x.contiguous(), group)
     return joined
 
 
@@ -156,5 +161,6 @@ class _GatherRows(torch.autograd.Function):
             start = dist.get_rank(ctx.group) * ctx.rows
             own.copy_(grad[start : start + ctx.rows])
         else:
-            dist.reduce_scatter_tensor(own, grad, dist.ReduceOp.SUM, ctx.group)
+            scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+            scatter(own, grad, dist.ReduceOp.SUM, ctx.group)
         return own, None

@@ -261,7 +261,8 @@ def _open_data(facts: RunFacts) -> "PreparedData | None":
     places = [facts.path / "prepared", *([Path(said["path"])] if isinstance(said.get("path"), str) else [])]
     place = next((place for place in places if (place / INDEX).is_file()), None)
     if place is None:
-        facts.missing.append("the data of the run is no longer where it was, so that no frame can be shown")
+        gone = "the data of the run is no longer where it was" if said else "the folder does not say where its data is"
+        facts.missing.append(f"{gone}, so that no frame can be shown")
         return None
     try:
         data = PreparedData.open(place)

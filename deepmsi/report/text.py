@@ -34,15 +34,15 @@ def context_of(metrics: Mapping[str, Any]) -> str:
 
 
 def chance_of(metrics: Mapping[str, Any]) -> tuple[float, float]:
-    """Accuracy of guessing evenly over the classes that occur, and of always naming the commonest one."""
+    """Accuracy of guessing evenly over the classes of the model, and of always naming the commonest one."""
     support = [int(sum(row)) for row in metrics["confusion_matrix"]]
-    total, present = sum(support), sum(1 for n in support if n)
-    return 1 / max(present, 1), max(support, default=0) / max(total, 1)
+    return 1 / max(len(support), 1), max(support, default=0) / max(sum(support), 1)
 
 
 def render_metrics(metrics: Mapping[str, Any]) -> str:
     """Lay out the scores with their intervals and the per-class table, below the protocol they were taken under."""
     lines = [f"{'protocol':<12} {metrics['protocol']}"] if "protocol" in metrics else []
+    lines += [f"{'read':<12} {', '.join(metrics['modalities'])}"] if "modalities" in metrics else []
     lines += [f"{'text context':<12} {context_of(metrics)}"] if "context" in metrics else []
     for key, name in NAMES.items():
         if key in metrics:
@@ -121,18 +121,20 @@ def render_timeline(predictions: Sequence["Prediction"]) -> str:
     return table.getvalue()
 
 
-def _timestamp(seconds: float) -> str:
+def _timestamp(seconds: float, point: str) -> str:
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
-    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d},{rest % 1000:03d}"
+    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
 
 
-def render_subtitles(predictions: Sequence["Prediction"]) -> str:
-    """SubRip subtitles: the label and its probability, one cue a window that has a label."""
+def render_subtitles(predictions: Sequence["Prediction"], web: bool = False) -> str:
+    """SubRip subtitles, or WebVTT: the label and its probability, one cue a window that has a label."""
+    point = "." if web else ","
     labelled = [(item, item.label) for item in predictions if item.label is not None]
     cues = [
-        f"{number}\n{_timestamp(item.start)} --> {_timestamp(item.end or 0)}\n{label} {item.probabilities[label]:.0%}\n"
+        f"{number}\n{_timestamp(item.start, point)} --> {_timestamp(item.end or 0, point)}\n"
+        f"{label} {item.probabilities[label]:.0%}\n"
         for number, (item, label) in enumerate(labelled, 1)
     ]
-    return "\n".join(cues)
+    return "\n".join(["WEBVTT\n", *cues] if web else cues)

@@ -21,7 +21,7 @@ from deepmsi.train.record import RECIPE, RUN, read_run, write_json
 from deepmsi.train.rows import is_prepared
 from deepmsi.train.run import train
 
-ABLATION, TABLE = "ablation", "ablation.json"
+ABLATION, RETRAINED, TABLE = "ablation", "retrained", "ablation.json"
 # There is a capacity to find only where tokens are kept by a threshold.
 NO_CAPACITY = {"train.capacity_quantile": "null"}
 PARTS = {
@@ -103,7 +103,8 @@ def ablate(
         run: a run directory of `train`.
         data: "evaluate": labelled data to score on. "retrain": the data the run was trained on; each line is
             measured on the run's own folds. A manifest is prepared once for all lines that prepare it alike.
-        out: takes `ablation.json` and a folder per line; None means RUN/ablation, where reports look.
+        out: takes `ablation.json`, of the mode that ran last, and a folder per line, in "retrain" below `retrained`;
+            None means RUN/ablation, where reports look.
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
             `{"keep 100": {"vision.keep": "100"}}`; None takes those of `variants_of`.
@@ -137,7 +138,7 @@ def ablate(
         shared = data
         for name, settings in changes.items():
             note(f"Ablation: {name}.")
-            folder = out / name.replace("%", "-percent").replace(" ", "-")
+            folder = out / RETRAINED / name.replace("%", "-percent").replace(" ", "-")
             overrides = [f"{key}={value}" for key, value in settings.items()]
             line = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
             alike = line.prepare == recipe.prepare
@@ -162,7 +163,7 @@ def _reads(chosen: Sequence[str]) -> dict[str, str]:
 
 def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """The lines as a Markdown table, scores in percent with the 95% interval of the accuracy, protocol below."""
-    head = ("modalities", "n", "accuracy (95%)", "UAR", "weighted F1", "macro F1", "text context")
+    head = ("modalities", "n", "accuracy % (95%)", "UAR", "weighted F1", "macro F1", "text context")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines:
         low, high = line["intervals"]["accuracy_wilson"]

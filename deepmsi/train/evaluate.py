@@ -21,7 +21,7 @@ from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
-from deepmsi.train.rows import Selection, open_shared, select_rows
+from deepmsi.train.rows import Selection, open_shared, read_of, select_rows
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData, PreparedRow
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
 
-def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a run's model on every labelled row of the data.
+def evaluate(
+    run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = (), split: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's model on every labelled row of the data, or of one part of it.
 
     It runs in float32, as prediction does, whatever precision the run trained and scored its folds in. Where a launcher
     such as torchrun started several processes they share the rows, each of which is scored once; all of them get the
@@ -41,6 +43,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
         data: a manifest (prepared with the run's own options) or a prepared folder.
         out: takes `metrics.json` and `predictions.csv`; None writes nothing.
         drop: modalities to hide: "text", "audio", "video", one by one or joined by commas.
+        split: "train", "dev" or "test": only the rows of that part by the column `split`.
 
     Returns:
         What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, and as
@@ -71,8 +74,10 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
             if (section := getattr(model.config, name)).encoder == "features"
         }
         options = recipe.prepare.model_copy(update=encoders)
-        prepared = open_shared(data, options, folder, lambda rows: _select(rows, model.config, recipe, drop))
-        result, predictions = evaluate_model(model, recipe, prepared, drop)
+        prepared = open_shared(
+            data, options, folder, lambda rows: _select(rows, model.config, recipe, drop, split=split)
+        )
+        result, predictions = evaluate_model(model, recipe, prepared, drop, split)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:
         if name in prepared.encoders and getattr(model.config, name).encoder == "features":
@@ -91,7 +96,7 @@ def evaluate(run: Path, data: Path, out: Path | None = None, drop: Sequence[str]
 
 
 def evaluate_model(
-    model: DeepMSI, recipe: Recipe, data: PreparedData, drop: Sequence[str] = ()
+    model: DeepMSI, recipe: Recipe, data: PreparedData, drop: Sequence[str] = (), split: str | None = None
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """Evaluate a model in memory.
 
@@ -101,14 +106,17 @@ def evaluate_model(
     config = model.config
     _check_left(config.modalities, drop)
     check_data(data, config)
-    selection = _select(data.rows, config, recipe, drop, data.failures)
+    selection = _select(data.rows, config, recipe, drop, data.failures, split)
     for sentence in selection.notes():
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
+    read = [name for k, name in enumerate(MODALITIES) if any(dataset.present(i)[k] for i in range(len(dataset)))]
+    if absent := [name for name in read_of(config, drop) if name.partition(" ")[0] not in read]:
+        note(f"No row has {' or '.join(absent)}: the model reads what it learned for rows without.")
     with progress(len(dataset), "evaluate", "row") as bar:
         logits = predict_logits(model, dataset, recipe.train, on_batch=bar.update)
     result = compute_metrics(selection.classes, logits.argmax(1), config.names)
-    result["modalities"] = [name for name in config.modalities if name not in drop]
+    result["modalities"] = [name for name in config.modalities if name in read]
     result["context"] = config.text.context
     result["left_out"] = selection.left_out
     ids = [data.rows[i].id for i in selection.indices]
@@ -121,8 +129,19 @@ def _select(
     recipe: Recipe,
     drop: Sequence[str],
     failures: Sequence[Mapping[str, str]] = (),
+    split: str | None = None,
 ) -> Selection:
-    return select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures)
+    selection = select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures)
+    if split is None:
+        return selection
+    inside = np.array([rows[i].split == split for i in selection.indices])
+    if not inside.any():
+        there = sorted({rows[i].split or "none" for i in selection.indices})
+        raise UserError(f"No row is of the part {split!r}: the column split holds {', '.join(there)}.")
+    if not inside.all():
+        selection.left_out[f"they are not of the part {split!r}"] = int((~inside).sum())
+    selection.indices, selection.classes = selection.indices[inside], selection.classes[inside]
+    return selection
 
 
 def prediction_rows(

@@ -21,7 +21,7 @@ from deepmsi.train.dataset import present_modalities
 from deepmsi.train.join import read_splits
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe
-from deepmsi.train.rows import Selection, select_rows
+from deepmsi.train.rows import Selection, read_of, select_rows
 
 # How frames were cut, which the data know and prediction has to do again.
 CUT = ("resize", "face", "face_model")
@@ -145,7 +145,8 @@ def fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
     there = readable(data.rows, recipe)
     absent = [name for name in MODALITIES if name not in there and name in recipe.modalities]
     if absent and there:
-        note(f"No row has {' or '.join(absent)}: the model is built without.")
+        lacking = [name for name in read_of(recipe, ()) if name.partition(" ")[0] in absent]
+        note(f"No row has {' or '.join(lacking)}: the model is built without.")
         plain["drop"] = [*recipe.drop, *absent]
     for name in ("text", "audio"):
         section = getattr(recipe, name)

@@ -249,8 +249,11 @@ class Recipe(ModelSections):
         missing = {key: value for key, value in own.items() if key not in said}
         # Not through setattr: validation on assignment would run this validator again.
         self.__dict__["prepare"] = PrepareOptions(**{**self.prepare.model_dump(), **missing})
-        if self.train.cache_stem and self.vision.backbone != "none":
-            self._keep_stem()
+        if self.vision.backbone != "none":
+            if self.train.cache_stem:
+                self._keep_stem()
+            if self.vision.freeze and not self.vision.pretrained:
+                raise ValueError("vision.freeze keeps weights that start at random: set vision.pretrained=true")
         if self.labels is not None:
             if len(set(self.labels)) != len(self.labels):
                 raise ValueError("labels has a name twice")
@@ -260,7 +263,7 @@ class Recipe(ModelSections):
         return self
 
     def _keep_stem(self) -> None:
-        """Leave frames as they are, and refuse what gives a row another stem at another time or in another fit."""
+        """Leave frames as they are, and refuse what gives a row another stem at another time."""
         vision, said = self.vision, self.augment.model_fields_set
         changes = [f"augment.{name}=0" for name in _OF_FRAMES if name in said and getattr(self.augment, name)]
         if vision.drop_path:
@@ -269,8 +272,6 @@ class Recipe(ModelSections):
             changes.append("vision.pixel_statistics=false")
         if not vision.freeze:
             changes.append("vision.freeze=stem")
-        if not vision.pretrained:
-            changes.append("vision.pretrained=true")
         if changes:
             raise ValueError(
                 f"train.cache_stem keeps what the same frames always give: set {', '.join(changes)}, or leave it out"

@@ -191,7 +191,7 @@ def select_rows(
         elif row.label is None:
             left_out["they have no label"] += 1
         elif not any(has and name not in hidden for has, name in zip(there, MODALITIES, strict=True)):
-            left_out[f"they have none of {', '.join(_read_of(config, hidden))}"] += 1
+            left_out[f"they have none of {', '.join(read_of(config, hidden))}"] += 1
         else:
             indices.append(i)
             labels.append(row.label)
@@ -216,7 +216,7 @@ def select_rows(
     )
 
 
-def _read_of(config: ModelSections, hidden: Sequence[str]) -> list[str]:
+def read_of(config: ModelSections, hidden: Sequence[str]) -> list[str]:
     """What a model reads of a row, in words."""
     given = [name for name in config.modalities if name != "video" and getattr(config, name).encoder == "features"]
     return [f"{name} features" if name in given else name for name in config.modalities if name not in hidden]

@@ -236,7 +236,10 @@ class _Run:
     def _plan_memory(self, choose: bool) -> StepMemory | None:
         """Say what a step takes of the memory; on request choose the batch size that fits."""
         # With the model of the first fit, where that is of a fold's whole training part: weights are read once.
-        fold = next((fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()), self.folds[0])
+        fold = next((fold for fold in self.chosen if not (self._folder(fold) / FOLD).is_file()), None)
+        if fold is None and (self.out / "model").is_dir():
+            return None  # nothing is left to fit
+        fold = fold or self.folds[0]
         config, seed = self._config(fold.train), derive_seed(self.recipe.seed, fold.name)
         model = self._new_model(config, seed)
         if self.recipe.train.capacity_quantile is not None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from deepmsi.data.files import digest, replacing, write_sorted_json
+from deepmsi.data.files import TEMPORARY, digest, replacing, write_sorted_json
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import weights_digest
 from deepmsi.models.memory import gigabytes
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 _FOLDER = "stems"
 _VERSION = 1
 """Rises where the numbers of a stem change by more than roundings: files of earlier versions are then left alone."""
+
+_ABANDONED = 3600
+"""Seconds: no row takes so long to write."""
 
 
 class Stems:
@@ -150,10 +155,14 @@ def _open(model: DeepMSI, dataset: UtteranceDataset, settings: TrainSettings, ro
             f"{stems.folder}: what the stem makes of {len(missing)} rows takes {gigabytes(wanted)} GB, and "
             f"{gigabytes(free)} GB are free on its disk: make room, {otherwise}."
         )
+    for leftover in stems.folder.glob(f"{TEMPORARY}*"):  # of a call that was killed; another may be at work
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                leftover.unlink()
     write_sorted_json(stems.folder / "stem.json", made_of)
     note(
-        f"Computing what the frozen stem makes of {len(missing)} of {len(rows)} rows: "
-        f"{gigabytes(len(rows) * stems.size)} GB in {stems.folder}, for this and later fits."
+        f"Computing what the frozen stem makes of {len(missing)} of {len(rows)} rows: {gigabytes(wanted)} GB more in "
+        f"{stems.folder}, for this and later fits."
     )
     return stems
 

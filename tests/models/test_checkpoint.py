@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_round_trip(tiny, batch, tmp_path):
         for got, expected in zip(loaded(**batch, labels=labels), model(**batch, labels=labels), strict=True):
             assert (got is None and expected is None) or torch.equal(got, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_model_card_makes_no_claims(saved):
+    """Not of a licence, which those of the data decide, nor that it was pushed anywhere."""
+    text = (saved / "README.md").read_text()
+    assert "the labels are a, b, c." in text
+    assert re.search(r"^library_name: deepmsi$", text, re.MULTILINE)
+    assert not re.search("license|More Information|pushed", text)
 
 
 def test_a_checkpoint_whose_lambda_is_a_scalar_is_read(saved):

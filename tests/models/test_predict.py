@@ -1,6 +1,7 @@
 """Prediction from files: the recorded preprocessing, missing streams, timelines, features, bad input."""
 
 import csv
+import re
 
 import av
 import numpy as np
@@ -129,6 +130,14 @@ def test_a_timeline_covers_the_recording(model, tmp_path):
     assert len(model.predict([clip], timeline=60.0)) == 1
 
 
+def test_a_window_is_no_longer_than_what_is_heard(model, tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "long.mp4", seconds=3.4)
+    monkeypatch.setattr(model.config.audio, "max_seconds", 2.0)
+    assert len(model.predict([clip], timeline=2.0)) == 2
+    with pytest.raises(UserError, match=r"of a window of 3 s this model would hear the first 2 \(audio\.max_seconds\)"):
+        model.predict([clip], timeline=3.0)
+
+
 def test_a_bar_shows_how_far_it_is(model, tmp_path, monkeypatch):
     """Of a recording of hours it is silent for minutes."""
     shown = []
@@ -178,6 +187,9 @@ def test_a_window_without_content_has_no_label(tiny, tmp_path):
     assert (head[3:], last[2]) == (list(windows[0].probabilities), windows[0].label)
     assert render_timeline(windows).endswith(",,,,\n")
     assert render_subtitles(windows).count("-->") == 1
+    web = render_subtitles(windows, web=True)
+    assert web.startswith("WEBVTT\n\n1\n")
+    assert re.search(r"^00:00:\d\d\.\d{3} --> 00:00:\d\d\.\d{3}$", web, re.MULTILINE)
 
 
 def test_a_recording_without_content(tiny, tmp_path):

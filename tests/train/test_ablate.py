@@ -35,7 +35,8 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
     assert lines[2]["accuracy"] > 0.9
     written = json.loads((run / "ablation" / "ablation.json").read_text())
     assert [line["name"] for line in written["lines"]] == names
-    assert (run / "ablation" / "text+audio" / "metrics.json").is_file()
+    lines_of = run / "ablation" / ("retrained" if mode == "retrain" else "")
+    assert (lines_of / "text+audio" / "metrics.json").is_file()
     leaky = [line | {"protocol": "10-fold (leaks: speakers)"} for line in lines]
     assert ablation_table(leaky).splitlines()[-1] == "Protocol: 10-fold (leaks: speakers)."
     table = ablation_table(lines).splitlines()
@@ -51,19 +52,29 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
     assert table[2].startswith("| text | ")
 
 
+def test_both_kinds_of_lines_find_room(split_corpus: Path, tmp_path: Path) -> None:
+    """A report recommends one and the other; the table is of the last."""
+    run = tmp_path / "run"
+    train(make_recipe(train={"epochs": 1}), split_corpus, run)
+    for mode in ("evaluate", "retrain", "evaluate"):
+        ablate(run, split_corpus, mode=mode, variants={} if mode == "retrain" else None)  # type: ignore[arg-type]
+        assert json.loads((run / "ablation" / "ablation.json").read_text())["mode"] == mode
+
+
 def test_lines_are_trained_and_measured_on_the_folds_of_the_run(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     protocol = {"name": "stratified-kfold", "folds": 3, "final_fit": False}
     train(make_recipe(protocol=protocol, train={"epochs": 1}), corpus, run)
     ablate(run, corpus, mode="retrain", variants={})
-    folds, of_text = (json.loads((folder / "splits.json").read_text()) for folder in (run, run / "ablation" / "text"))
+    own = run / "ablation" / "retrained" / "text"
+    folds, of_text = (json.loads((folder / "splits.json").read_text()) for folder in (run, own))
     assert of_text.keys() == folds.keys()
     for name, parts in of_text.items():
         for part in ("train", "test"):
             assert parts[part] == [row for row in folds[name][part] if int(row[1:]) % 5]  # the others have no text
     # A line that was begun on other folds is not continued on these.
     of_text["01"], of_text["02"] = of_text["02"], of_text["01"]
-    (run / "ablation" / "text" / "splits.json").write_text(json.dumps(of_text))
+    (run / "ablation" / "retrained" / "text" / "splits.json").write_text(json.dumps(of_text))
     with pytest.raises(UserError, match=r"text was begun with other folds: delete it"):
         ablate(run, corpus, mode="retrain", variants={})
 
@@ -81,7 +92,7 @@ def test_a_line_without_rows_of_the_dev_part_chooses_its_epoch_inside_the_traini
     data = prepared_corpus(tmp_path, splits=("train", "train", "train", "train", "dev", "test"), edit=edit)
     train(make_recipe(train={"epochs": 1, "selection": "auto", "inner_folds": 2}), data, run)
     ablate(run, data, mode="retrain", variants={})
-    (fold,) = json.loads((run / "ablation" / "text" / "metrics.json").read_text())["folds"]
+    (fold,) = json.loads((run / "ablation" / "retrained" / "text" / "metrics.json").read_text())["folds"]
     assert fold["epochs_from"] == "an inner validation part"
 
 
@@ -92,7 +103,7 @@ def test_repeats_of_a_line_may_lack_folds(tmp_path: Path) -> None:
     protocol = {"name": "stratified-kfold", "folds": 4, "repeats": 2, "final_fit": False}
     train(make_recipe(train={"epochs": 1}, protocol=protocol), data, run)
     ablate(run, data, mode="retrain", variants={})
-    metrics = json.loads((run / "ablation" / "text" / "metrics.json").read_text())
+    metrics = json.loads((run / "ablation" / "retrained" / "text" / "metrics.json").read_text())
     assert (len(metrics["folds"]), metrics["repeats"], metrics["n"]) == (7, 2, 6)
 
 

@@ -735,6 +735,29 @@ def test_evaluate_with_modalities_hidden(finished: Path, split_corpus: Path) -> 
         evaluate(finished, split_corpus, drop=["smell"])
 
 
+def test_evaluate_takes_one_part(finished: Path, split_corpus: Path) -> None:
+    part = evaluate(finished, split_corpus, split="test")
+    assert part["n"] == 12
+    assert part["rows_seen_in_training"] == 0
+    assert part["left_out"] == {"they are not of the part 'test'": 48}
+    with pytest.raises(UserError, match="No row is of the part 'tset': the column split holds dev, test, train"):
+        evaluate(finished, split_corpus, split="tset")
+
+
+def test_evaluate_tells_what_no_row_has(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts are there, and the features that the model reads of them are not."""
+
+    def without_features(table: list[dict[str, str]]) -> None:
+        for row in table:
+            row["text_features"] = ""
+
+    data = prepared_corpus(tmp_path / "data", rows=12, edit=without_features)
+    assert evaluate(finished, data)["modalities"] == ["audio"]
+    assert "No row has text features: the model reads what it learned for rows without." in capsys.readouterr().err
+    train(make_recipe(train={"epochs": 1}, protocol="stratified-kfold"), data, tmp_path / "run", folds=["1"])
+    assert "No row has text features: the model is built without." in capsys.readouterr().err
+
+
 def test_evaluate_takes_a_manifest(finished: Path, tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path / "raw", rows=9)
     assert evaluate(finished, manifest)["n"] == 9

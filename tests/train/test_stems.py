@@ -238,7 +238,7 @@ def test_the_reported_rows_are_scored_from_their_frames(data: Path, tmp_path: Pa
     ("changes", "sentence"),
     [
         ({"vision": {"freeze": False}}, r"set vision\.freeze=stem,"),
-        ({"vision": {"pretrained": False}}, r"set vision\.pretrained=true,"),
+        ({"vision": {"pretrained": False}}, r"start at random: set vision\.pretrained=true"),
         ({"vision": {"drop_path": 0.1}}, r"set vision\.drop_path=0,"),
         ({"vision": {"pixel_statistics": True}}, r"set vision\.pixel_statistics=false,"),
         ({"augment": {"flip": 0.5, "grey": 0.1}}, r"always give: set augment\.flip=0, augment\.grey=0, or leave it"),
