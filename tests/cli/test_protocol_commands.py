@@ -138,7 +138,7 @@ def test_ablate_trains_each_line(deepmsi, mistake, tmp_path_factory, tmp_path) -
         "keep 25%",
     ]
     assert len(lines) == 10
-    made = yaml.safe_load((run / "ablation" / "keep-25-percent" / "recipe.yaml").read_text())
+    made = yaml.safe_load((run / "ablation" / "retrained" / "keep-25-percent" / "recipe.yaml").read_text())
     assert made["vision"]["keep"] == [16, 16]
     assert json.loads(deepmsi(*words, "--json").out) == lines  # done already: read back
     assert "at most 1" in mistake("ablate", run, "--data", data, "--retrain", "--keep", "25")
@@ -166,9 +166,9 @@ def test_ablate_counts_of_frames_from_a_manifest(deepmsi, clips, tmp_path) -> No
     lines = json.loads(outcome.out)
     assert [line["name"] for line in lines] == ["video", "without VSC", "2 frames"]
     assert all("protocol" in line and line["context"] == 0 for line in lines)
-    assert {path.parent.name for path in run.glob("ablation/*/prepared")} == {"video", "2-frames"}
+    assert {path.parent.name for path in run.glob("ablation/retrained/*/prepared")} == {"video", "2-frames"}
     assert json.loads(deepmsi(*words).out) == lines  # done already: read back
-    index = json.loads((run / "ablation" / "2-frames" / "prepared" / "index.json").read_text())
+    index = json.loads((run / "ablation" / "retrained" / "2-frames" / "prepared" / "index.json").read_text())
     assert index["options"]["frames"] == 2
     assert deepmsi("report", run).code == 0
     assert "| 2 frames |" in (run / "report.md").read_text()
