@@ -483,13 +483,13 @@ def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
     # An unknown key is most often the cause of the others, so it goes first.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    # Pydantic adds the name of the union's branch ("literal[...]", "bool") after the key itself.
-    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part not in _BRANCHES)
+    path = _key_of(first["loc"])
     if first["type"] == "extra_forbidden":
         sentence = f"unknown key '{path}'{_nearest(cls, first['loc'])}"
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
+        # One for each branch of a union, none of which took the value.
+        branches = [one["msg"].removeprefix("Value error, ") for one in problems if _key_of(one["loc"]) == path]
+        message = ", or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in branches))
         sentence = f"{path}: {message}" if path else message
         if first["type"] not in ("missing", "value_error"):
             sentence += f" (found {first['input']!r:.60})"
@@ -498,6 +498,11 @@ def explain_validation(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 _BRANCHES = ("bool", "int", "float", "str")
+
+
+def _key_of(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of a problem, without the names of a union's branches ("literal[...]", "bool") behind it."""
+    return ".".join(str(part) for part in loc if "[" not in str(part) and part not in _BRANCHES)
 
 
 def known_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:

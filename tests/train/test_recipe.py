@@ -119,7 +119,7 @@ def test_no_augmentation_is_none_at_all() -> None:
         ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1"),
         ("train.selection=best", r"train\.selection: input should be"),
         ("protocol=magic", r"protocol\.name: input should be"),
-        ("vision.freeze=stm", r"vision\.freeze: input should be"),
+        ("vision.freeze=stm", r"vision\.freeze: input should be a valid boolean.*, or input should be 'stem' \(found"),
         ("vision.freeze=true", r"vision\.freeze keeps weights that start at random: set vision\.pretrained=true"),
         ("drop=[smell]", "'smell' is no modality"),
         ("drop=[video, text, audio]", "keep at least one"),
