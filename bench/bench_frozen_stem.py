@@ -21,7 +21,7 @@ def bench_frozen_stem(compare: Any, smallest: bool, device: str, utterances: int
     if smallest and utterances > 1:
         pytest.skip("only the smallest size was asked for")
     if device == "cpu" and utterances > 1:
-        pytest.skip("sixteen utterances are for a GPU, as in `bench_video_branch`")
+        pytest.skip("a CPU is measured on one utterance: sixteen are for a GPU")
     frames = 1 if smallest else 15 * utterances
     _, learning = backbones("released", device)
     frozen = copy.deepcopy(learning).freeze_stem()

@@ -388,6 +388,18 @@ def compare(benchmark: Any, smallest: bool, device: str, compiled: bool) -> Iter
         yield Comparison(benchmark, smallest, benchmark._timer, device, compiled)
 
 
+def products(a: Tensor, b: Tensor) -> list[Function]:
+    """Return what torch has to multiply matrices by, b square.
+
+    MKL, behind torch.mm, has its fast float32 kernels for Intel's CPUs alone; oneDNN asks what the CPU can do.
+    """
+    found: list[Function] = [lambda: torch.mm(a, b)]
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        x, w = a.to_mkldnn(), b.to_mkldnn()
+        found.append(lambda: torch.nn.functional.linear(x, w))
+    return found
+
+
 class Ceilings:
     """What this device reaches at plain products and, a GPU, at copying: what floors are counted from."""
 
@@ -413,12 +425,7 @@ class Ceilings:
         # Not torch's own generator, which no longer draws after a capture that failed.
         draw = torch.Generator(self.device).manual_seed(0)
         a, b = (torch.randn(side, side, generator=draw, device=self.device).to(dtype) for _ in range(2))
-        products = [lambda: torch.mm(a, b)]
-        if self.device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            # MKL, behind torch.mm, has its fast kernels for Intel's CPUs alone; oneDNN asks what the CPU can do.
-            x, w = a.to_mkldnn(), b.to_mkldnn()
-            products.append(lambda: torch.nn.functional.linear(x, w))
-        rate = 2 * side**3 / min(map(self._least, products))
+        rate = 2 * side**3 / min(map(self._least, products(a, b)))
         if self.device == "cpu":
             return rate, float("inf")
         source = torch.randn(2**28, generator=draw, device=self.device)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from bench_model import backbones, quiet, step_of
-from conftest import facts
+from conftest import facts, products
 from torch.profiler import ProfilerActivity, profile
 
 from deepmsi import testing
@@ -91,16 +91,9 @@ def measure(run: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def torch_rate(rows: int, channels: int) -> float:
-    """Return the GFLOP/s of torch's own product of that many rows with a square matrix: the best of eight of each kind.
-
-    oneDNN's stands beside MKL's, which has its fast kernels for Intel's CPUs alone.
-    """
+    """Return the GFLOP/s of torch's own product of that many rows with a square matrix: the best of eight."""
     a, b = torch.randn(rows, channels), torch.randn(channels, channels)
-    products = [lambda: torch.mm(a, b)]
-    if torch.backends.mkldnn.is_available():
-        x, w = a.to_mkldnn(), b.to_mkldnn()
-        products.append(lambda: torch.nn.functional.linear(x, w))
-    best = min(min(timeit.repeat(product, number=1, repeat=8)) for product in products)
+    best = min(min(timeit.repeat(product, number=1, repeat=8)) for product in products(a, b))
     return 2 * rows * channels**2 / best / 1e9
 
 

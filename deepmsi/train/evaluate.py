@@ -21,7 +21,7 @@ from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
-from deepmsi.train.rows import Selection, open_shared, read_of, select_rows
+from deepmsi.train.rows import Selection, in_words, open_shared, readable, select_rows
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedData, PreparedRow
@@ -110,13 +110,13 @@ def evaluate_model(
     for sentence in selection.notes():
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
-    read = [name for k, name in enumerate(MODALITIES) if any(dataset.present(i)[k] for i in range(len(dataset)))]
-    if absent := [name for name in read_of(config, drop) if name.partition(" ")[0] not in read]:
-        note(f"No row has {' or '.join(absent)}: the model reads what it learned for rows without.")
+    there = readable([data.rows[i] for i in selection.indices], config)
+    if absent := [name for name in config.modalities if name not in there and name not in drop]:
+        note(f"No row has {' or '.join(in_words(config, absent))}: the model reads what it learned for rows without.")
     with progress(len(dataset), "evaluate", "row") as bar:
         logits = predict_logits(model, dataset, recipe.train, on_batch=bar.update)
     result = compute_metrics(selection.classes, logits.argmax(1), config.names)
-    result["modalities"] = [name for name in config.modalities if name in read]
+    result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
     result["context"] = config.text.context
     result["left_out"] = selection.left_out
     ids = [data.rows[i].id for i in selection.indices]

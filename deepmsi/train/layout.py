@@ -17,11 +17,10 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, OWN_ENCODERS
 from deepmsi.models.finetuned import EncoderNotes, read_notes
 from deepmsi.train.console import note
-from deepmsi.train.dataset import present_modalities
 from deepmsi.train.join import read_splits
 from deepmsi.train.protocols import Fold, inner_folds, make_folds, restrict_folds
 from deepmsi.train.recipe import Recipe
-from deepmsi.train.rows import Selection, read_of, select_rows
+from deepmsi.train.rows import Selection, in_words, readable, select_rows
 
 # How frames were cut, which the data know and prediction has to do again.
 CUT = ("resize", "face", "face_model")
@@ -133,20 +132,13 @@ def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> 
     return chosen
 
 
-def readable(rows: Sequence[PreparedRow], recipe: Recipe) -> list[str]:
-    """The modalities that at least one row has for the model to read."""
-    there = [present_modalities(row, recipe) for row in rows]
-    return [name for k, name in enumerate(MODALITIES) if any(each[k] for each in there)]
-
-
 def fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
     """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
     plain = recipe.model_dump(mode="json")
     there = readable(data.rows, recipe)
     absent = [name for name in MODALITIES if name not in there and name in recipe.modalities]
     if absent and there:
-        lacking = [name for name in read_of(recipe, ()) if name.partition(" ")[0] in absent]
-        note(f"No row has {' or '.join(lacking)}: the model is built without.")
+        note(f"No row has {' or '.join(in_words(recipe, absent))}: the model is built without.")
         plain["drop"] = [*recipe.drop, *absent]
     for name in ("text", "audio"):
         section = getattr(recipe, name)

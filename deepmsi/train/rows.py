@@ -182,7 +182,7 @@ def select_rows(
     losses: dict[str, list[Mapping[str, str]]] = {}
     for failure in failures:
         losses.setdefault(failure["id"], []).append(failure)
-    read = set(config.modalities) - set(hidden)
+    read = [name for name in config.modalities if name not in hidden]
     indices, labels, poorer = [], [], []
     for i, row in enumerate(rows):
         there = present_modalities(row, config)
@@ -191,7 +191,7 @@ def select_rows(
         elif row.label is None:
             left_out["they have no label"] += 1
         elif not any(has and name not in hidden for has, name in zip(there, MODALITIES, strict=True)):
-            left_out[f"they have none of {', '.join(read_of(config, hidden))}"] += 1
+            left_out[f"they have none of {', '.join(in_words(config, read))}"] += 1
         else:
             indices.append(i)
             labels.append(row.label)
@@ -216,10 +216,16 @@ def select_rows(
     )
 
 
-def read_of(config: ModelSections, hidden: Sequence[str]) -> list[str]:
-    """What a model reads of a row, in words."""
-    given = [name for name in config.modalities if name != "video" and getattr(config, name).encoder == "features"]
-    return [f"{name} features" if name in given else name for name in config.modalities if name not in hidden]
+def readable(rows: Sequence[PreparedRow], config: ModelSections) -> list[str]:
+    """The modalities that at least one row has for the model to read."""
+    there = [present_modalities(row, config) for row in rows]
+    return [name for k, name in enumerate(MODALITIES) if any(each[k] for each in there)]
+
+
+def in_words(config: ModelSections, modalities: Sequence[str]) -> list[str]:
+    """What a model reads of modalities: "text", or "text features" where it reads these."""
+    given = [name for name in modalities if name != "video" and getattr(config, name).encoder == "features"]
+    return [f"{name} features" if name in given else name for name in modalities]
 
 
 def check_label(row_id: str, label: str, names: Sequence[str]) -> None:

@@ -54,7 +54,6 @@ from deepmsi.train.layout import (
     fit_to_data,
     inner_parts,
     lay_out,
-    readable,
     starting_notes,
     with_batch_of,
 )
@@ -65,7 +64,7 @@ from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_
 from deepmsi.train.protocols import Fold, both_sides
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.record import PREDICTIONS, RECIPE, RUN, RUN_FORMAT, write_json, write_predictions
-from deepmsi.train.rows import open_shared
+from deepmsi.train.rows import open_shared, readable
 from deepmsi.train.seeding import derive_seed, seed_torch
 
 if TYPE_CHECKING:
