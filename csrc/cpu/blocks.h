@@ -139,36 +139,55 @@ void over_each_row(int64_t rows, const Run& run) {
   });
 }
 
-// Stored rows as operands: where they lie, or a copy of `count` of them from `row` on in working memory.
+// A layer norm of rows; without weights it is none.
+struct Norm {
+  const float *weight = nullptr, *shift = nullptr;
+  float eps = 0.0f;
+};
+
+// Stored rows as operands: where they lie, or a copy of `count` of them from `row` on in working memory,
+// normed where a norm is given.
 class AsOperands {
  public:
-  AsOperands(const BlockKernels& k, const Rows& stored, int64_t columns, int64_t most)
-      : k_(k), stored_(stored), columns_(columns), copy_(k, k.as_stored(columns) ? 0 : most, columns) {}
+  AsOperands(const BlockKernels& k, const Rows& stored, int64_t columns, int64_t most, const Norm& norm = {})
+      : k_(k),
+        stored_(stored),
+        columns_(columns),
+        norm_(norm),
+        in_place_(norm.weight == nullptr && k.as_stored(columns)),
+        copy_(k, in_place_ ? 0 : most, columns) {}
   Rows rows(int64_t row, int64_t count) const {
     const Rows found = from(row);
-    if (!k_.as_stored(columns_)) k_.to_operand(count, columns_, stored_.at(row), found.start);
+    make(row, count, found.start);
     return found;
   }
   // The same on all threads.
   Rows rows_of_chunk(int64_t row, int64_t count) const {
     const Rows found = from(row);
-    if (!k_.as_stored(columns_)) {
-      over_rows(count, [&](int64_t first, int64_t last) {
-        k_.to_operand(last - first, columns_, stored_.at(row + first), found.at(first));
-      });
-    }
+    if (in_place_) return found;
+    over_rows(count, [&](int64_t first, int64_t last) { make(row + first, last - first, found.at(first)); });
     return found;
   }
 
  private:
   Rows from(int64_t row) const {
     const int64_t bytes = OperandRows::row_bytes(k_, columns_);
-    return {static_cast<char*>(k_.as_stored(columns_) ? stored_.at(row) : copy_.at(0)), bytes};
+    return {static_cast<char*>(in_place_ ? stored_.at(row) : copy_.at(0)), bytes};
+  }
+  void make(int64_t row, int64_t count, void* to) const {
+    if (in_place_) return;
+    if (norm_.weight == nullptr) {
+      k_.to_operand(count, columns_, stored_.at(row), to);
+    } else {
+      k_.normed(count, columns_, stored_.at(row), norm_.weight, norm_.shift, norm_.eps, to);
+    }
   }
 
   const BlockKernels& k_;
   Rows stored_;
   int64_t columns_;
+  Norm norm_;
+  bool in_place_;
   OperandRows copy_;
 };
 

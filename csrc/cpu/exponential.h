@@ -8,6 +8,28 @@ namespace {
 
 typedef int32_t VecInt __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
 
+// a > b ? a : b and a < b ? a : b: where one is no number, b. In AVX-512 compilers make a comparison and a
+// choice of them; with a mask that is whole, for GCC warns of what others leave undefined.
+#if DEEPMSI_VECTOR_BYTES == 64
+constexpr __mmask16 kEveryLane = 0xffff;
+#endif
+DEEPMSI_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
+#if DEEPMSI_VECTOR_BYTES == 64
+  const auto left = reinterpret_cast<__m512>(a), right = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<Vec<float>>(_mm512_mask_max_ps(right, kEveryLane, left, right));
+#else
+  return a > b ? a : b;
+#endif
+}
+DEEPMSI_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) {
+#if DEEPMSI_VECTOR_BYTES == 64
+  const auto left = reinterpret_cast<__m512>(a), right = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<Vec<float>>(_mm512_mask_min_ps(right, kEveryLane, left, right));
+#else
+  return a < b ? a : b;
+#endif
+}
+
 DEEPMSI_INLINE float lane_max(Vec<float> v) {
   float top = v[0];
 #pragma GCC unroll 16
@@ -30,8 +52,7 @@ DEEPMSI_INLINE Vec<float> raise_exponent(Vec<float> value, Vec<float> shifted) {
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (relative error 1e-7); below -87
 // it is less than 2e-38.
 DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  const Vec<float> lowest = Vec<float>{} - 87.0f;
-  x = x < lowest ? lowest : x;
+  x = maximum(Vec<float>{} - 87.0f, x);
   const Vec<float> shifted = x * 1.44269504f + kShift, n = shifted - kShift;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -39,13 +60,13 @@ DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return raise_exponent(p * (r * r) + r + 1.0f, shifted);
+  p = p * r + 1.0f;
+  return raise_exponent(p * r + 1.0f, shifted);
 }
 
 // 2^x for x <= 0, with a relative error of 2e-9 before rounding; below -126 it is less than 2e-38.
 DEEPMSI_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
-  const Vec<float> lowest = Vec<float>{} - 126.0f;
-  x = x < lowest ? lowest : x;
+  x = maximum(Vec<float>{} - 126.0f, x);
   const Vec<float> shifted = x + kShift, r = x - (shifted - kShift);
   Vec<float> p = r * 1.535336189e-4f + 1.339887442e-3f;
   p = p * r + 9.618437358e-3f;

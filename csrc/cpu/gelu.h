@@ -1,4 +1,4 @@
-// The normal distribution of a vector of floats, for the exact GELU x Φ(x) and its slope Φ(x) + x φ(x).
+// The exact GELU x Φ(x) of a vector of floats, and its slope Φ(x) + x φ(x).
 #pragma once
 
 #include "exponential.h"
@@ -6,22 +6,41 @@
 namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
-struct Normal {
-  Vec<float> below;    // Φ(x)
-  Vec<float> density;  // φ(x) = exp(-x² / 2) / √(2π)
+// What lies beyond |x|, which is held at 6 from there on: Φ(-|x|), and the density's shape exp(-x² / 2).
+struct Tail {
+  Vec<float> mass, size, bell;
 };
 
-// Both from one exponential, so that the lower tail keeps its digits: Φ(-t) = exp(-t² / 2) (1/2 - t P(t) /
-// Q(t)), where the bracket is half the scaled complement of the error function on [0, 6] (relative error
-// 1e-8), and its form leaves little of the rounding of P and Q near 0.
-DEEPMSI_INLINE Normal normal(Vec<float> x) {
-  const Vec<float> e = exp2_nonpositive(x * x * -0.72134752f);
-  const Vec<float> limit = Vec<float>{} + 6.0f, size = x < 0.0f ? -x : x, t = size > limit ? limit : size;
+// Both from one exponential, so that the tail keeps its digits: Φ(-t) = exp(-t² / 2) (1/2 - t P(t) / Q(t)),
+// where the bracket is half the scaled complement of the error function on [0, 6] (relative error 1e-8), and
+// its form leaves little of the rounding of P and Q near 0.
+DEEPMSI_INLINE Tail tail_of(Vec<float> x) {
+  const Vec<float> bell = exp2_nonpositive(x * x * -0.72134752f);
+  VecBits bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffffu;
+  Vec<float> t;
+  __builtin_memcpy(&t, &bits, sizeof t);
+  t = minimum(Vec<float>{} + 6.0f, t);
   const Vec<float> p = ((t * 1.3988208347e-2f + 1.0378079468e-1f) * t + 3.147112464e-1f) * t + 3.98941824e-1f;
   const Vec<float> q =
       (((t * 2.797901534e-2f + 2.298056964e-1f) * t + 8.138976248e-1f) * t + 1.415508847f) * t + 1.0f;
-  const Vec<float> tail = e * (0.5f - t * (p / q));
-  return {x < 0.0f ? tail : 1.0f - tail, e * 0.39894228f};
+  return {bell * (0.5f - t * (p / q)), t, bell};
+}
+
+// Beyond 6 it is 0 or x, but for 1e-8.
+DEEPMSI_INLINE Vec<float> gelu(Vec<float> x) {
+  const Tail tail = tail_of(x);
+  return maximum(Vec<float>{}, x) - tail.size * tail.mass;
+}
+
+struct GeluAndSlope {
+  Vec<float> value, slope;
+};
+DEEPMSI_INLINE GeluAndSlope gelu_and_slope(Vec<float> x) {
+  const Tail tail = tail_of(x);
+  const Vec<float> below = x < 0.0f ? tail.mass : 1.0f - tail.mass, density = tail.bell * 0.39894228f;
+  return {x * below, below + x * density};
 }
 
 }  // namespace

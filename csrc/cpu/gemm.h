@@ -67,6 +67,21 @@ struct BlockKernels {
   // and shift, and of the bias.
   void (*norm_gradient)(int64_t rows, int64_t columns, const void* grad_y, const void* z, const float* scale,
                         const float* weight, float eps, void* grad_z, float* sums);
+
+  // Where the norm comes first: normalised x * weight + shift as operands y, of stored x.
+  void (*normed)(int64_t rows, int64_t columns, const void* x, const float* weight, const float* shift,
+                 float eps, void* y);
+  // x + scale * (z + bias) as stored rows y, which may be z where floats are stored; a scale of null is 1.
+  void (*residual)(int64_t rows, int64_t columns, const float* z, const float* bias, const void* x,
+                   const float* scale, void* y);
+  // The gradient of z as operands, scale * grad_y; sums [columns] takes that of the bias.
+  void (*residual_gradient)(int64_t rows, int64_t columns, const void* grad_y, const float* scale,
+                            void* grad_z, float* sums);
+  // grad_y and what comes through the norm of stored x, whose result has the gradient `through`, as stored
+  // rows grad_x, which may be `through` where floats are stored; sums [2, columns] takes those of weight and
+  // shift.
+  void (*normed_gradient)(int64_t rows, int64_t columns, const float* through, const void* x,
+                          const float* weight, float eps, const void* grad_y, void* grad_x, float* sums);
 };
 
 // For tensors of float32 or bfloat16.

@@ -291,41 +291,37 @@ void add_bias(int64_t rows, int64_t columns, float* x, const float* bias, void* 
   });
 }
 
-// A vector, or what is left of a row, with zeros behind it.
-DEEPMSI_INLINE Vec<float> load_some(const float* p, int64_t count) {
-  if (count >= kLanes<float>) return load(p);
-  Vec<float> v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-}
-template <typename T>
-DEEPMSI_INLINE void store_some(T* p, Vec<float> v, int64_t count) {
-  if (count >= kLanes<float>) {
-    put(p, v, VectorTag{});
-  } else {
-    for (int64_t i = 0; i < count; ++i) put(p + i, v[i], ScalarTag{});
-  }
+// Call body(row + c, bias + c, y + c) for whole vectors, and at the end for copies of what is left of the
+// row, with zeros behind it.
+template <typename T, typename Body>
+DEEPMSI_INLINE void over_vectors(int64_t columns, float* row, const float* bias, T* y, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes<float> <= columns; c += kLanes<float>) body(row + c, bias + c, y + c);
+  if (c == columns) return;
+  float row_rest[kLanes<float>] = {}, bias_rest[kLanes<float>] = {};
+  T y_rest[kLanes<float>];
+  for (int64_t i = 0; i < columns - c; ++i) row_rest[i] = row[c + i], bias_rest[i] = bias[c + i];
+  body(row_rest, bias_rest, y_rest);
+  for (int64_t i = 0; i < columns - c; ++i) row[c + i] = row_rest[i], y[c + i] = y_rest[i];
 }
 
 template <typename S>
 void bias_gelu(int64_t rows, int64_t columns, float* x, const float* bias, void* y) {
-  for_operands<S>(rows, columns, x, y, [&](int64_t, const float* row, Operand<S>* to) {
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const Vec<float> h = load_some(row + c, columns - c) + load_some(bias + c, columns - c);
-      store_some(to + c, h * normal(h).below, columns - c);
-    }
+  for_operands<S>(rows, columns, x, y, [&](int64_t, float* row, Operand<S>* to) {
+    over_vectors(columns, row, bias, to, [](float* h, const float* b, Operand<S>* out) {
+      put(out, gelu(load(h) + load(b)), VectorTag{});
+    });
   });
 }
 
 template <typename S>
 void bias_gelu_slope(int64_t rows, int64_t columns, float* x, const float* bias, void* y) {
   for_operands<S>(rows, columns, x, y, [&](int64_t, float* row, Operand<S>* to) {
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const Vec<float> h = load_some(row + c, columns - c) + load_some(bias + c, columns - c);
-      const Normal n = normal(h);
-      store_some(to + c, h * n.below, columns - c);
-      store_some(row + c, n.below + h * n.density, columns - c);
-    }
+    over_vectors(columns, row, bias, to, [](float* h, const float* b, Operand<S>* out) {
+      const GeluAndSlope found = gelu_and_slope(load(h) + load(b));
+      put(out, found.value, VectorTag{});
+      store(h, found.slope);
+    });
   });
 }
 
@@ -401,6 +397,35 @@ void norm(int64_t rows, int64_t columns, float* z, const float* bias, const void
   }
 }
 
+// Take a row back through its norm: call give(c, gradient, tag) with that of z, where its result has the
+// gradient of(c, tag), and add those of weight and shift to sums [2, columns].
+template <typename S, typename Of, typename Give>
+DEEPMSI_INLINE void through_norm(int64_t columns, const S* z, const float* weight, float eps, float* sums,
+                                 const Of& of, const Give& give) {
+  const Moments m = moments(z, columns, eps);
+  Vec<float> sum = {}, along = {};
+  float sum_rest = 0.0f, along_rest = 0.0f;
+  for_channels<float>(columns, [&](int64_t c, auto tag) {
+    const auto unit = (get(z + c, tag) - m.mean) * m.inverse, dn = of(c, tag);
+    const auto gradient = dn * get(weight + c, tag);
+    put(sums + c, get(sums + c, tag) + dn * unit, tag);
+    put(sums + columns + c, get(sums + columns + c, tag) + dn, tag);
+    if constexpr (sizeof(gradient) == sizeof(float)) {
+      sum_rest += gradient;
+      along_rest += gradient * unit;
+    } else {
+      sum += gradient;
+      along += gradient * unit;
+    }
+  });
+  const float mean = (lane_sum<float>(sum) + sum_rest) / static_cast<float>(columns);
+  const float slope = (lane_sum<float>(along) + along_rest) / static_cast<float>(columns);
+  for_channels<float>(columns, [&](int64_t c, auto tag) {
+    const auto unit = (get(z + c, tag) - m.mean) * m.inverse;
+    give(c, (of(c, tag) * get(weight + c, tag) - mean - unit * slope) * m.inverse, tag);
+  });
+}
+
 template <typename S>
 void norm_gradient(int64_t rows, int64_t columns, const void* grad_y, const void* z, const float* scale,
                    const float* weight, float eps, void* grad_z, float* sums) {
@@ -408,32 +433,75 @@ void norm_gradient(int64_t rows, int64_t columns, const void* grad_y, const void
   for (int64_t r = 0; r < rows; ++r) {
     const S *dy = static_cast<const S*>(grad_y) + r * columns, *from = static_cast<const S*>(z) + r * columns;
     Operand<S>* to = static_cast<Operand<S>*>(grad_z) + r * wide;
-    const Moments m = moments(from, columns, eps);
+    float* of_bias = sums + 2 * columns;
     const float by = scale != nullptr ? scale[r] : 1.0f;
-    Vec<float> sum = {}, along = {};
-    float sum_rest = 0.0f, along_rest = 0.0f;
+    through_norm(
+        columns, from, weight, eps, sums, [&](int64_t c, auto tag) { return get(dy + c, tag) * by; },
+        [&](int64_t c, auto gradient, auto tag) {
+          put(to + c, gradient, tag);
+          put(of_bias + c, get(of_bias + c, tag) + gradient, tag);
+        });
+    for (int64_t c = columns; c < wide; ++c) to[c] = {};
+  }
+}
+
+template <typename S>
+void normed(int64_t rows, int64_t columns, const void* x, const float* weight, const float* shift, float eps,
+            void* y) {
+  const int64_t wide = pitch<S>(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* from = static_cast<const S*>(x) + r * columns;
+    Operand<S>* to = static_cast<Operand<S>*>(y) + r * wide;
+    const Moments m = moments(from, columns, eps);
     for_channels<float>(columns, [&](int64_t c, auto tag) {
-      const auto unit = (get(from + c, tag) - m.mean) * m.inverse, dn = get(dy + c, tag) * by;
-      const auto gradient = dn * get(weight + c, tag);
-      put(sums + c, get(sums + c, tag) + dn * unit, tag);
-      put(sums + columns + c, get(sums + columns + c, tag) + dn, tag);
-      if constexpr (sizeof(gradient) == sizeof(float)) {
-        sum_rest += gradient;
-        along_rest += gradient * unit;
-      } else {
-        sum += gradient;
-        along += gradient * unit;
-      }
-    });
-    const float mean = (lane_sum<float>(sum) + sum_rest) / static_cast<float>(columns);
-    const float slope = (lane_sum<float>(along) + along_rest) / static_cast<float>(columns);
-    for_channels<float>(columns, [&](int64_t c, auto tag) {
-      const auto unit = (get(from + c, tag) - m.mean) * m.inverse;
-      const auto gradient = (get(dy + c, tag) * by * get(weight + c, tag) - mean - unit * slope) * m.inverse;
-      put(to + c, gradient, tag);
-      put(sums + 2 * columns + c, get(sums + 2 * columns + c, tag) + gradient, tag);
+      put(to + c, (get(from + c, tag) - m.mean) * m.inverse * get(weight + c, tag) + get(shift + c, tag),
+          tag);
     });
     for (int64_t c = columns; c < wide; ++c) to[c] = {};
+  }
+}
+
+template <typename S>
+void residual(int64_t rows, int64_t columns, const float* z, const float* bias, const void* x,
+              const float* scale, void* y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = z + r * columns;
+    const S* skip = static_cast<const S*>(x) + r * columns;
+    S* to = static_cast<S*>(y) + r * columns;
+    const float by = scale != nullptr ? scale[r] : 1.0f;
+    for_channels<float>(columns, [&](int64_t c, auto tag) {
+      put(to + c, get(skip + c, tag) + (get(from + c, tag) + get(bias + c, tag)) * by, tag);
+    });
+  }
+}
+
+template <typename S>
+void residual_gradient(int64_t rows, int64_t columns, const void* grad_y, const float* scale, void* grad_z,
+                       float* sums) {
+  const int64_t wide = pitch<S>(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* dy = static_cast<const S*>(grad_y) + r * columns;
+    Operand<S>* to = static_cast<Operand<S>*>(grad_z) + r * wide;
+    const float by = scale != nullptr ? scale[r] : 1.0f;
+    for_channels<float>(columns, [&](int64_t c, auto tag) {
+      const auto gradient = get(dy + c, tag) * by;
+      put(to + c, gradient, tag);
+      put(sums + c, get(sums + c, tag) + gradient, tag);
+    });
+    for (int64_t c = columns; c < wide; ++c) to[c] = {};
+  }
+}
+
+template <typename S>
+void normed_gradient(int64_t rows, int64_t columns, const float* through, const void* x, const float* weight,
+                     float eps, const void* grad_y, void* grad_x, float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* dn = through + r * columns;
+    const S *from = static_cast<const S*>(x) + r * columns, *dy = static_cast<const S*>(grad_y) + r * columns;
+    S* to = static_cast<S*>(grad_x) + r * columns;
+    through_norm(
+        columns, from, weight, eps, sums, [&](int64_t c, auto tag) { return get(dn + c, tag); },
+        [&](int64_t c, auto gradient, auto tag) { put(to + c, get(dy + c, tag) + gradient, tag); });
   }
 }
 
@@ -458,7 +526,11 @@ BlockKernels block_kernels_of() {
           add_columns<S>,
           add<S>,
           norm<S>,
-          norm_gradient<S>};
+          norm_gradient<S>,
+          normed<S>,
+          residual<S>,
+          residual_gradient<S>,
+          normed_gradient<S>};
 }
 
 }  // namespace

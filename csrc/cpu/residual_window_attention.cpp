@@ -1,10 +1,11 @@
-// Registration of residual_window_attention under the CPU key: y = x + scale * LN(proj(attention(qkv(x)))).
+// Registration of residual_window_attention under the CPU key: y = x + scale * LN(proj(attention(qkv(x)))),
+// or the norm of x first.
 //
 // A chunk of whole frames at a time, so that q, k and v of its rows stay in cache; the backward pass makes
 // them again.
 #include <tuple>
 
-#include "blocks.h"
+#include "residual.h"
 #include "window_attention_call.h"
 
 namespace deepmsi {
@@ -16,13 +17,13 @@ struct Attention {
   int64_t rows, channels;
   const BlockKernels& k;
   Tensor x, qkv_weight, proj_weight;
-  Vector qkv_bias, proj_bias, norm_weight, norm_bias, row_scale;
-  float eps;
+  Vector qkv_bias;
+  Residual residual;
   WindowCall call;  // of operands
 
   Attention(const Tensor& x_any, const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& proj,
-            const Tensor& projected_bias, const Tensor& weight, const Tensor& shift_of_norm,
-            const std::optional<Tensor>& scale_of_row, double epsilon, const Tensor& bias_table,
+            const Tensor& proj_bias, const Tensor& norm_weight, const Tensor& norm_bias,
+            const std::optional<Tensor>& row_scale, double eps, bool norm_first, const Tensor& bias_table,
             const std::optional<Tensor>& head_scale, double scale, const std::optional<Tensor>& positions,
             const std::optional<Tensor>& cu_seqlens, int64_t heads, int64_t height, int64_t width,
             int64_t window, int64_t shift)
@@ -33,11 +34,14 @@ struct Attention {
         qkv_weight(weight_of(qkv, k, 3 * channels, channels, kOp, "qkv_weight")),
         proj_weight(weight_of(proj, k, channels, channels, kOp, "proj_weight")),
         qkv_bias(bias, 3 * channels, kOp, "qkv_bias"),
-        proj_bias(projected_bias, channels, kOp, "proj_bias"),
-        norm_weight(weight, channels, kOp, "norm_weight"),
-        norm_bias(shift_of_norm, channels, kOp, "norm_bias"),
-        row_scale(scale_of_row, rows, kOp, "row_scale"),
-        eps(static_cast<float>(epsilon)),
+        residual{channels,
+                 k,
+                 Vector(proj_bias, channels, kOp, "proj_bias"),
+                 Vector(norm_weight, channels, kOp, "norm_weight"),
+                 Vector(norm_bias, channels, kOp, "norm_bias"),
+                 Vector(row_scale, rows, kOp, "row_scale"),
+                 static_cast<float>(eps),
+                 norm_first},
         call(kOp, rows, channels, k.operand, bias_table, head_scale, scale, positions, cu_seqlens, heads,
              height, width, window, shift) {
     call.w.qkv_stride = call.w.grad_qkv_stride = k.pitch(3 * channels);
@@ -90,7 +94,7 @@ void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, cons
   const BlockKernels& k = a.k;
   const int64_t wide = 3 * a.channels, block = block_rows(a.channels);
   if (shares_columns(a.qkv_weight, chunk.rows, wide)) {
-    const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, chunk.rows);
+    const AsOperands operands = a.residual.operands(rows_of(a.x, a.channels), chunk.rows);
     const FloatRows products(k.multiplies_floats(), chunk.rows, wide);
     float* to = products.at(qkv.at(0));
     weight.multiply_shared(chunk.rows, operands.rows_of_chunk(chunk.first, chunk.rows).start, to);
@@ -100,7 +104,7 @@ void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, cons
     return;
   }
   over_rows(chunk.rows, [&](int64_t begin, int64_t end) {
-    const AsOperands operands(k, rows_of(a.x, a.channels), a.channels, block);
+    const AsOperands operands = a.residual.operands(rows_of(a.x, a.channels), block);
     const FloatRows products(k.multiplies_floats(), block, wide);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
@@ -114,23 +118,24 @@ void make_qkv(const Attention& a, const Packed& weight, const Chunk& chunk, cons
 
 std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
     Tensor x_any, Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight, Tensor proj_bias,
-    Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale, double eps, Tensor bias_table,
-    std::optional<Tensor> head_scale, double scale, std::optional<Tensor> positions,
+    Tensor norm_weight, Tensor norm_bias, std::optional<Tensor> row_scale, double eps, bool norm_first,
+    Tensor bias_table, std::optional<Tensor> head_scale, double scale, std::optional<Tensor> positions,
     std::optional<Tensor> cu_seqlens, int64_t heads, int64_t height, int64_t width, int64_t window,
     int64_t shift, bool with_grad) {
   const Attention a(x_any, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale,
-                    eps, bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
-                    shift);
+                    eps, norm_first, bias_table, head_scale, scale, positions, cu_seqlens, heads, height,
+                    width, window, shift);
   const BlockKernels& k = a.k;
   const int64_t channels = a.channels, keeps = with_grad ? a.rows : 0, most = largest_chunk(a);
   const int64_t block = block_rows(2 * channels);
   Tensor y_all = torch::stable::new_empty(a.x, {a.rows, channels});
-  Tensor branch = torch::stable::new_empty(a.x, {keeps, channels});
+  const bool keeps_z = a.residual.keeps_branch(with_grad);
+  Tensor branch = torch::stable::new_empty(a.x, {keeps_z ? a.rows : 0, channels});
   Tensor attended = torch::stable::new_empty(a.x, {keeps, channels});
   const Rows x = rows_of(a.x, channels), y = rows_of(y_all, channels);
   const Rows kept = rows_of(branch, channels), kept_middle = rows_of(attended, channels);
   // What is kept is made where it is kept, if it is of the type that makes it.
-  const bool z_in_place = with_grad && k.stores_floats();
+  const bool z_in_place = k.stores_floats();
   const bool middle_in_place = with_grad && k.as_stored(channels);
   const Packed in(k, a.qkv_weight, true, channels, 3 * channels);
   const Packed out(k, a.proj_weight, true, channels, channels);
@@ -153,9 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
       float* z = sum.at(y.at(chunk.first));
       out.multiply_shared(chunk.rows, middle.start, z);
       over_each_row(chunk.rows, [&](int64_t row) {
-        const int64_t at = chunk.first + row;
-        k.norm(1, channels, z + row * channels, a.proj_bias.data(), x.at(at), a.row_scale.at(at),
-               a.norm_weight.data(), a.norm_bias.data(), a.eps, y.at(at), nullptr);
+        a.residual.finish(1, z + row * channels, chunk.first + row, x, y, nullptr);
       });
       return;
     }
@@ -163,12 +166,11 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
       const FloatRows sum(z_in_place, block, channels);
       for (int64_t row = begin; row < end; row += block) {
         const int64_t count = std::min(block, end - row), at = chunk.first + row;
-        float* z = sum.at(kept.at(at));
+        float* z = sum.at((keeps_z ? kept : y).at(at));
         if (!middle_in_place) scratch.pad(row, count);
         out.multiply(count, middle.at(row), z);
         if (with_grad && !middle_in_place) k.to_stored(count, channels, middle.at(row), kept_middle.at(at));
-        k.norm(count, channels, z, a.proj_bias.data(), x.at(at), a.row_scale.at(at), a.norm_weight.data(),
-               a.norm_bias.data(), a.eps, y.at(at), with_grad && !z_in_place ? kept.at(at) : nullptr);
+        a.residual.finish(count, z, at, x, y, keeps_z && !z_in_place ? kept.at(at) : nullptr);
       }
     });
   });
@@ -182,21 +184,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch, Tensor attended_any,
                                   Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight,
                                   Tensor proj_bias, Tensor norm_weight, Tensor norm_bias,
-                                  std::optional<Tensor> row_scale, double eps, Tensor bias_table,
-                                  std::optional<Tensor> head_scale, double scale,
+                                  std::optional<Tensor> row_scale, double eps, bool norm_first,
+                                  Tensor bias_table, std::optional<Tensor> head_scale, double scale,
                                   std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
                                   int64_t heads, int64_t height, int64_t width, int64_t window, int64_t shift,
                                   bool wants_layers) {
   const Attention a(x_any, qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, row_scale,
-                    eps, bias_table, head_scale, scale, positions, cu_seqlens, heads, height, width, window,
-                    shift);
+                    eps, norm_first, bias_table, head_scale, scale, positions, cu_seqlens, heads, height,
+                    width, window, shift);
   const BlockKernels& k = a.k;
   const int64_t channels = a.channels, wide = 3 * channels, most = largest_chunk(a);
   const Tensor grad_y = stored(grad_y_any, k, a.rows * channels, kOp, "the gradient");
-  const Tensor held = stored(branch, k, a.rows * channels, kOp, "the branch");
+  const Tensor held =
+      stored(branch, k, a.residual.keeps_branch(true) ? a.rows * channels : 0, kOp, "the branch");
   const Tensor held_middle = stored(attended_any, k, a.rows * channels, kOp, "the attention");
   Tensor grad_x = torch::stable::new_empty(a.x, {a.rows, channels});
-  const Rows dy = rows_of(grad_y, channels), z = rows_of(held, channels), dx = rows_of(grad_x, channels);
+  const Rows x = rows_of(a.x, channels), dy = rows_of(grad_y, channels), z = rows_of(held, channels),
+             dx = rows_of(grad_x, channels);
   const WeightGradient grad_qkv_weight(k, wants_layers, a.qkv_weight, wide, channels),
       grad_proj_weight(k, wants_layers, a.proj_weight, channels, channels);
   const Packed in(k, a.qkv_weight, true, channels, wide);
@@ -204,9 +208,10 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
   const Packed back_out(k, a.proj_weight, false, channels, channels);
   const OperandRows qkv(k, most, wide), grad_qkv(k, most, wide), grad_z(k, most, channels),
       grad_out(k, most, channels);
-  const AsOperands x(k, rows_of(a.x, channels), channels, most),
-      middle(k, rows_of(held_middle, channels), channels, most);
-  ColumnSums sums(3 * channels + wide);  // of the norm's weight and bias, of proj's bias, of qkv's
+  const AsOperands read = a.residual.operands(x, most),
+                   middle(k, rows_of(held_middle, channels), channels, most);
+  const int64_t own = Residual::kSums * channels;
+  ColumnSums sums(own + wide);  // of the residual, and of qkv's bias
   WindowSums window_sums(a.call.w);
   over_chunks(a, [&](const Chunk& chunk) {
     sums.begin_chunk(chunk.rows);
@@ -215,11 +220,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
       const FloatRows products(k.multiplies_floats(), kBlockRows, channels);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row);
-        for (int64_t r = row; r < row + count; r += k.tile) {
-          const int64_t at = chunk.first + r;
-          k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(at), z.at(at),
-                          a.row_scale.at(at), a.norm_weight.data(), a.eps, grad_z.at(r), sums.tile(r));
-        }
+        a.residual.branch_gradient(count, chunk.first + row, row, dy, z, grad_z, sums);
         float* to = products.at(grad_out.at(row));
         back_out.multiply(count, grad_z.at(row), to);
         if (!k.multiplies_floats()) k.add_bias(count, channels, to, nullptr, grad_out.at(row));
@@ -236,15 +237,15 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
         const int64_t count = std::min(kBlockRows, end - row), at = chunk.first + row;
         grad_qkv.pad(row, count);
         for (int64_t r = row; wants_layers && r < row + count; r += k.tile)
-          k.add_columns(std::min(k.tile, row + count - r), wide, grad_qkv.at(r), sums.tile(r) + 3 * channels);
+          k.add_columns(std::min(k.tile, row + count - r), wide, grad_qkv.at(r), sums.tile(r) + own);
         float* to = products.at(dx.at(at));
         back_in.multiply(count, grad_qkv.at(row), to);
-        k.add(count, channels, to, dy.at(at), dx.at(at));
+        a.residual.input_gradient(count, at, row, to, x, dy, dx, sums);
       }
     });
     sums.end_chunk();
     if (!wants_layers) return;
-    grad_qkv_weight.add(chunk.rows, grad_qkv.at(0), x.rows_of_chunk(chunk.first, chunk.rows).start);
+    grad_qkv_weight.add(chunk.rows, grad_qkv.at(0), read.rows_of_chunk(chunk.first, chunk.rows).start);
     grad_proj_weight.add(chunk.rows, grad_z.at(0), middle.rows_of_chunk(chunk.first, chunk.rows).start);
   });
   pass_rows(grad_x, &grad_y, a.call.valid);
@@ -253,7 +254,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
   window_sums.write(a.call.w.head_scale, grad_table, grad_scale);
   return {grad_x,
           grad_qkv_weight.written(),
-          sums.write(3 * channels, wants_layers ? wide : 0, qkv_bias.has_value() ? *qkv_bias : qkv_weight),
+          sums.write(own, wants_layers ? wide : 0, qkv_bias.has_value() ? *qkv_bias : qkv_weight),
           grad_proj_weight.written(),
           sums.write(2 * channels, wants_layers ? channels : 0, proj_bias),
           sums.write(0, channels, norm_weight),

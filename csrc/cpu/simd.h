@@ -17,6 +17,7 @@
 #define DEEPMSI_ISA_NAMESPACE avx512_bf16
 #define DEEPMSI_VECTOR_BYTES 64
 #elif defined(__AVX512F__)
+#include <immintrin.h>
 #define DEEPMSI_ISA_NAMESPACE avx512
 #define DEEPMSI_VECTOR_BYTES 64
 #elif defined(__AVX2__)

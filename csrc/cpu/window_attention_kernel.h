@@ -301,7 +301,7 @@ DEEPMSI_INLINE void exponentials(const WindowAttention& w, const Window& window,
       }
       const Vec<float> logit = load(at) * scale + b;
       store(at, logit);
-      high = logit > high ? logit : high;
+      high = maximum(logit, high);
     }
     // Four partial sums: less rounding in a large window, and no waiting for the sum before.
     Vec<float> part[4] = {};

@@ -123,8 +123,125 @@ def _added(norm: Any, drop_path: torch.nn.Module, x: Tensor, branch: Tensor) -> 
     return x + drop_path(norm(branch))
 
 
-class FusedSwinBlock(SwinTransformerBlock):
-    """A block of timm's Swin V1 and S3."""
+def _attended(
+    block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | None, qkv_bias: Tensor | None, **options: Any
+) -> Tensor | None:
+    """The attention half of a block as one operation, x + drop_path of both attention and norm; None where it is none.
+
+    Args:
+        block, x: A block and a grid that :func:`_runs_fused`.
+        norm_first: As in ``residual_window_attention``.
+        laid_out: The weights of qkv and proj as they are read, where they are fixed.
+        qkv_bias: The bias of q, k and v.
+        options: Those of ``residual_window_attention`` in which models differ.
+    """
+    attn, norm, channels = block.attn, block.norm1, x.shape[-1]
+    whole = not any(_padding(block, x)) and _passed_over(attn.proj_drop)
+    if not (
+        whole
+        and plain(x, attn.proj, norm, bare=(attn.qkv,))
+        and attn.proj.in_features == channels  # heads may be of any width
+        and fuses_attention(x, attn.num_heads, block.window_size[0], norm_first)
+        and _draws_as_timm(block.drop_path1)
+    ):
+        return None
+    return residual_window_attention(
+        x,
+        attn.qkv.weight,
+        qkv_bias,
+        attn.proj.weight,
+        attn.proj.bias,
+        norm.weight,
+        norm.bias,
+        attn.num_heads,
+        (x.shape[1], x.shape[2]),
+        block.window_size[0],
+        block.shift_size[0],
+        row_scale=_drawn(block.drop_path1, x),
+        eps=norm.eps,
+        norm_first=norm_first,
+        packed=laid_out and laid_out.of_layers(attn.qkv, attn.proj),
+        **options,
+    )
+
+
+def _transformed(block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | None) -> Tensor | None:
+    """The MLP half of a block as one operation, x + drop_path of both MLP and norm; None where it is none."""
+    mlp, norm = block.mlp, block.norm2
+    usual = (
+        type(mlp) is Mlp
+        and type(mlp.act) in (GELU, torch.nn.GELU)
+        and getattr(mlp.act, "approximate", "none") == "none"
+        and type(mlp.norm) is torch.nn.Identity
+        and _passed_over(mlp.drop1, mlp.drop2)
+        and unhooked(mlp, mlp.act, mlp.norm)
+        and _draws_as_timm(block.drop_path2)
+    )
+    if not (usual and fuses("residual_mlp", x, norm_first=int(norm_first)) and plain(x, mlp.fc1, mlp.fc2, norm)):
+        return None
+    return residual_mlp(
+        x,
+        mlp.fc1.weight,
+        mlp.fc1.bias,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        norm.weight,
+        norm.bias,
+        row_scale=_drawn(block.drop_path2, x),
+        eps=norm.eps,
+        norm_first=norm_first,
+        packed=laid_out and laid_out.of_layers(mlp.fc1, mlp.fc2),
+    )
+
+
+class _Layouts(NamedTuple):
+    """The weights of a block's halves as they are read."""
+
+    attention: LaidOut
+    mlp: LaidOut
+
+
+class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
+    """A block of timm's Swin V1 and S3; where it is as timm built it, each half runs as one operation."""
+
+    constants: _Layouts | None = None
+
+    def fix(self) -> None:
+        block: Any = self
+        attn, mlp = block.attn, block.mlp
+        self.constants = None
+        if type(attn) is not swin_transformer.WindowAttention or type(mlp) is not Mlp:
+            return
+        self.constants = _Layouts(LaidOut(), LaidOut())
+        self.constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
+        self.constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
+
+    def forget(self) -> None:
+        self.constants = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._transform(self._attend(x)) if isinstance(x, Tensor) else super().forward(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """x + drop_path(attention(norm(x)))."""
+        block: Any = self
+        attn = block.attn
+        if _runs_fused(block, x):
+            options = {"bias_table": attn.relative_position_bias_table, "scale": attn.scale}
+            laid_out = self.constants and self.constants.attention
+            y = _attended(block, x, True, laid_out, getattr(attn.qkv, "bias", None), **options)
+            if y is not None:
+                return y
+        return x + block.drop_path1(block._attn(block.norm1(x)))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """x + drop_path(mlp(norm(x)))."""
+        block: Any = self
+        y = _transformed(block, x, True, self.constants and self.constants.mlp)
+        if y is not None:
+            return y
+        rows = x.flatten(1, 2)
+        return (rows + block.drop_path2(block.mlp(block.norm2(rows)))).view(x.shape)
 
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self, x):
@@ -183,54 +300,26 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
     def _attend(self, x: Tensor) -> Tensor:
         """x + drop_path(norm(attention(x)))."""
         block: Any = self
-        attn, norm = block.attn, block.norm1
-        whole = _runs_fused(block, x) and not any(_padding(block, x)) and _passed_over(attn.proj_drop)
-        if not (
-            whole
-            and fuses_attention(x, attn.num_heads, block.window_size[0])
-            and _draws_as_timm(block.drop_path1)
-            and plain(x, attn.proj, norm, bare=(attn.qkv,))
-        ):
-            return _added(norm, block.drop_path1, x, block._attn(x))
-        return residual_window_attention(
-            x,
-            attn.qkv.weight,
-            self._qkv_bias(),
-            attn.proj.weight,
-            attn.proj.bias,
-            norm.weight,
-            norm.bias,
-            attn.num_heads,
-            (x.shape[1], x.shape[2]),
-            block.window_size[0],
-            block.shift_size[0],
-            bias_table=self._bias_table(),
-            logit_scale=attn.logit_scale,
-            row_scale=_drawn(block.drop_path1, x),
-            eps=norm.eps,
-            packed=self.constants and self.constants.attention.of_layers(attn.qkv, attn.proj),
-            head_scale=self._head_scale(),
-        )
+        if _runs_fused(block, x):
+            laid_out = self.constants and self.constants.attention
+            y = _attended(block, x, False, laid_out, self._qkv_bias(), **self._windows())
+            if y is not None:
+                return y
+        return _added(block.norm1, block.drop_path1, x, block._attn(x))
 
     def _transform(self, x: Tensor) -> Tensor:
         """x + drop_path(norm(mlp(x)))."""
         block: Any = self
-        mlp, norm = block.mlp, block.norm2
-        usual = (
-            type(mlp) is Mlp
-            and type(mlp.act) in (GELU, torch.nn.GELU)
-            and getattr(mlp.act, "approximate", "none") == "none"
-            and type(mlp.norm) is torch.nn.Identity
-            and _passed_over(mlp.drop1, mlp.drop2)
-            and unhooked(mlp, mlp.act, mlp.norm)
-            and _draws_as_timm(block.drop_path2)
-        )
-        if usual and fuses("residual_mlp", x) and plain(x, mlp.fc1, mlp.fc2, norm):
-            weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias)
-            laid_out = self.constants and self.constants.mlp.of_layers(mlp.fc1, mlp.fc2)
-            return residual_mlp(x, *weights, row_scale=_drawn(block.drop_path2, x), eps=norm.eps, packed=laid_out)
+        y = _transformed(block, x, False, self.constants and self.constants.mlp)
+        if y is not None:
+            return y
         rows = x.flatten(1, 2)
-        return _added(norm, block.drop_path2, rows, mlp(rows)).view(x.shape)
+        return _added(block.norm2, block.drop_path2, rows, block.mlp(rows)).view(x.shape)
+
+    def _windows(self) -> dict[str, Any]:
+        """Return what the attention of Swin V2 has of its own."""
+        attn: Any = self.attn
+        return {"bias_table": self._bias_table(), "logit_scale": attn.logit_scale, "head_scale": self._head_scale()}
 
     def _qkv_bias(self) -> Tensor | None:
         attn: Any = self.attn
@@ -266,8 +355,7 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
             qkv = _called(self, attn.qkv, padded)
         else:
             qkv = torch.nn.functional.linear(padded, attn.qkv.weight, bias)
-        options = {"bias_table": self._bias_table(), "logit_scale": attn.logit_scale, "head_scale": self._head_scale()}
-        out = _attention_of(self, qkv, **options)
+        out = _attention_of(self, qkv, **self._windows())
         return _crop_as_timm(self, out, x)
 
 

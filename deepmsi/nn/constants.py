@@ -204,8 +204,8 @@ def fix_constants(model: Model) -> Model:
     parts = [module for module in model.modules() if isinstance(module, HoldsConstants)]
     if not parts:
         raise UserError(
-            f"fix_constants: {type(model).__name__} has nothing to fix: give it a VSCSwin, a TCN, or a swinv2_* model "
-            "of timm that deepmsi.fuse fused"
+            f"fix_constants: {type(model).__name__} has nothing to fix: give it a VSCSwin, a TCN, or a model of timm "
+            "that deepmsi.fuse fused"
         )
     model.eval()
     # A tensor that was made in inference mode could not be saved for the gradient of x.

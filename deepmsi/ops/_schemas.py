@@ -520,14 +520,15 @@ _register(
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
 # that of x, its weights in that or in float32, which is rounded, and vectors in either. `branch` [R, C] is what the
-# norm reads, in the type of the products, kept with `with_grad`, else [0, C]; the hidden rows are made again. Backward
-# reads x for its products alone, and so in their type; without `wants_layers`, where all of both layers is frozen, the
-# gradients of their weights and biases are empty. row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F +
-# 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# norm reads, in the type of the products, kept with `with_grad` where the norm is not `norm_first`, else [0, C]; the
+# hidden rows are made again. Where the norm does not read x, backward does for its products alone, and so in their type;
+# without `wants_layers`, where all of both layers is frozen, the gradients of their weights and biases are empty.
+# row_scale [R] gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their
+# gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor? row_scale, Tensor? cu_seqlens, float eps"
+    "Tensor? row_scale, Tensor? cu_seqlens, float eps, bool norm_first"
 )
 _MLP_FORWARD = f"(Tensor x, {_MLP_WEIGHTS}, bool with_grad) -> (Tensor y, Tensor branch)"
 _MLP_BACKWARD = (
@@ -537,11 +538,13 @@ _MLP_BACKWARD = (
 
 
 def _mlp_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+    *_, norm_first, with_grad = rest
+    return x.new_empty(x.shape), x.new_empty((x.shape[0] if with_grad and not norm_first else 0, x.shape[1]))
 
 
 def _mlp_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if rest[-1] else 0, x.shape[1]))
+    *_, norm_first, with_grad = rest
+    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if with_grad and not norm_first else 0, x.shape[1]))
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
@@ -550,16 +553,17 @@ def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) ->
 
 
 def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *others, ctx.eps, ctx.with_grad = inputs
-    ctx.mark_non_differentiable(output[1])
+    x, *others, ctx.eps, ctx.norm_first, ctx.with_grad = inputs
     branch = output[1]
-    ctx.save_for_backward(x if x.dtype == branch.dtype else x.to(branch.dtype), branch, *others)
+    ctx.mark_non_differentiable(branch)
+    kept = x if ctx.norm_first or x.dtype == branch.dtype else x.to(branch.dtype)
+    ctx.save_for_backward(kept, branch, *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     _require_kept("residual_mlp", ctx.with_grad)
     wants_layers = any(ctx.needs_input_grad[1:5])
-    grad_x, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_layers)
+    grad_x, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, ctx.norm_first, wants_layers)
     layers = found[:4] if wants_layers else (None,) * 4
     return (grad_x, *layers, *found[4:])
 
@@ -577,14 +581,14 @@ _register(
 
 # --- residual_window_attention
 # Forward: rows x [R, C], weights and vectors in the types that residual_mlp takes; the attention's arguments as in
-# window_attention. With `with_grad` `branch` [R, C] is what the norm reads and `attended` [R, C] what the attention
+# window_attention. With `with_grad` `branch` [R, C] is as in residual_mlp and `attended` [R, C] what the attention
 # gives, in the type of the products, else both are [0, C]; q, k and v are made again. row_scale [R] gets no gradient.
 # `wants_layers`, what backward reads of x, and rows past the last offset, are as in residual_mlp.
 
 _ATTENTION_ARGUMENTS = (
     "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor? row_scale, float eps, Tensor bias_table, Tensor? head_scale, float scale, Tensor? positions, "
-    "Tensor? cu_seqlens, int heads, int height, int width, int window, int shift"
+    "Tensor? row_scale, float eps, bool norm_first, Tensor bias_table, Tensor? head_scale, float scale, "
+    "Tensor? positions, Tensor? cu_seqlens, int heads, int height, int width, int window, int shift"
 )
 _ATTENTION_FORWARD = f"(Tensor x, {_ATTENTION_ARGUMENTS}, bool with_grad) -> (Tensor y, Tensor branch, Tensor attended)"
 _ATTENTION_BACKWARD = (
@@ -594,17 +598,20 @@ _ATTENTION_BACKWARD = (
 
 
 def _attention_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
-    kept = (x.shape[0] if rest[-1] else 0, x.shape[1])
-    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
+    return x.new_empty(x.shape), *_attention_kept(x, x, rest[8], rest[-1])
 
 
 def _attention_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
-    kept = (x.shape[0] if rest[-1] else 0, x.shape[1])
-    return x.new_empty(x.shape), rest[0].new_empty(kept), rest[0].new_empty(kept)
+    return x.new_empty(x.shape), *_attention_kept(x, rest[0], rest[8], rest[-1])
+
+
+def _attention_kept(x: Tensor, like: Tensor, norm_first: bool, with_grad: bool) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] if with_grad else 0
+    return like.new_empty((0 if norm_first else rows, x.shape[1])), like.new_empty((rows, x.shape[1]))
 
 
 def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
-    qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, _, _, bias_table = rest[:9]
+    qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias, _, _, _, bias_table = rest[:10]
     like_bias = qkv_weight[:, 0] if qkv_bias is None else qkv_bias
     layers = _empty_unless(rest[-1], qkv_weight, like_bias, proj_weight, proj_bias)
     others = (norm_weight, norm_bias, bias_table, bias_table[0])
@@ -612,26 +619,27 @@ def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *weights, ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:14]
-    *ctx.sizes, ctx.with_grad = inputs[14:]
+    x, *weights, ctx.eps, ctx.norm_first, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:15]
+    *ctx.sizes, ctx.with_grad = inputs[15:]
     ctx.mark_non_differentiable(*output[1:])
-    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
-    ctx.save_for_backward(narrow, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
+    kept = x if ctx.norm_first or x.dtype == output[1].dtype else x.to(output[1].dtype)
+    ctx.save_for_backward(kept, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     _require_kept("residual_window_attention", ctx.with_grad)
     *tensors, table, head_scale, positions, cu_seqlens = ctx.saved_tensors
     wants_layers = any(ctx.needs_input_grad[1:5])
-    rest = (ctx.eps, table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes, wants_layers)
-    grad_x, *layers, grad_norm, grad_norm_bias, grad_table, grad_scale = bwd(grads[0], *tensors, *rest)
+    windows = (table, head_scale, ctx.scale, positions, cu_seqlens, *ctx.sizes)
+    found = bwd(grads[0], *tensors, ctx.eps, ctx.norm_first, *windows, wants_layers)
+    grad_x, *layers, grad_norm, grad_norm_bias, grad_table, grad_scale = found
     if not wants_layers:
         layers = [None] * 4
     elif tensors[4] is None:
         layers[1] = None
     if head_scale is None:
         grad_scale = None
-    return (grad_x, *layers, grad_norm, grad_norm_bias, None, None, grad_table, grad_scale)
+    return (grad_x, *layers, grad_norm, grad_norm_bias, None, None, None, grad_table, grad_scale)
 
 
 _register(

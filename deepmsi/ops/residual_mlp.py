@@ -34,15 +34,19 @@ def residual_mlp(
     row_scale: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-5,
+    norm_first: bool = False,
     packed: tuple[Tensor, ...] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Add the normed MLP of a post-norm transformer block (Swin V2): y = x + s · LN(W2 gelu(W1 x + b1) + b2).
+    """Add the MLP of a transformer block: y = x + s · LN(W2 gelu(W1 x + b1) + b2), as in Swin V2.
+
+    With ``norm_first``, as in Swin V1: y = x + s · (W2 gelu(W1 LN(x) + b1) + b2).
 
     The exact GELU. The hidden rows are not kept for the backward pass: it makes them again. Products are in the type of
     the layers' weights, under autocast in its type; the norm is in float32 or wider, and y has the type of x.
 
-    Equivalent to: ``x + s * layer_norm(linear(gelu(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))``.
+    Equivalent to: ``x + s * layer_norm(linear(gelu(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))``, or to
+    ``x + s * linear(gelu(linear(layer_norm(x), fc1_weight, fc1_bias)), fc2_weight, fc2_bias)``.
 
     Args:
         x: [..., C].
@@ -53,6 +57,7 @@ def residual_mlp(
         cu_seqlens: Offsets of frames in packed rows x [R, C], [F + 1] int32; rows past the last one are passed on as
             they are.
         eps: Added to the variance.
+        norm_first: Whether the norm is of x, not of what the layers give.
         packed: fc1_weight and fc2_weight as ``pack_weight`` gives them for the type that products are in; read in
             their place where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
@@ -88,7 +93,7 @@ def residual_mlp(
     dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.detach().reshape(-1)
-    chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
+    chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed, norm_first=int(norm_first))
     cast = autocast_layers(layers.values(), chosen)
     if chosen == "cpp" and scale is not None:
         scale = scale.float()
@@ -100,7 +105,7 @@ def residual_mlp(
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            return reference(rows, *weights, scale, cu_seqlens, eps).view(x.shape)
+            return reference(rows, *weights, scale, cu_seqlens, eps, norm_first).view(x.shape)
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
-    y, _ = forward(rows, *weights, scale, cu_seqlens, eps, with_grad)
+    y, _ = forward(rows, *weights, scale, cu_seqlens, eps, norm_first, with_grad)
     return y.view(x.shape)

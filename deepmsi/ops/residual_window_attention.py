@@ -41,17 +41,21 @@ def residual_window_attention(
     cu_seqlens: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
+    norm_first: bool = False,
     packed: tuple[Tensor, ...] | None = None,
     head_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Add the normed window attention of a post-norm block (Swin V2): y = x + s · LN(P attention(Q x + q) + p).
+    """Add the window attention of a transformer block: y = x + s · LN(P attention(Q x + q) + p), as in Swin V2.
+
+    With ``norm_first``, as in Swin V1: y = x + s · (P attention(Q LN(x) + q) + p).
 
     ``attention`` is :func:`deepmsi.ops.window_attention`. Its q, k and v are not kept for the backward pass: it makes
     them again, some frames at a time. Products are in the type of the layers' weights, under autocast in its type; the
     norm is in the widest type of its arguments, and y has the type of x.
 
-    Equivalent to: ``x + s * layer_norm(linear(window_attention(linear(x, qkv_weight, qkv_bias), ...), proj_weight))``.
+    Equivalent to: ``x + s * layer_norm(linear(window_attention(linear(x, qkv_weight, qkv_bias), ...), proj_weight))``,
+    or to ``x + s * linear(window_attention(linear(layer_norm(x), qkv_weight, qkv_bias), ...), proj_weight)``.
 
     Args:
         x: [B, H, W, C], or packed rows [R, C].
@@ -62,6 +66,7 @@ def residual_window_attention(
             ``window_attention``. Rows past the last offset are passed on as they are.
         row_scale: s of each row, [B, H, W] or [R], without a gradient (stochastic depth); None is 1.
         eps: Added to the variance.
+        norm_first: Whether the norm is of x, not of what the attention gives.
         packed: qkv_weight and proj_weight as ``pack_weight`` gives them for the type that products are in; read in
             their place where ``cpp`` runs and no gradient is wanted.
         backend: ``reference``, ``cpp``, ``triton`` or ``auto``; None leaves the choice to ``deepmsi.use_backend``.
@@ -90,6 +95,7 @@ def residual_window_attention(
     row_scale = None if row_scale is None else row_scale.detach()
     dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
+    facts["norm_first"] = int(norm_first)
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
     cast = autocast_layers(layers.values(), chosen)
     with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias, bias_table, logit_scale)
@@ -100,8 +106,9 @@ def residual_window_attention(
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, norm_weight, norm_bias)
     if chosen == "reference":
         with without_autocast(x.device.type):
-            return reference(x, *weights, windows, row_scale, eps)
+            return reference(x, *weights, windows, row_scale, eps, norm_first)
     row_scale = None if row_scale is None else row_scale.reshape(-1).float()
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
-    y, _, _ = forward(x.reshape(-1, channels), *weights, row_scale, eps, *operands(windows, head_scale), with_grad)
+    rest = (row_scale, eps, norm_first, *operands(windows, head_scale), with_grad)
+    y, _, _ = forward(x.reshape(-1, channels), *weights, *rest)
     return y.view(x.shape)

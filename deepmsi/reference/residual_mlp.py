@@ -1,10 +1,10 @@
-"""The residual MLP of a post-norm block in plain PyTorch."""
+"""The residual MLP of a transformer block in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
 from deepmsi.reference.packed import counted, within
-from deepmsi.reference.residual_norm import residual_norm
+from deepmsi.reference.residual_norm import layer_norm, residual, residual_norm
 
 
 def residual_mlp(
@@ -18,10 +18,19 @@ def residual_mlp(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool = False,
 ) -> Tensor:
-    """Return x + row_scale · LN(W2 gelu(W1 x + b1) + b2) for rows x [R, C]; those past the last offset stay x."""
-    narrow = counted(cu_seqlens, x).to(fc1_weight.dtype)
-    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(narrow, fc1_weight, fc1_bias))
+    """Return x + row_scale · LN(W2 gelu(W1 x + b1) + b2) for rows x [R, C]; those past the last offset stay x.
+
+    With ``norm_first`` x + row_scale · (W2 gelu(W1 LN(x) + b1) + b2).
+    """
+    rows = counted(cu_seqlens, x)
+    if norm_first:
+        rows = layer_norm(rows, norm_weight, norm_bias, eps)
+    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(rows.to(fc1_weight.dtype), fc1_weight, fc1_bias))
     branch = torch.nn.functional.linear(hidden, fc2_weight, fc2_bias)
-    y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
+    if norm_first:
+        y = residual(x, branch, row_scale)
+    else:
+        y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
     return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)

@@ -1,10 +1,10 @@
-"""The residual window attention of a post-norm block in plain PyTorch."""
+"""The residual window attention of a transformer block in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
 from deepmsi.reference.packed import counted, within
-from deepmsi.reference.residual_norm import residual_norm
+from deepmsi.reference.residual_norm import layer_norm, residual, residual_norm
 from deepmsi.reference.window_attention import Windows, window_attention
 
 
@@ -19,14 +19,20 @@ def residual_window_attention(
     windows: Windows,
     row_scale: Tensor | None,
     eps: float,
+    norm_first: bool = False,
 ) -> Tensor:
     """Return x + row_scale · LN(proj(attention(qkv(x)))) for a grid x [B, H, W, C] or packed rows [R, C].
 
-    Rows past the last offset stay x.
+    With ``norm_first`` x + row_scale · proj(attention(qkv(LN(x)))). Rows past the last offset stay x.
     """
     cu_seqlens = windows.cu_seqlens
-    narrow = counted(cu_seqlens, x).to(qkv_weight.dtype)
-    qkv = torch.nn.functional.linear(narrow, qkv_weight, qkv_bias)
+    rows = counted(cu_seqlens, x)
+    if norm_first:
+        rows = layer_norm(rows, norm_weight, norm_bias, eps)
+    qkv = torch.nn.functional.linear(rows.to(qkv_weight.dtype), qkv_weight, qkv_bias)
     branch = torch.nn.functional.linear(window_attention(qkv, windows), proj_weight, proj_bias)
-    y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
+    if norm_first:
+        y = residual(x, branch, row_scale)
+    else:
+        y = residual_norm(x, branch, norm_weight, norm_bias, row_scale, eps)
     return y if cu_seqlens is None else torch.where(within(cu_seqlens, x), y, x)

@@ -464,6 +464,7 @@ def residual_mlp_fwd(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y [R, C] in the type of x, and in that of the weights what the norm reads [R, C], or [0, C]."""
@@ -516,6 +517,7 @@ def residual_mlp_bwd(
     row_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool,
     wants_layers: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type.

@@ -175,11 +175,11 @@ def test_the_operators_take_them_without_content() -> None:
     x, weights = randn(30, CHANNELS, seed=9), layers(72)
     first, second = packed(weights)
     operators = torch.ops.deepmsi
-    mlp = (x, first, weights[1], second, *weights[3:], None, None, 1e-5, False)
+    mlp = (x, first, weights[1], second, *weights[3:], None, None, 1e-5, False, False)
     torch.library.opcheck(operators.residual_mlp_cpp_fwd.default, mlp)
     cells = (randn(1, 2, 3, 2, 2, 10, seed=1), ops.pack_weight(randn(72, 40, seed=2)), None, *layers(72)[1:2] * 2)
     torch.library.opcheck(operators.project_cells_cpp_fwd.default, (*cells, None, 1e-5, False))
     qkv, proj = (ops.pack_weight(randn(n, CHANNELS, seed=n)) for n in (3 * CHANNELS, CHANNELS))
     vectors, table = [weights[3]] * 3, randn(9, 2, seed=3)
-    attention = (x, qkv, None, proj, *vectors, None, 1e-5, table, None, 1.0, None, None, 2, 5, 6, 2, 0, False)
+    attention = (x, qkv, None, proj, *vectors, None, 1e-5, False, table, None, 1.0, None, None, 2, 5, 6, 2, 0, False)
     torch.library.opcheck(operators.residual_window_attention_cpp_fwd.default, attention)

@@ -17,6 +17,7 @@ PLACES = testing.places("residual_mlp")
 TYPED = testing.typed_places("residual_mlp", (torch.float32, torch.bfloat16, torch.float16))
 TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
 ON_THE_CPU = [place for place in TYPED if place[:2] == ("cpp", "cpu")]
+IDS_ON_THE_CPU = [f"cpp-cpu-{t}" for *_, t in ON_THE_CPU]
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
 
 
@@ -33,6 +34,7 @@ def run(
     norms: torch.dtype | None = None,
     kept: torch.dtype | None = None,
     lengths: tuple[int, ...] | None = None,
+    norm_first: bool = False,
 ) -> dict[str, Tensor]:
     """Return y and every gradient; x and y are in `stream`, and the inputs are rounded before they are made `exact`.
 
@@ -59,7 +61,8 @@ def run(
     scale = drawn.to(inputs["x"].dtype).mul(1.25).expand(rows) if scaled else None
     cu_seqlens = None if lengths is None else offsets(lengths, device)
     with torch.autocast(device, dtype) if kept is not None and not exact else nullcontext():
-        y = residual_mlp(**inputs, row_scale=scale, cu_seqlens=cu_seqlens, eps=EPS, backend=backend)
+        options: dict[str, Any] = {"eps": EPS, "norm_first": norm_first, "backend": backend}
+        y = residual_mlp(**inputs, row_scale=scale, cu_seqlens=cu_seqlens, **options)
     grad = randn(*y.shape, seed=20, dtype=stream or dtype, device=device).to(y.dtype)
     return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
 
@@ -136,10 +139,40 @@ def test_a_program_of_many_blocks_of_rows_keeps_the_error_budget(
 
 
 @pytest.mark.parametrize("case", [((3000,), 36, 1030, False), ((22000,), 96, 520, False)], ids=["parts", "many"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=[f"cpp-cpu-{t}" for *_, t in ON_THE_CPU])
+@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=IDS_ON_THE_CPU)
 def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, dtype: torch.dtype, case: Any) -> None:
     """Weights that are packed in groups and, for more rows than stay in cache, at once."""
     assert_budget(backend, device, dtype, *case)
+
+
+@pytest.mark.parametrize("name", [*CASES, "some", "none"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=IDS_ON_THE_CPU)
+def test_a_norm_that_comes_first_keeps_the_error_budget(
+    backend: str, device: str, name: str, dtype: torch.dtype
+) -> None:
+    lengths = {"some": (30, 0, 11), "none": (0, 0)}.get(name)
+    case = CASES[name] if lengths is None else ((77,), 40, 200, True)
+    assert_budget(backend, device, dtype, *case, lengths=lengths, norm_first=True)
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["grid", "odd", "parts"])
+def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(name: str, norms: torch.dtype) -> None:
+    options: dict[str, Any] = {"norms": norms, "kept": torch.float32, "norm_first": True}
+    assert_budget("cpp", "cpu", torch.bfloat16, *CASES[name], **options)
+
+
+def test_a_norm_that_comes_first_is_that_of_the_rows() -> None:
+    """In words of torch's own layers, on every backend that has it."""
+    x, fc1, b1, fc2, b2, weight, bias, scale, _, eps = operator_arguments(False)
+    scale = torch.tensor([0.0, 1.25] * 4)
+    linear, gelu = torch.nn.functional.linear, torch.nn.functional.gelu
+    normed = torch.nn.functional.layer_norm(x, (6,), weight, bias, eps)
+    wanted = x + scale[:, None] * linear(gelu(linear(normed, fc1, b1)), fc2, b2)
+    for backend in ("reference", "cpp"):
+        testing.need("residual_mlp", backend, "cpu")
+        options: dict[str, Any] = {"row_scale": scale, "eps": eps, "norm_first": True, "backend": backend}
+        torch.testing.assert_close(residual_mlp(x, fc1, b1, fc2, b2, weight, bias, **options), wanted)
 
 
 @pytest.mark.parametrize("name", ["grid", "odd", "parts"])
@@ -167,20 +200,21 @@ def test_rows_behind_the_frames_are_passed_on(
     assert_budget(backend, device, dtype, (77,), channels, 200, True, lengths=lengths)
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
 def test_what_lies_behind_the_frames_reaches_nothing_else(
-    backend: str, device: str, dtype: torch.dtype, channels: int
+    backend: str, device: str, dtype: torch.dtype, channels: int, norm_first: bool
 ) -> None:
-    testing.need("residual_mlp", backend, device, dtype)
+    testing.need("residual_mlp", backend, device, dtype, norm_first=int(norm_first))
     found = []
     for tail in (0.0, torch.nan, torch.inf):
         sizes = ((9, channels), (20, channels), (20,), (channels, 20), *((channels,),) * 3)
         inputs = [randn(*size, seed=n, dtype=dtype, device=device) for n, size in enumerate(sizes)]
         inputs[0][5:] = tail
         leaves = [tensor.requires_grad_() for tensor in inputs]
-        y = residual_mlp(*leaves, cu_seqlens=offsets((2, 3), device), backend=backend)
+        y = residual_mlp(*leaves, cu_seqlens=offsets((2, 3), device), norm_first=norm_first, backend=backend)
         grads = torch.autograd.grad(y, leaves, randn(*y.shape, seed=9, dtype=dtype, device=device))
         assert torch.equal(y[5:].nan_to_num(), leaves[0][5:].nan_to_num())
         found.append((y[:5].detach(), *grads))
@@ -241,15 +275,16 @@ def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
                 assert torch.equal(second[what], value), what
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
+def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype, norm_first: bool) -> None:
     testing.need("residual_mlp", "cpp", "cpu", dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run((700,), 40, 200, True, "cpp", "cpu", dtype))
+            found.append(run((700,), 40, 200, True, "cpp", "cpu", dtype, norm_first=norm_first))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -308,10 +343,14 @@ def operator_arguments(empty: bool, device: str = "cpu", dtype: torch.dtype = to
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
-def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "norm_first"),
+    [*((*place, False) for place in TYPED), *((*place, True) for place in ON_THE_CPU)],
+    ids=[*TYPES, *(f"{name}-norm first" for name in IDS_ON_THE_CPU)],
+)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, norm_first: bool, empty: bool) -> None:
     testing.need("residual_mlp", backend, device, dtype)
-    arguments = operator_arguments(empty, device, dtype)
+    arguments = (*operator_arguments(empty, device, dtype), norm_first)
     forward = getattr(torch.ops.deepmsi, f"residual_mlp_{backend}_fwd").default
     backward = getattr(torch.ops.deepmsi, f"residual_mlp_{backend}_bwd").default
     leaves = [tensor.clone().requires_grad_() for tensor in arguments[:7]]
@@ -330,7 +369,7 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> 
 
 def test_opcheck_of_rows_in_16_bits_beside_float32() -> None:
     testing.need("residual_mlp", "cpp", "cpu", torch.bfloat16)
-    x, *others = operator_arguments(False)
+    x, *others = (*operator_arguments(False), False)
     operators, x = torch.ops.deepmsi, x.bfloat16()
     torch.library.opcheck(operators.residual_mlp_cpp_fwd.default, (x, *others, True))
     y, branch = operators.residual_mlp_cpp_fwd(x, *others, True)
@@ -392,6 +431,13 @@ def test_bad_arguments_are_named(change: dict[str, Tensor | None], words: str) -
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
     with pytest.raises(ValueError, match=words):
         residual_mlp(**(arguments | change))
+
+
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_a_norm_that_comes_first_is_refused_where_it_is_not_built(backend: str, device: str) -> None:
+    testing.need("residual_mlp", backend, device)
+    with pytest.raises(RuntimeError, match="the norm must come after the layers"):
+        residual_mlp(*operator_arguments(False, device)[:7], norm_first=True, backend=backend)
 
 
 def test_the_cpu_kernel_refuses_mixed_types() -> None:

@@ -18,6 +18,8 @@ OP = "residual_window_attention"
 PLACES = testing.places(OP)
 TYPED = testing.typed_places(OP, (torch.float32, torch.bfloat16, torch.float16))
 TYPES = [f"{b}-{d}-{t}" for b, d, t in TYPED]
+ON_THE_CPU = [place for place in TYPED if place[:2] == ("cpp", "cpu")]
+IDS_ON_THE_CPU = [f"cpp-cpu-{t}" for *_, t in ON_THE_CPU]
 
 
 def need(dtype: torch.dtype = torch.float32) -> None:
@@ -78,6 +80,7 @@ def attention(
     exact: bool = False,
     norms: torch.dtype | None = None,
     kept: torch.dtype | None = None,
+    norm_first: bool = False,
 ) -> dict[str, Tensor]:
     """Return y and every gradient; the inputs are rounded to the types before they are made `exact`.
 
@@ -118,7 +121,7 @@ def attention(
     if not biased:
         inputs["qkv_bias"] = None
     with torch.autocast(device, dtype) if kept is not None and not exact else nullcontext():
-        y = residual_window_attention(**inputs, **where, eps=EPS, backend=backend)
+        y = residual_window_attention(**inputs, **where, eps=EPS, norm_first=norm_first, backend=backend)
     if tail:
         assert torch.equal(y[-tail:], inputs["x"][-tail:])
     grad = randn(*y.shape, seed=20, dtype=dtype, device=device).to(y.dtype)
@@ -131,6 +134,36 @@ def attention(
 @pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_it_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
     assert_budget(backend, device, dtype, **LAYOUTS[name])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=IDS_ON_THE_CPU)
+def test_a_norm_that_comes_first_keeps_the_error_budget(
+    backend: str, device: str, dtype: torch.dtype, name: str
+) -> None:
+    assert_budget(backend, device, dtype, norm_first=True, **LAYOUTS[name])
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["v1", "odd", "packed"])
+def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(name: str, norms: torch.dtype) -> None:
+    options: dict[str, Any] = {"norms": norms, "kept": torch.float32, "norm_first": True}
+    assert_budget("cpp", "cpu", torch.bfloat16, **options, **LAYOUTS[name])
+
+
+def test_a_norm_that_comes_first_is_that_of_the_rows() -> None:
+    """In words of torch's own layers, where a window of one slot attends to itself alone: its v is what it gives."""
+    x, qkv, q, proj, p, weight, bias = operator_arguments(False)[:7]
+    scale = torch.tensor([0.0, 1.25] * 4)
+    linear = torch.nn.functional.linear
+    normed = torch.nn.functional.layer_norm(x, (6,), weight, bias, EPS)
+    wanted = x + scale[:, None] * linear(linear(normed, qkv, q)[:, 12:], proj, p)
+    options: dict[str, Any] = {"bias_table": torch.zeros(1, 2), "row_scale": scale.view(1, 2, 4), "norm_first": True}
+    for backend in ("reference", "cpp"):
+        testing.need(OP, backend, "cpu")
+        grid, weights = x.view(1, 2, 4, 6), (qkv, q, proj, p, weight, bias)
+        y = residual_window_attention(grid, *weights, 2, (2, 4), 1, 0, eps=EPS, backend=backend, **options)
+        torch.testing.assert_close(y.view(8, 6), wanted)
 
 
 @pytest.mark.parametrize("name", ["shifted", "packed"])
@@ -154,7 +187,7 @@ def test_autocast_keeps_the_type_of_rows_in_float32(backend: str, device: str) -
     """x and weights in float32: products in 16 bits, the sum in float32. A kernel without such a mixture says so."""
     testing.need(OP, backend, device, torch.bfloat16)
     x, *weights = (tensor.requires_grad_() for tensor in operator_arguments(False, device=device)[:7])
-    table = operator_arguments(False, device=device)[9]
+    table = operator_arguments(False, device=device)[10]
     reason = backends.why_not(OP, backend, device, torch.bfloat16, mixed=1)
 
     def half(backend: str) -> tuple[Tensor, ...]:
@@ -182,7 +215,11 @@ def test_opcheck_of_rows_in_16_bits_beside_float32() -> None:
     torch.library.opcheck(operators.residual_window_attention_cpp_bwd.default, (y, x, *held, *others, True))
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS["shifted"], {**LAYOUTS["stage_1"], "frames": 3}], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "layout",
+    [LAYOUTS["shifted"], {**LAYOUTS["stage_1"], "frames": 3}, {**LAYOUTS["v1"], "norm_first": True}],
+    ids=["few", "many", "norm first"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype, layout: dict[str, Any]) -> None:
     need(dtype)
@@ -199,7 +236,9 @@ def test_any_thread_count_gives_the_same_bits(dtype: torch.dtype, layout: dict[s
             assert torch.equal(value, found[0][name]), name
 
 
-def operator_arguments(empty: bool, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+def operator_arguments(
+    empty: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", norm_first: bool = False
+) -> tuple[Any, ...]:
     """Return the arguments of the forward operator."""
     rows, channels = (0 if empty else 8), 6
     x = randn(rows, channels, seed=1, dtype=dtype, device=device)
@@ -207,14 +246,18 @@ def operator_arguments(empty: bool, dtype: torch.dtype = torch.float32, device: 
     sizes = (*sizes, (channels,), (channels,), (channels,))
     weights = [randn(*size, seed=i + 2, dtype=dtype, device=device) for i, size in enumerate(sizes)]
     table, scale = randn(9, 2, seed=9, device=device), torch.tensor([1.5, 10.0], device=device)
-    return (x, *weights, None, EPS, table, scale, 1.0, None, None, 2, 2, 4, 2, 1)
+    return (x, *weights, None, EPS, norm_first, table, scale, 1.0, None, None, 2, 2, 4, 2, 1)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
-def test_opcheck(backend: str, device: str, dtype: torch.dtype, empty: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "norm_first"),
+    [*((*place, False) for place in TYPED), *((*place, True) for place in ON_THE_CPU)],
+    ids=[*TYPES, *(f"{name}-norm first" for name in IDS_ON_THE_CPU)],
+)
+def test_opcheck(backend: str, device: str, dtype: torch.dtype, norm_first: bool, empty: bool) -> None:
     testing.need(OP, backend, device, dtype)
-    arguments = operator_arguments(empty, dtype, device)
+    arguments = operator_arguments(empty, dtype, device, norm_first)
     forward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_fwd").default
     backward = getattr(torch.ops.deepmsi, f"{OP}_{backend}_bwd").default
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
@@ -237,7 +280,7 @@ def test_frozen_layers_get_no_gradient(backend: str, device: str, dtype: torch.d
     testing.need(OP, backend, device, dtype)
     arguments = operator_arguments(False, dtype, device)
     x, layers, norm = arguments[0].view(1, 2, 4, 6), arguments[1:5], arguments[5:7]
-    options = {"bias_table": arguments[9], "logit_scale": arguments[10].log(), "backend": backend}
+    options = {"bias_table": arguments[10], "logit_scale": arguments[11].log(), "backend": backend}
     found = []
     for frozen in (False, True):
         leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_(not frozen) for t in layers)]
@@ -256,7 +299,7 @@ def test_compiles_whole_at_any_size(backend: str, device: str) -> None:
     testing.need(OP, backend, device, dtype)
     torch._dynamo.reset()
     arguments = operator_arguments(False, dtype, device)
-    options = {"bias_table": arguments[9], "logit_scale": arguments[10].log()}
+    options = {"bias_table": arguments[10], "logit_scale": arguments[11].log()}
 
     def block(x: Tensor) -> Tensor:
         return residual_window_attention(x, *arguments[1:7], 2, (2, 4), 2, 1, **options, backend=backend) * 2
@@ -309,6 +352,7 @@ def test_what_the_kernels_do_not_hold_is_refused(backend: str, device: str) -> N
         ({"channels": 288}, "rows may have 256 channels at most"),
         ({"window": 9}, "windows may have 8 x 8 slots at most"),
         ({"head_dim": 40}, "heads may have 32 channels at most"),
+        ({"norm_first": 1}, "the norm must come after the layers"),
     ):
         assert backends.why_not(OP, backend, device, torch.float16, **facts) == reason
 
