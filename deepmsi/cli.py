@@ -105,6 +105,9 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+OtherDeviceOpt = Annotated[Device | None, typer.Option(help="In place of the one that RUN's recipe names.")]
+
+
 class ExportBackend(StrEnum):
     """Whose operators an exported program is made of."""
 
@@ -522,13 +525,14 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="PART", help="Only train, dev or test, by the data's column split.")
     ] = None,
+    device: OtherDeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a trained model on labelled clips."""
     from deepmsi.train.evaluate import evaluate as evaluate_run
 
     with _working() as result:
-        metrics = evaluate_run(run, data, out=out, drop=[drop], split=split)
+        metrics = evaluate_run(run, data, out=out, drop=[drop], split=split, device=device and _device(device))
         if as_json:
             _dump(metrics, result)
         else:
@@ -644,6 +648,11 @@ def ablate(
     frames: Annotated[
         str, typer.Option(metavar="COUNTS", help="With --retrain: frames per clip, such as 4,8; needs a manifest.")
     ] = "",
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="PART", help="Without --retrain: only train, dev or test, by the data's column split."),
+    ] = None,
+    device: OtherDeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure what each modality and each part of the model is worth, in one table.
@@ -658,9 +667,13 @@ def ablate(
     shares, counts = _numbers("--keep", keep, float), _numbers("--frames", frames, int)
     if (shares or counts) and not retrain:
         raise UserError("--keep and --frames change the model, so each needs a training: add --retrain")
+    if retrain and (split or device):
+        given = "--split" if split else "--device"
+        raise UserError(f"{given} is for the model of RUN; --retrain measures on RUN's own folds, as its recipe says")
     with _working() as result:
         variants = variants_of(run, shares, counts) if retrain else None
-        lines = ablate_run(run, data, out, "retrain" if retrain else "evaluate", variants)
+        where = device and _device(device)
+        lines = ablate_run(run, data, out, "retrain" if retrain else "evaluate", variants, split, where)
         if as_json:
             _dump(lines, result)
         else:

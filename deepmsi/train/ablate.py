@@ -96,6 +96,8 @@ def ablate(
     out: Path | None = None,
     mode: Literal["evaluate", "retrain"] = "evaluate",
     variants: Mapping[str, Mapping[str, str]] | None = None,
+    split: str | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Score a run with every subset of its modalities, and with parts of the model left out.
 
@@ -108,6 +110,7 @@ def ablate(
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
             `{"keep 100": {"vision.keep": "100"}}`; None takes those of `variants_of`.
+        split, device: with "evaluate", as in `deepmsi.train.evaluate.evaluate`.
 
     Returns:
         One dictionary per line: `name`, `mode`, `n`, the scores of `SUMMARY` and their `intervals`, and with
@@ -122,12 +125,15 @@ def ablate(
     out = run / ABLATION if out is None else Path(out)
     if mode == "evaluate" and variants:
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
+    if mode == "retrain" and not (split is None and device is None):
+        raise UserError("A model that is trained for a line is measured on the run's own folds, where its recipe says.")
     named = subsets(recipe.modalities)
     lines = []
     if mode == "evaluate":
         for name, chosen in named.items():
             note(f"Ablation: {name}.")
-            scores = evaluate(run, data, out / name, [hidden for hidden in recipe.modalities if hidden not in chosen])
+            hidden = [other for other in recipe.modalities if other not in chosen]
+            scores = evaluate(run, data, out / name, hidden, split, device)
             data = _prepared(data, out / name)
             lines.append(_line(name, mode, scores))
     else:
@@ -177,12 +183,14 @@ def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the lines must know: rows that differ between them, rows that the model was trained on."""
+    """What a reader of the lines must know of their rows: which they are, and whether the model was trained on them."""
     sentences = []
     if len({line.get("n") for line in lines}) > 1:
         sentences.append(
             "Lines of different n were scored on different rows: a row with none of a line's modalities is left out."
         )
+    if parts := dict.fromkeys(line["split"] for line in lines if "split" in line):
+        sentences.append(f"Scored on the rows of the part {' and '.join(parts)} alone.")
     if seen := max((line.get("rows_seen_in_training") or 0 for line in lines), default=0):
         sentences.append(
             f"Up to {seen} rows of a line trained the model or chose its epoch: its figures do not hold for new data."
@@ -191,5 +199,5 @@ def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "left_out", "rows_seen_in_training")
+    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "left_out", "split", "rows_seen_in_training")
     return {"name": name, "mode": mode, **{key: scores[key] for key in kept if key in scores}}

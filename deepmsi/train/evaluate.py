@@ -16,7 +16,7 @@ from deepmsi.models.config import MODALITIES
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
-from deepmsi.train.memory import training_device
+from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Path, data: Path, out: Path | None = None, drop: Sequence[str] = (), split: str | None = None
+    run: Path,
+    data: Path,
+    out: Path | None = None,
+    drop: Sequence[str] = (),
+    split: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's model on every labelled row of the data, or of one part of it.
 
@@ -44,14 +49,16 @@ def evaluate(
         out: takes `metrics.json` and `predictions.csv`; None writes nothing.
         drop: modalities to hide: "text", "audio", "video", one by one or joined by commas.
         split: "train", "dev" or "test": only the rows of that part by the column `split`.
+        device: "auto", "cpu" or "cuda"; None is the recipe's `train.device`.
 
     Returns:
-        What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, and as
-        `rows_seen_in_training` how many rows trained the model or its encoders, or chose their epoch.
+        What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, the
+        `split` where one is given, and as `rows_seen_in_training` how many rows trained the model or its encoders, or
+        chose their epoch.
 
     Raises:
         UserError: no such run, a label that the run does not know, data that its model cannot read, no modality
-            left, or `out` is a run itself.
+            left, no such device, or `out` is a run itself.
     """
     drop = _check_drop(drop)
     run, data = Path(run), Path(data)
@@ -59,9 +66,13 @@ def evaluate(
         raise UserError(f"{out} is a run, whose own scores would be lost: give another folder, such as {out}/scores.")
     facts = read_run(run)
     recipe = load_recipe(run / RECIPE)
-    device = training_device(recipe.train)
-    start_processes(device)
-    model = _load_model(run).to(device)
+    if device is not None:
+        there = recipe.train.model_copy(update={"device": device, "precision": "fp32"})
+        check_device(there)
+        recipe = recipe.model_copy(update={"train": there})
+    where = training_device(recipe.train)
+    start_processes(where)
+    model = _load_model(run).to(where)
     _check_left(model.config.modalities, drop)
     with TemporaryDirectory() as temporary, leaving_no_empty(Path(out or temporary)):
         if out is not None:
@@ -119,6 +130,8 @@ def evaluate_model(
     result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
     result["context"] = config.text.context
     result["left_out"] = selection.left_out
+    if split is not None:
+        result["split"] = split
     ids = [data.rows[i].id for i in selection.indices]
     return result, prediction_rows(ids, selection.classes, logits, config.names)
 

@@ -82,6 +82,12 @@ def test_evaluate_json_and_drop(deepmsi, trained, prepared) -> None:
     assert json.loads(outcome.out)["modalities"] == ["video"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_evaluate_on_a_device_of_its_own(deepmsi, mistake, trained, prepared) -> None:
+    assert deepmsi("evaluate", trained, "--data", prepared, "--device", "cpu").code == 0
+    assert "finds no CUDA device" in mistake("evaluate", trained, "--data", prepared, "--device", "cuda")
+
+
 def test_evaluate_with_every_modality_dropped(mistake, trained, prepared) -> None:
     assert "video" in mistake("evaluate", trained, "--data", prepared, "--drop", "text,audio,video")
 

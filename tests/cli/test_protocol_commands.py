@@ -111,7 +111,14 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     text = (run / "report.md").read_text()
     assert "## Ablation" in text
     assert "18 rows of a line trained the model" in text
+    outcome = deepmsi("ablate", run, "--data", data, "--split", "test", "--device", "cpu", "--out", tmp_path / "lines")
+    assert outcome.code == 0, outcome
+    held_out = json.loads((tmp_path / "lines" / "ablation.json").read_text())["lines"]
+    assert [(line["n"], line["split"], line["rows_seen_in_training"]) for line in held_out] == [(6, "test", 0)] * 3
+    assert "Scored on the rows of the part test alone." in outcome.out
     assert "add --retrain" in mistake("ablate", run, "--data", data, "--keep", "0.5")
+    for option in (("--split", "test"), ("--device", "cpu")):
+        assert f"{option[0]} is for the model of RUN" in mistake("ablate", run, "--data", data, "--retrain", *option)
     assert "separated by commas" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "few")
     assert "has no video branch" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "4")
 

@@ -58,6 +58,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 56}),
     "swin, padded": ("swin_tiny_patch4_window7_224", {"img_size": 48}),
     "swin, heads of another width": ("swin_tiny_patch4_window7_224", {"img_size": 56, "head_dim": 6}),
+    "swin, 384 px": ("swin_base_patch4_window12_384", {"img_size": 384, "depths": (1, 1), "num_heads": (1, 2)}),
+    "swinv2, 384 px": ("swinv2_base_window12to24_192to384", {"img_size": 384, "depths": (1, 1), "num_heads": (1, 2)}),
     "swin_s3": ("swin_s3_tiny_224", {"img_size": 56, "window_size": ((7, 7), (14, 14))}),
     "swinv2": ("swinv2_tiny_window8_256", {"img_size": 64}),
     "swinv2, padded": ("swinv2_tiny_window8_256", {"img_size": 56}),
@@ -70,7 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_inference_and_gradients_are_timms(case: str) -> None:
     name, options = CASES[case]
-    if "pretrained_window_sizes" not in options and "12to16" in name:
+    if "12to" in name:
         options = {**options, "pretrained_window_sizes": (12, 6)}
     model = build(name, **options)
     size = options["img_size"]
