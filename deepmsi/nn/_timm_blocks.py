@@ -160,7 +160,7 @@ def _attended(
         row_scale=_drawn(block.drop_path1, x),
         eps=norm.eps,
         norm_first=norm_first,
-        packed=laid_out and laid_out.of_layers(attn.qkv, attn.proj),
+        packed=None if laid_out is None else laid_out.of_layers(attn.qkv, attn.proj),
         **options,
     )
 
@@ -190,7 +190,7 @@ def _transformed(block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | No
         row_scale=_drawn(block.drop_path2, x),
         eps=norm.eps,
         norm_first=norm_first,
-        packed=laid_out and laid_out.of_layers(mlp.fc1, mlp.fc2),
+        packed=None if laid_out is None else laid_out.of_layers(mlp.fc1, mlp.fc2),
     )
 
 

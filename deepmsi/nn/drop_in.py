@@ -17,9 +17,10 @@ def fuse(model: Model) -> Model:
     kernel does so, the whole half of a block, from its norm to its sum. Training and inference alike: drop path and the
     dropout of projections stay timm's; in training with dropout on the attention's weights (``attn_drop_rate``), which
     the operation has not, a block attends as timm's does, and so does one whose parts are replaced, patched or watched,
-    or whose windows or shift are not square, as the last ones of an oblong image can be. Grids that are no multiple of the window are padded as timm pads them. Places that the mask
-    parts are left out, where timm takes 100 from their logits: the same unless logits within a window lie about as far
-    apart. Works on any module that contains such blocks, and again on one that is fused.
+    or whose windows or shift are not square, as the last ones of an oblong image can be. Grids that are no multiple of
+    the window are padded as timm pads them. Places that the mask parts are left out, where timm takes 100 from their
+    logits: the same unless logits within a window lie about as far apart. Works on any module that contains such
+    blocks, and again on one that is fused.
 
     Args:
         model: The model, or a module that contains it.

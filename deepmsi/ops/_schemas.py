@@ -520,10 +520,11 @@ _register(
 # --- residual_mlp
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
 # that of x, its weights in that or in float32, which is rounded, and vectors in either. `branch` [R, C] is what the
-# norm reads, in the type of the products, kept with `with_grad` unless that is x (`norm_first`), else [0, C]; the hidden
-# rows are made again. Backward reads x in the type of the products, or for the norm as it is; without `wants_layers`,
-# where all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no
-# gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# norm reads, in the type of the products, kept with `with_grad` unless that is x (`norm_first`), else [0, C]; the
+# hidden rows are made again. Backward reads x in the type of the products, or for the norm as it is; without
+# `wants_layers`, where all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R]
+# gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x
+# alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "

@@ -423,9 +423,7 @@ def test_hooks_on_all_modules_see_timms(name: str) -> None:
         fused(frames)
     finally:
         hook.remove()
-    assert [
-        kind.replace("FusedSwin", "SwinTransformer").removeprefix("Fused") for kind in seen
-    ] == wanted
+    assert [kind.replace("FusedSwin", "SwinTransformer").removeprefix("Fused") for kind in seen] == wanted
 
 
 @BOTH
