@@ -108,6 +108,19 @@ class Device(StrEnum):
 OtherDeviceOpt = Annotated[Device | None, typer.Option(help="In place of the one that RUN's recipe names.")]
 
 
+class PrecisionName(StrEnum):
+    """What products are made in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+PrecisionOpt = Annotated[
+    PrecisionName, typer.Option(help="What the model computes in: bf16 is faster; fp16 needs a GPU.")
+]
+
+
 class ExportBackend(StrEnum):
     """Whose operators an exported program is made of."""
 
@@ -526,13 +539,15 @@ def evaluate(
         str | None, typer.Option(metavar="PART", help="Only train, dev or test, by the data's column split.")
     ] = None,
     device: OtherDeviceOpt = None,
+    precision: PrecisionOpt = PrecisionName.fp32,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a trained model on labelled clips."""
     from deepmsi.train.evaluate import evaluate as evaluate_run
 
     with _working() as result:
-        metrics = evaluate_run(run, data, out=out, drop=[drop], split=split, device=device and _device(device))
+        where = device and _device(device)
+        metrics = evaluate_run(run, data, out=out, drop=[drop], split=split, device=where, precision=precision.value)
         if as_json:
             _dump(metrics, result)
         else:
@@ -566,6 +581,7 @@ def predict(
         typer.Option("--out", metavar="FILE", help="Write there in place of standard output.", parser=_path),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.auto,
+    precision: PrecisionOpt = PrecisionName.fp32,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what clips express: labels with probabilities, or a timeline of a long recording."""
@@ -600,11 +616,11 @@ def predict(
         from deepmsi.data.files import write_text
         from deepmsi.models.predict import load_run
 
-        model = load_run(run, _device(device))
+        model = load_run(run, _device(device), precision.value)
         if text and "text" not in model.modalities:
             _say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
-        predictions = model.predict(clips, texts=texts, timeline=timeline, progress=True)
+        predictions = model.predict(clips, texts=texts, timeline=timeline, progress=True, precision=precision.value)
         if chosen is TimelineFormat.json:
             document = json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
         elif timeline is None:
@@ -653,6 +669,7 @@ def ablate(
         typer.Option(metavar="PART", help="Without --retrain: only train, dev or test, by the data's column split."),
     ] = None,
     device: OtherDeviceOpt = None,
+    precision: PrecisionOpt = PrecisionName.fp32,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure what each modality and each part of the model is worth, in one table.
@@ -667,13 +684,22 @@ def ablate(
     shares, counts = _numbers("--keep", keep, float), _numbers("--frames", frames, int)
     if (shares or counts) and not retrain:
         raise UserError("--keep and --frames change the model, so each needs a training: add --retrain")
-    if retrain and (split or device):
-        given = "--split" if split else "--device"
+    changed = {"--split": split, "--device": device, "--precision": precision is not PrecisionName.fp32}
+    if retrain and any(changed.values()):
+        given = next(option for option, value in changed.items() if value)
         raise UserError(f"{given} is for the model of RUN; --retrain measures on RUN's own folds, as its recipe says")
     with _working() as result:
         variants = variants_of(run, shares, counts) if retrain else None
-        where = device and _device(device)
-        lines = ablate_run(run, data, out, "retrain" if retrain else "evaluate", variants, split, where)
+        lines = ablate_run(
+            run,
+            data,
+            out,
+            "retrain" if retrain else "evaluate",
+            variants,
+            split=split,
+            device=device and _device(device),
+            precision=precision.value,
+        )
         if as_json:
             _dump(lines, result)
         else:

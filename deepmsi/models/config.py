@@ -29,6 +29,7 @@ from deepmsi.errors import UserError
 
 MODALITIES = ("video", "text", "audio")
 Resize = Literal["crop", "squash", "pad"]
+Precision = Literal["fp32", "bf16", "fp16"]
 """How a picture becomes a square."""
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"

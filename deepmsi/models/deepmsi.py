@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepmsi.errors import UserError
 from deepmsi.models import checkpoint
-from deepmsi.models.config import MODALITIES, DeepMSIConfig, building
+from deepmsi.models.config import MODALITIES, DeepMSIConfig, Precision, building
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
 from deepmsi.models.fusion import Classifier, ProjectionHead, SemanticGuide
 from deepmsi.models.vision import VideoBranch
@@ -437,11 +437,13 @@ class DeepMSI(
         timeline: float | None = None,
         batch_size: int = 8,
         progress: bool = False,
+        precision: Precision = "fp32",
     ) -> list[Prediction]:
         """Predict from media files; see `deepmsi.models.predict.predict`."""
         from deepmsi.models.predict import predict
 
-        return predict(self, clips, texts, timeline=timeline, batch_size=batch_size, progress=progress)
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "precision": precision}
+        return predict(self, clips, texts, timeline=timeline, **options)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write a checkpoint folder; it appears whole or not at all.

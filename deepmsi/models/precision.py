@@ -8,7 +8,26 @@ from typing import Any
 
 import torch
 
+from deepmsi.errors import UserError
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device, name: str = "precision") -> None:
+    """Refuse a precision that there is not, or not on a device.
+
+    Args:
+        precision: what was asked for.
+        device: where the model runs.
+        name: how the setting is called.
+
+    Raises:
+        UserError: it is none of the three, or fp16 on a CPU.
+    """
+    if precision not in ("fp32", *AUTOCAST):
+        raise UserError(f"{name} is {precision!r}: give fp32, bf16 or fp16.")
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError(f"{name}=fp16 needs a GPU: use bf16 or fp32 on the CPU.")
 
 
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES
+from deepmsi.models.config import MODALITIES, Precision
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.encoders import build_feature_encoder
-from deepmsi.models.precision import float32_products
+from deepmsi.models.precision import autocast_for, check_precision, float32_products
 from deepmsi.progress import progress_bar
 
 SHORTEST_WINDOW = 0.25
@@ -72,16 +72,19 @@ class _Item:
         return self.frames is not None, self.window.text is not None, self.waveform is not None
 
 
-def load_run(run: str | Path, device: str | torch.device = "cpu") -> DeepMSI:
-    """Load the model of a run directory or a checkpoint folder, and compute its constants under the autocast of now.
+def load_run(run: str | Path, device: str | torch.device = "cpu", precision: Precision = "fp32") -> DeepMSI:
+    """Load the model of a run directory or a checkpoint folder, and compute its constants for prediction.
 
     Args:
         run: the folder.
         device: where the model goes, before its constants are computed.
+        precision: what it will predict in; the constants hold for that.
 
     Raises:
-        UserError: there is neither in it.
+        UserError: there is neither in it, or the device has no such precision.
     """
+    device = torch.device(device)
+    check_precision(precision, device)
     folder = Path(run)
     inner = folder / "model"
     if not folder.is_dir():
@@ -90,7 +93,8 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> DeepMSI:
         raise UserError(f"{folder} holds no model: give a directory that deepmsi train has finished.")
     model = DeepMSI.from_pretrained(inner.resolve() if inner.is_dir() else folder.resolve()).to(device)
     if model.video is not None:
-        model.video.fold()
+        with autocast_for(precision, device):
+            model.video.fold()
     return model
 
 
@@ -102,6 +106,7 @@ def predict(
     timeline: float | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    precision: Precision = "fp32",
 ) -> list[Prediction]:
     """Predict from media files, clip by clip or window by window.
 
@@ -116,14 +121,17 @@ def predict(
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
         batch_size: utterances per forward pass; no more than that are decoded at a time.
         progress: show on standard error how far it is.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
 
     Returns:
         One `Prediction` per clip, or per window in order of time; a window that has nothing to read gets no label.
 
     Raises:
-        UserError: a file cannot be read, or has nothing that the model reads, in none of its windows. What the headers
-            of the files tell is looked at before the first one is decoded.
+        UserError: the device has no such precision, or a file cannot be read, or has nothing that the model reads, in
+            none of its windows. What the headers of the files tell is looked at before the first one is decoded.
     """
+    device = _device(model)
+    check_precision(precision, device)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1.")
     if isinstance(clips, str | Path):
@@ -146,7 +154,7 @@ def predict(
     model.eval()
     try:
         predictions: list[Prediction] = []
-        with float32_products(_device(model)):
+        with autocast_for(precision, device), float32_products(device):
             while batch := list(islice(items, batch_size)):
                 predictions += _run(model, encoders, batch)
     finally:

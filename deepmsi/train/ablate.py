@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepmsi.errors import UserError
-from deepmsi.models.config import COMPRESSION, MODALITIES
+from deepmsi.models.config import COMPRESSION, MODALITIES, Precision
 from deepmsi.train.console import note
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.metrics import SUMMARY
@@ -98,6 +98,7 @@ def ablate(
     variants: Mapping[str, Mapping[str, str]] | None = None,
     split: str | None = None,
     device: str | None = None,
+    precision: Precision = "fp32",
 ) -> list[dict[str, Any]]:
     """Score a run with every subset of its modalities, and with parts of the model left out.
 
@@ -110,7 +111,7 @@ def ablate(
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
             `{"keep 100": {"vision.keep": "100"}}`; None takes those of `variants_of`.
-        split, device: with "evaluate", as in `deepmsi.train.evaluate.evaluate`.
+        split, device, precision: with "evaluate", as in `deepmsi.train.evaluate.evaluate`.
 
     Returns:
         One dictionary per line: `name`, `mode`, `n`, the scores of `SUMMARY` and their `intervals`, and with
@@ -125,7 +126,7 @@ def ablate(
     out = run / ABLATION if out is None else Path(out)
     if mode == "evaluate" and variants:
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
-    if mode == "retrain" and not (split is None and device is None):
+    if mode == "retrain" and (split, device, precision) != (None, None, "fp32"):
         raise UserError("A model that is trained for a line is measured on the run's own folds, where its recipe says.")
     named = subsets(recipe.modalities)
     lines = []
@@ -133,7 +134,7 @@ def ablate(
         for name, chosen in named.items():
             note(f"Ablation: {name}.")
             hidden = [other for other in recipe.modalities if other not in chosen]
-            scores = evaluate(run, data, out / name, hidden, split, device)
+            scores = evaluate(run, data, out / name, hidden, split, device, precision)
             data = _prepared(data, out / name)
             lines.append(_line(name, mode, scores))
     else:
@@ -199,5 +200,6 @@ def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _line(name: str, mode: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "left_out", "split", "rows_seen_in_training")
+    rows = ("left_out", "split", "rows_seen_in_training")
+    kept = ("n", *SUMMARY, "intervals", "protocol", "leaks", "context", "precision", *rows)
     return {"name": name, "mode": mode, **{key: scores[key] for key in kept if key in scores}}

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from deepmsi.data.files import leaving_no_empty
 from deepmsi.errors import UserError
-from deepmsi.models.config import MODALITIES
+from deepmsi.models.config import MODALITIES, Precision
+from deepmsi.models.precision import check_precision
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data
 from deepmsi.train.inference import predict_logits, softmax
@@ -36,12 +37,12 @@ def evaluate(
     drop: Sequence[str] = (),
     split: str | None = None,
     device: str | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """Evaluate a run's model on every labelled row of the data, or of one part of it.
 
-    It runs in float32, as prediction does, whatever precision the run trained and scored its folds in. Where a launcher
-    such as torchrun started several processes they share the rows, each of which is scored once; all of them get the
-    result, and the first writes it.
+    Where a launcher such as torchrun started several processes they share the rows, each of which is scored once; all
+    of them get the result, and the first writes it.
 
     Args:
         run: a run directory of `train`.
@@ -50,15 +51,16 @@ def evaluate(
         drop: modalities to hide: "text", "audio", "video", one by one or joined by commas.
         split: "train", "dev" or "test": only the rows of that part by the column `split`.
         device: "auto", "cpu" or "cuda"; None is the recipe's `train.device`.
+        precision: "fp32", "bf16" or "fp16", whatever the run trained and scored its folds in.
 
     Returns:
         What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, the
-        `split` where one is given, and as `rows_seen_in_training` how many rows trained the model or its encoders, or
-        chose their epoch.
+        `split` where one is given, the `precision` where it is not fp32, and as `rows_seen_in_training` how many rows
+        trained the model or its encoders, or chose their epoch.
 
     Raises:
         UserError: no such run, a label that the run does not know, data that its model cannot read, no modality
-            left, no such device, or `out` is a run itself.
+            left, no such device or precision on it, or `out` is a run itself.
     """
     drop = _check_drop(drop)
     run, data = Path(run), Path(data)
@@ -71,6 +73,7 @@ def evaluate(
         check_device(there)
         recipe = recipe.model_copy(update={"train": there})
     where = training_device(recipe.train)
+    check_precision(precision, where)
     start_processes(where)
     model = _load_model(run).to(where)
     _check_left(model.config.modalities, drop)
@@ -88,7 +91,7 @@ def evaluate(
         prepared = open_shared(
             data, options, folder, lambda rows: _select(rows, model.config, recipe, drop, split=split)
         )
-        result, predictions = evaluate_model(model, recipe, prepared, drop, split)
+        result, predictions = evaluate_model(model, recipe, prepared, drop, split, precision)
     trained = set(facts.get("trained_ids", ()))
     for name in result["modalities"]:
         if name in prepared.encoders and getattr(model.config, name).encoder == "features":
@@ -107,7 +110,12 @@ def evaluate(
 
 
 def evaluate_model(
-    model: DeepMSI, recipe: Recipe, data: PreparedData, drop: Sequence[str] = (), split: str | None = None
+    model: DeepMSI,
+    recipe: Recipe,
+    data: PreparedData,
+    drop: Sequence[str] = (),
+    split: str | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """Evaluate a model in memory.
 
@@ -125,13 +133,15 @@ def evaluate_model(
     if absent := [name for name in config.modalities if name not in there and name not in drop]:
         note(f"No row has {' or '.join(in_words(config, absent))}: the model reads what it learned for rows without.")
     with progress(len(dataset), "evaluate", "row") as bar:
-        logits = predict_logits(model, dataset, recipe.train, on_batch=bar.update)
+        logits = predict_logits(model, dataset, recipe.train, precision=precision, on_batch=bar.update)
     result = compute_metrics(selection.classes, logits.argmax(1), config.names)
     result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
     result["context"] = config.text.context
     result["left_out"] = selection.left_out
     if split is not None:
         result["split"] = split
+    if precision != "fp32":
+        result["precision"] = precision
     ids = [data.rows[i].id for i in selection.indices]
     return result, prediction_rows(ids, selection.classes, logits, config.names)
 

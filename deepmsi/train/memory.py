@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from deepmsi.errors import UserError
 from deepmsi.models.memory import StepMemory, gigabytes, step_memory
+from deepmsi.models.precision import check_precision
 from deepmsi.nn.recompute import Recompute
 from deepmsi.train.processes import process_rank
 from deepmsi.train.recipe import Recipe, TrainSettings
@@ -36,8 +37,7 @@ def check_device(settings: TrainSettings) -> None:
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, and torch finds no CUDA device: set train.device=cpu or auto.")
-    if settings.precision == "fp16" and training_device(settings).type == "cpu":
-        raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on the CPU.")
+    check_precision(settings.precision, training_device(settings), "train.precision")
 
 
 def estimate(model: DeepMSI, recipe: Recipe, utterances: int) -> StepMemory | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from deepmsi.data.files import write_text
 from deepmsi.data.options import PrepareOptions
 from deepmsi.errors import UserError
-from deepmsi.models.config import Modalities, ModelSections, Section, validated
+from deepmsi.models.config import Modalities, ModelSections, Precision, Section, validated
 from deepmsi.train.protocols import ProtocolSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -114,10 +114,10 @@ class TrainSettings(Section):
         "Frames are not augmented then",
     )
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Precision = Field(
         "fp32",
         description="of training, and of the scores taken in it: fp32, or by autocast bf16, or fp16 on a GPU; "
-        "evaluate and predict run in fp32",
+        "evaluate and predict run in fp32, unless --precision says otherwise",
     )
     cuda_graphs: bool = Field(
         False,

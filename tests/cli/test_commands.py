@@ -86,6 +86,12 @@ def test_evaluate_json_and_drop(deepmsi, trained, prepared) -> None:
 def test_evaluate_on_a_device_of_its_own(deepmsi, mistake, trained, prepared) -> None:
     assert deepmsi("evaluate", trained, "--data", prepared, "--device", "cpu").code == 0
     assert "finds no CUDA device" in mistake("evaluate", trained, "--data", prepared, "--device", "cuda")
+    words = ("evaluate", trained, "--data", prepared, "--device", "cpu", "--json", "--precision")
+    assert "needs a GPU" in mistake(*words, "fp16")
+    exact, rounded = (json.loads(deepmsi(*words, name).out) for name in ("fp32", "bf16"))
+    assert "precision" not in exact
+    assert rounded["precision"] == "bf16"
+    assert rounded["n"] == exact["n"]
 
 
 def test_evaluate_with_every_modality_dropped(mistake, trained, prepared) -> None:
@@ -105,7 +111,7 @@ def test_predict(deepmsi, trained, clip) -> None:
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "")],
 )
 def test_predict_runs_on_the_gpu_where_there_is_one(deepmsi, clip, monkeypatch, asked, there, device) -> None:
-    def load_run(run: Path, device: str) -> NoReturn:
+    def load_run(run: Path, device: str, precision: str) -> NoReturn:
         raise UserError(f"to be loaded to {device}")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: there)

@@ -118,7 +118,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     assert max(line["n"] for line in held_out) == 6
     assert "Scored on the rows of the part test alone." in outcome.out
     assert "add --retrain" in mistake("ablate", run, "--data", data, "--keep", "0.5")
-    for option in (("--split", "test"), ("--device", "cpu")):
+    for option in (("--split", "test"), ("--device", "cpu"), ("--precision", "bf16")):
         assert f"{option[0]} is for the model of RUN" in mistake("ablate", run, "--data", data, "--retrain", *option)
     assert "separated by commas" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "few")
     assert "has no video branch" in mistake("ablate", run, "--data", data, "--retrain", "--frames", "4")

@@ -267,6 +267,17 @@ def test_load_run(model, tmp_path):
         load_run(tmp_path)
 
 
+def test_in_bfloat16_it_says_the_same(model, tmp_path):
+    clips = [write_clip(tmp_path / "a.mp4"), write_clip(tmp_path / "b.mp4", stripes=90)]
+    model.save_pretrained(tmp_path / "run" / "model")
+    exact = model.predict(clips, ["so", "why"])
+    rounded = load_run(tmp_path / "run", precision="bf16").predict(clips, ["so", "why"], precision="bf16")
+    for found, wanted in zip(rounded, exact, strict=True):
+        assert found.probabilities != wanted.probabilities
+        assert found.probabilities == pytest.approx(wanted.probabilities, abs=0.02)
+        assert sum(found.probabilities.values()) == pytest.approx(1)
+
+
 def test_bad_input(model, tiny, tmp_path):
     clip = write_clip(tmp_path / "a.mp4")
     text_file = tmp_path / "text.mp4"
@@ -285,6 +296,8 @@ def test_bad_input(model, tiny, tmp_path):
         (lambda: model.predict([clip], timeline=float("nan")), "timeline is nan"),
         (lambda: model.predict([clip], timeline=1e-320), "timeline is 1e-320"),
         (lambda: model.predict([clip], batch_size=0), "batch_size is 0"),
+        (lambda: model.predict([clip], precision="int8"), "precision is 'int8': give fp32, bf16 or fp16"),
+        (lambda: model.predict([clip], precision="fp16"), "precision=fp16 needs a GPU"),
     ):
         with pytest.raises(UserError) as caught:
             call()
