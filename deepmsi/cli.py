@@ -6,23 +6,21 @@ interrupted; 143 told to end, by SIGTERM.
 """
 
 import codecs
-import contextlib
-import io
-import json
 import math
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from deepmsi.errors import DISK_FULL, DiskFullError, UserError
+from deepmsi.terminal import Terminated, json_text, on_signals, say, working
 
 app = typer.Typer(
     name="deepmsi",
@@ -128,117 +126,6 @@ class ExportBackend(StrEnum):
     auto = "auto"
 
 
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # where something swallows the exception, the next one ends the process
-    # Who ends a whole group ends the loader's workers, too, which torch's handler would make an error of.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    raise _Terminated
-
-
-@contextlib.contextmanager
-def _on_signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Handle signals in the block, but those that are ignored.
-
-    Not among the processes of a launcher, which would wait for one that is gone as they unwind.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in handlers}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    try:
-        for number in before:
-            signal.signal(number, handlers[number])
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _working() -> Iterator[IO[str]]:
-    """Do a command's work: what interrupts it unwinds it, so that temporary folders and half-written files go.
-
-    Before, nothing has been written, and an interruption ends the process at once: the import of torch swallows some
-    exceptions, and goes on without numpy.
-
-    Yields where the result goes, see `_reserved_stdout`.
-    """
-    import torch  # noqa: F401
-
-    unwinding = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
-    with _on_signals(unwinding), _reserved_stdout() as result:
-        yield result
-
-
-@contextlib.contextmanager
-def _reserved_stdout() -> Iterator[IO[str]]:
-    """Send everything written to standard output, by any library or child process, to standard error.
-
-    Yields the real standard output, for the result alone; of several processes of a launcher that of the first.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
-        with contextlib.redirect_stdout(sys.stderr):
-            yield io.StringIO()
-        return
-    real = sys.stdout
-    real.flush()
-    try:
-        saved = os.dup(1)
-    except OSError:  # there is no standard output on the level of the process
-        with contextlib.redirect_stdout(sys.stderr):
-            yield real
-        return
-    try:
-        owns = real.fileno() == 1
-    except (OSError, ValueError, AttributeError):  # a stream in memory stands in its place
-        owns = False
-    try:
-        os.dup2(2, 1)
-        with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
-            own = os.fdopen(os.dup(saved), "w", encoding="utf-8", errors="backslashreplace") if owns else None
-            yield stack.enter_context(own) if own else real
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _plain(value: Any) -> Any:
-    """Reduce numpy scalars, paths and tuples to what JSON has; not-a-number and infinities become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | int | None):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, Sequence | set | frozenset):
-        return [_plain(item) for item in value]
-    raise TypeError(f"no JSON for {type(value).__name__}")
-
-
-def _dump(value: Any, stream: IO[str]) -> None:
-    json.dump(_plain(value), stream, indent=2, ensure_ascii=False, allow_nan=False)
-    stream.write("\n")
-
-
-def _say(message: str) -> None:
-    """Print a sentence on standard error, on a line of its own also where an error left a bar behind."""
-    if "tqdm" not in sys.modules:
-        print(message, file=sys.stderr)
-        return
-    from tqdm import tqdm
-
-    tqdm.write(message, file=sys.stderr)
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
@@ -272,10 +159,10 @@ def demo(
     """
     from deepmsi.demo import run_demo
 
-    with _working() as result:
+    with working() as result:
         summary = run_demo(out, seed=seed, speakers=speakers, takes=takes, overrides=settings or [])
         if as_json:
-            _dump(summary.to_dict(), result)
+            result.write(json_text(summary.to_dict()))
         else:
             result.write(summary.render() + "\n")
 
@@ -296,10 +183,10 @@ def check(
     from deepmsi.data.check import check_release
 
     settings = _release_settings("check", source, raw, label_set=label_set)
-    with _working() as result:
+    with working() as result:
         report = check_manifest(Path(source)) if raw is None else check_release(source, raw, **settings)
         if as_json:
-            _dump(report.to_dict(), result)
+            result.write(json_text(report.to_dict()))
         else:
             result.write(report.render().rstrip("\n") + "\n")
     if report.problems:
@@ -368,7 +255,7 @@ def prepare(
     settings = _release_settings("prepare", source, raw, exclusions=exclude, **given)
     if face_model is not None and not face:
         raise UserError("--face-model says how faces are found; add --face")
-    with _working() as result:
+    with working() as result:
         said = {
             "frames": frames,
             "size": size,
@@ -383,11 +270,11 @@ def prepare(
         if raw is None:
             prepared = prepare_manifest(Path(source), out, options, workers=workers)
         else:
-            prepared = prepare_release(source, raw, out, options, workers=workers, note=_say, **settings)
+            prepared = prepare_release(source, raw, out, options, workers=workers, note=say, **settings)
         failures = prepared.failures
         if as_json:
             summary = {"out": out, "rows": len(prepared), "fingerprint": prepared.fingerprint, "failures": failures}
-            _dump(summary, result)
+            result.write(json_text(summary))
         else:
             for failure in failures[:FAILURES_SHOWN]:
                 result.write("failed: {id}: {modality}: {reason}\n".format(**failure))
@@ -444,11 +331,11 @@ def train(
     from deepmsi.train.recipe import load_recipe
     from deepmsi.train.run import train as train_recipe
 
-    with _working() as result:
+    with working() as result:
         loaded = load_recipe(recipe, settings or [])
         metrics = train_recipe(loaded, data, out, resume=resume, folds=_names(folds), auto_batch=auto_batch)
         if as_json:
-            _dump(metrics, result)
+            result.write(json_text(metrics))
         else:
             result.write(_render_metrics(metrics) + f"run: {out}\n")
 
@@ -468,9 +355,9 @@ def recipe(
     """
     from deepmsi.train.recipe import explain_recipe, load_recipe
 
-    with _working() as result:
+    with working() as result:
         if as_json:
-            _dump(load_recipe(name, settings or []).model_dump(mode="json"), result)
+            result.write(json_text(load_recipe(name, settings or []).model_dump(mode="json")))
         else:
             result.write(explain_recipe(name, settings or []))
 
@@ -501,13 +388,13 @@ def finetune(
     from deepmsi.train.finetune import finetune as finetune_encoder
     from deepmsi.train.recipe import load_recipe
 
-    with _working() as result:
+    with working() as result:
         loaded = load_recipe(recipe, settings or [])
         metrics = finetune_encoder(
             modality.value, loaded, data, out, resume=resume, folds=_names(folds), auto_batch=auto_batch
         )
         if as_json:
-            _dump(metrics, result)
+            result.write(json_text(metrics))
         else:
             made = sorted(str(path.parent) for path in out.glob("**/encoder/deepmsi.json"))
             result.write(_render_metrics(metrics) + "".join(f"encoder: {path}\n" for path in made))
@@ -545,11 +432,11 @@ def evaluate(
     """Measure a trained model on labelled clips."""
     from deepmsi.train.evaluate import evaluate as evaluate_run
 
-    with _working() as result:
+    with working() as result:
         where = device and _device(device)
         metrics = evaluate_run(run, data, out=out, drop=[drop], split=split, device=where, precision=precision.value)
         if as_json:
-            _dump(metrics, result)
+            result.write(json_text(metrics))
         else:
             result.write(_render_metrics(metrics) + (f"written to {out}\n" if out else ""))
 
@@ -612,17 +499,17 @@ def predict(
     if subtitles and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
-    with _working() as result:
+    with working() as result:
         from deepmsi.data.files import write_text
         from deepmsi.models.predict import load_run
 
         model = load_run(run, _device(device), precision.value)
         if text and "text" not in model.modalities:
-            _say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
+            say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
         texts = [text[0]] * len(clips) if text and len(text) == 1 else text
         predictions = model.predict(clips, texts=texts, timeline=timeline, progress=True, precision=precision.value)
         if chosen is TimelineFormat.json:
-            document = json.dumps(_plain([p.to_dict() for p in predictions]), indent=2, ensure_ascii=False) + "\n"
+            document = json_text([p.to_dict() for p in predictions])
         elif timeline is None:
             document = render.render_predictions(predictions)
         elif subtitles:
@@ -633,7 +520,7 @@ def predict(
             result.write(document)
         else:
             write_text(out, document)
-            _say(f"written to {out}")
+            say(f"written to {out}")
 
 
 def _device(asked: Device) -> str:
@@ -688,7 +575,7 @@ def ablate(
     if retrain and any(changed.values()):
         given = next(option for option, value in changed.items() if value)
         raise UserError(f"{given} is for the model of RUN; --retrain measures on RUN's own folds, as its recipe says")
-    with _working() as result:
+    with working() as result:
         variants = variants_of(run, shares, counts) if retrain else None
         lines = ablate_run(
             run,
@@ -701,7 +588,7 @@ def ablate(
             precision=precision.value,
         )
         if as_json:
-            _dump(lines, result)
+            result.write(json_text(lines))
         else:
             result.write(ablation_table(lines) + "\n")
 
@@ -724,7 +611,7 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write the model as one torch.export program: frames and utterance vectors in, logits out, any batch size."""
-    with _working() as result:
+    with working() as result:
         from deepmsi.models.export import argument_of, export_model
         from deepmsi.models.predict import load_run
 
@@ -732,7 +619,9 @@ def export(
         difference = export_model(model, out, backend=backend.value)
         inputs = [argument_of(name) for name in model.modalities]
         if as_json:
-            _dump({"out": out, "inputs": inputs, "labels": model.config.names, "difference": difference}, result)
+            result.write(
+                json_text({"out": out, "inputs": inputs, "labels": model.config.names, "difference": difference})
+            )
         else:
             result.write(f"{out}: {', '.join(inputs)} -> logits, equal to the model to {difference:.1e}\n")
 
@@ -752,13 +641,13 @@ def report(
     from deepmsi.report import report as write_report
     from deepmsi.report import report_comparison
 
-    with _working() as result:
+    with working() as result:
         pages = [write_report(run) for run in runs]
         if len(runs) > 1:
             pages.append(report_comparison(runs))
         if as_json:
             files = [{"html": page, "markdown": page.with_suffix(".md")} for page in pages]
-            _dump(files if len(files) > 1 else files[0], result)
+            result.write(json_text(files if len(files) > 1 else files[0]))
         else:
             result.writelines(f"{page}\n" for page in pages)
 
@@ -776,11 +665,11 @@ def compare(
     from deepmsi.report.text import render_comparison
     from deepmsi.train.metrics import compare_predictions
 
-    with _working() as result:
+    with working() as result:
         comparison = compare_predictions(first, second)
         comparison["measured"] = {"a": measured(first), "b": measured(second)}
         if as_json:
-            _dump(comparison, result)
+            result.write(json_text(comparison))
         else:
             result.write(render_comparison(str(first), str(second), comparison))
 
@@ -799,14 +688,14 @@ def explain(
     """
     from deepmsi import __version__, backend
 
-    with _working() as result:
+    with working() as result:
         graphs = None if run is None else _graphs_of(run)
         if as_json:
             ops = {
                 op: {name: backend.why_not(op, name) or "available" for name in backend.BACKENDS} for op in backend.OPS
             }
             document = {"deepmsi": __version__, "host": backend.host_info(), "ops": ops}
-            _dump(document if graphs is None else {**document, "cuda_graphs": graphs}, result)
+            result.write(json_text(document if graphs is None else {**document, "cuda_graphs": graphs}))
         else:
             result.write(f"{backend.explain()}\n")
             if graphs is not None:
@@ -890,7 +779,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(INTERRUPTED)
 
     try:
-        with _on_signals({signal.SIGINT: leave} if argv is None else {}):
+        with on_signals({signal.SIGINT: leave} if argv is None else {}):
             outcome = app(args=words, prog_name="deepmsi", standalone_mode=False)
         sys.stdout.flush()
         if outcome == INTERRUPTED:  # some releases of typer turn the interruption into its exit code
@@ -898,32 +787,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return outcome if isinstance(outcome, int) else 0
     except UserError as error:
         onward = f"; free some space and {_again(words)}" if isinstance(error, DiskFullError) else ""
-        _say(f"deepmsi: {_one_line(str(error))}{onward}")
+        say(f"deepmsi: {_one_line(str(error))}{onward}")
         return 2
     except _UsageProblem as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "deepmsi"
         if not error.format_message():  # bare `deepmsi`: the help has been printed
             return 2
-        _say(f"deepmsi: {_one_line(error.format_message())} (see: {where} --help)")
+        say(f"deepmsi: {_one_line(error.format_message())} (see: {where} --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _say(f"deepmsi: {_resume_hint(words)}")
+        say(f"deepmsi: {_resume_hint(words)}")
         return INTERRUPTED
-    except _Terminated:
-        _say(f"deepmsi: {_resume_hint(words)}")
+    except Terminated:
+        say(f"deepmsi: {_resume_hint(words)}")
         return TERMINATED
     except RuntimeError as error:
         # Python 3.11 makes one of what is raised while a class is made, as the many late imports do.
-        if not isinstance(error.__cause__, KeyboardInterrupt | _Terminated):
+        if not isinstance(error.__cause__, KeyboardInterrupt | Terminated):
             raise
-        _say(f"deepmsi: {_resume_hint(words)}")
-        return TERMINATED if isinstance(error.__cause__, _Terminated) else INTERRUPTED
+        say(f"deepmsi: {_resume_hint(words)}")
+        return TERMINATED if isinstance(error.__cause__, Terminated) else INTERRUPTED
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         if encoding == "utf-8" or codecs.lookup(error.encoding).name != codecs.lookup(encoding).name:
             raise
-        _say(f"deepmsi: {error.object} is no name in this locale's encoding, {encoding}: set PYTHONUTF8=1")
+        say(f"deepmsi: {error.object} is no name in this locale's encoding, {encoding}: set PYTHONUTF8=1")
         return 2
     except BrokenPipeError:  # the reader of the output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -931,9 +820,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in DISK_FULL:
             place = f" while writing {error.filename}" if error.filename else ""
-            _say(f"deepmsi: the disk is full{place}; free some space and {_again(words)}")
+            say(f"deepmsi: the disk is full{place}; free some space and {_again(words)}")
         elif error.filename and error.strerror:  # a folder without rights, a file system that is read-only
-            _say(f"deepmsi: {error.filename}: {error.strerror}")
+            say(f"deepmsi: {error.filename}: {error.strerror}")
         else:
             raise
         return 2

@@ -37,19 +37,25 @@ DEEPMSI_INLINE float lane_max(Vec<float> v) {
   return top;
 }
 
-// The float whose exponent is n higher; n is `shifted` less kShift, which rounds to the nearest integer where
-// it is added.
+// value * 2^n for n, which is `shifted` less kShift: where that is added, it rounds to the nearest integer.
+// What is no number stays so.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
 DEEPMSI_INLINE Vec<float> raise_exponent(Vec<float> value, Vec<float> shifted) {
+#if DEEPMSI_VECTOR_BYTES == 64
+  const auto factor = reinterpret_cast<__m512>(value), n = reinterpret_cast<__m512>(shifted - kShift);
+  return reinterpret_cast<Vec<float>>(_mm512_mask_scalef_ps(factor, kEveryLane, factor, n));
+#else
   VecBits bits, n;
   __builtin_memcpy(&bits, &value, sizeof bits);
   __builtin_memcpy(&n, &shifted, sizeof n);
   bits += n << 23;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
+  Vec<float> raised;
+  __builtin_memcpy(&raised, &bits, sizeof raised);
+  return value == value ? raised : value;
+#endif
 }
 
-// e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 6 (relative error 1e-7); below -87
+// e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 7 (relative error 1e-7); below -87
 // it is less than 2e-38.
 DEEPMSI_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   x = maximum(Vec<float>{} - 87.0f, x);

@@ -6,7 +6,8 @@
 namespace deepmsi::DEEPMSI_ISA_NAMESPACE {
 namespace {
 
-// What lies beyond |x|, which is held at 6 from there on: Φ(-|x|), and the density's shape exp(-x² / 2).
+// What lies beyond |x|, and the density's shape exp(-x² / 2). From 6 on the size |x| is held, and the mass is
+// about Φ(-|x|).
 struct Tail {
   Vec<float> mass, size, bell;
 };
@@ -28,19 +29,19 @@ DEEPMSI_INLINE Tail tail_of(Vec<float> x) {
   return {bell * (0.5f - t * (p / q)), t, bell};
 }
 
-// Beyond 6 it is 0 or x, but for 1e-8.
-DEEPMSI_INLINE Vec<float> gelu(Vec<float> x) {
-  const Tail tail = tail_of(x);
+// Beyond 6 it is 0 or x, but for 1e-8; at -inf it is its limit, 0, where torch's is no number.
+DEEPMSI_INLINE Vec<float> gelu_of(Vec<float> x, const Tail& tail) {
   return maximum(Vec<float>{}, x) - tail.size * tail.mass;
 }
+DEEPMSI_INLINE Vec<float> gelu(Vec<float> x) { return gelu_of(x, tail_of(x)); }
 
 struct GeluAndSlope {
   Vec<float> value, slope;
 };
 DEEPMSI_INLINE GeluAndSlope gelu_and_slope(Vec<float> x) {
   const Tail tail = tail_of(x);
-  const Vec<float> below = x < 0.0f ? tail.mass : 1.0f - tail.mass, density = tail.bell * 0.39894228f;
-  return {x * below, below + x * density};
+  const Vec<float> left = tail.mass - tail.size * (tail.bell * 0.39894228f);  // the slope at -|x|
+  return {gelu_of(x, tail), x < 0.0f ? left : 1.0f - left};
 }
 
 }  // namespace

@@ -33,8 +33,17 @@ struct Residual {
     }
   }
 
-  // The sums of a gradient start with those of the norm's weight and bias, and of f's bias.
-  static constexpr int64_t kSums = 3;
+  // Of the sums of a gradient the first are those of the norm's weight, of its bias, and of f's bias.
+  int64_t sums() const { return 3 * channels; }
+  Tensor norm_weight_gradient(const ColumnSums& sums, const Tensor& like) const {
+    return sums.write(0, channels, like);
+  }
+  Tensor norm_bias_gradient(const ColumnSums& sums, const Tensor& like) const {
+    return sums.write(channels, channels, like);
+  }
+  Tensor bias_gradient(const ColumnSums& sums, bool wanted, const Tensor& like) const {
+    return sums.write(2 * channels, wanted ? channels : 0, like);
+  }
 
   // The gradient of f, from that of y, for rows from `row` on, which are those from `at` on in a chunk.
   void branch_gradient(int64_t rows, int64_t row, int64_t at, const Rows& grad_y, const Rows& z,

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
   const int64_t step = std::min(chunk_rows(k, width, width * channels), std::max<int64_t>(m.valid, 1));
   const OperandRows active(k, step, width), grad_hidden(k, step, width), grad_z(k, step, channels);
   const AsOperands operands = m.residual.operands(x, step);
-  const int64_t own = Residual::kSums * channels;
+  const int64_t own = m.residual.sums();
   ColumnSums sums(own + width);  // of the residual, and of b1
   for (int64_t start = 0; start < m.valid; start += step) {
     const int64_t rows = std::min(step, m.valid - start);
@@ -180,9 +180,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_mlp_
           grad_fc1.written(),
           sums.write(own, wants_layers ? width : 0, fc1_bias),
           grad_fc2.written(),
-          sums.write(2 * channels, wants_layers ? channels : 0, fc2_bias),
-          sums.write(0, channels, norm_weight),
-          sums.write(channels, channels, norm_bias)};
+          m.residual.bias_gradient(sums, wants_layers, fc2_bias),
+          m.residual.norm_weight_gradient(sums, norm_weight),
+          m.residual.norm_bias_gradient(sums, norm_bias)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

@@ -126,15 +126,16 @@ std::tuple<Tensor, Tensor, Tensor> residual_window_attention_fwd_cpu(
                     eps, norm_first, bias_table, head_scale, scale, positions, cu_seqlens, heads, height,
                     width, window, shift);
   const BlockKernels& k = a.k;
-  const int64_t channels = a.channels, keeps = with_grad ? a.rows : 0, most = largest_chunk(a);
+  const int64_t channels = a.channels, most = largest_chunk(a);
   const int64_t block = block_rows(2 * channels);
   Tensor y_all = torch::stable::new_empty(a.x, {a.rows, channels});
   const bool keeps_z = a.residual.keeps_branch(with_grad);
   Tensor branch = torch::stable::new_empty(a.x, {keeps_z ? a.rows : 0, channels});
-  Tensor attended = torch::stable::new_empty(a.x, {keeps, channels});
+  Tensor attended = torch::stable::new_empty(a.x, {with_grad ? a.rows : 0, channels});
   const Rows x = rows_of(a.x, channels), y = rows_of(y_all, channels);
   const Rows kept = rows_of(branch, channels), kept_middle = rows_of(attended, channels);
-  // What is kept is made where it is kept, if it is of the type that makes it.
+  // What is kept is made where it is kept, or else where its result will be, if it is of the type that makes
+  // it.
   const bool z_in_place = k.stores_floats();
   const bool middle_in_place = with_grad && k.as_stored(channels);
   const Packed in(k, a.qkv_weight, true, channels, 3 * channels);
@@ -210,7 +211,7 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
       grad_out(k, most, channels);
   const AsOperands read = a.residual.operands(x, most),
                    middle(k, rows_of(held_middle, channels), channels, most);
-  const int64_t own = Residual::kSums * channels;
+  const int64_t own = a.residual.sums();
   ColumnSums sums(own + wide);  // of the residual, and of qkv's bias
   WindowSums window_sums(a.call.w);
   over_chunks(a, [&](const Chunk& chunk) {
@@ -256,9 +257,9 @@ residual_window_attention_bwd_cpu(Tensor grad_y_any, Tensor x_any, Tensor branch
           grad_qkv_weight.written(),
           sums.write(own, wants_layers ? wide : 0, qkv_bias.has_value() ? *qkv_bias : qkv_weight),
           grad_proj_weight.written(),
-          sums.write(2 * channels, wants_layers ? channels : 0, proj_bias),
-          sums.write(0, channels, norm_weight),
-          sums.write(channels, channels, norm_bias),
+          a.residual.bias_gradient(sums, wants_layers, proj_bias),
+          a.residual.norm_weight_gradient(sums, norm_weight),
+          a.residual.norm_bias_gradient(sums, norm_bias),
           grad_table,
           grad_scale};
 }

@@ -147,6 +147,7 @@ def predict(
     pairs = list(zip(clips, texts, strict=True))
     named = progress_bar(pairs, description="headers", unit="clip", shown=progress)
     windows = [window for clip, text in named for window in _windows(model, str(clip), text, timeline)]
+    _tell_what_is_cut(windows, model.config.audio.max_seconds)
     unit = "clip" if timeline is None else "window"
     shown = progress_bar(windows, description="predict", unit=unit, shown=progress)
     items = (_decode(model, window, tolerant=timeline is not None) for window in shown)
@@ -192,6 +193,18 @@ def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) 
         # The last window takes a rest that is too short to stand alone.
         end = (k + 1) * length if k + 1 < count else info.duration
         yield _Window(clip, k * length, end, None, has_video, has_audio)
+
+
+def _tell_what_is_cut(windows: Sequence[_Window], heard: float) -> None:
+    """Warn of clips whose sound goes on after what the model hears of it; no window of a timeline does."""
+    longer = [window for window in windows if window.has_audio and window.start is None and (window.end or 0) > heard]
+    if longer:
+        others = f" and {len(longer) - 1} more" if len(longer) > 1 else ""
+        warnings.warn(
+            f"{longer[0].clip}{others}: this model hears the first {heard:g} s of the sound (audio.max_seconds); "
+            "timeline goes over long clips in windows.",
+            stacklevel=3,
+        )
 
 
 def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:

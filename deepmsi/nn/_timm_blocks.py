@@ -1,8 +1,8 @@
-"""timm's Swin blocks with their attention replaced: the one module that imports timm at its top, loaded by ``fuse``.
+"""timm's Swin blocks on deepmsi's operations: the one module that imports timm at its top, loaded by ``fuse``.
 
 The classes add no state but what :func:`deepmsi.nn.fix_constants` computes: a block changes its class in place, and
-keeps its weights, its state dict, its hooks and all that timm does around the attention (drop path, checkpointing,
-changes of the input size).
+keeps its weights, its state dict, its hooks and what timm does around it (drop path, checkpointing, changes of the
+input size).
 """
 
 from typing import Any, NamedTuple, cast
@@ -85,6 +85,8 @@ def _runs_fused(block: Any, x: Tensor) -> bool:
     """Whether the operation computes this call: no dropout on the attention's weights, nobody watches or has replaced
     what is passed over, and x is a tensor, not what stands for one while ``torch.fx`` traces."""
     attn = block.attn
+    if "_attn" in block.__dict__:
+        return False
     usual = type(attn) in (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
     if not (usual and isinstance(x, Tensor) and _passed_over(attn.attn_drop) and unhooked(attn, attn.softmax)):
         return False
@@ -123,28 +125,45 @@ def _added(norm: Any, drop_path: torch.nn.Module, x: Tensor, branch: Tensor) -> 
     return x + drop_path(norm(branch))
 
 
+def _usual_half(x: Tensor, first: Any, second: Any, norm: Any, drop_path: Any) -> bool:
+    """Whether the layers, the norm and the drop path of half a block do what timm's own do."""
+    usual = type(first) is type(second) is torch.nn.Linear and type(norm) is torch.nn.LayerNorm
+    if not (usual and norm.normalized_shape == x.shape[-1:]):
+        return False
+    return plain(x, second, norm, bare=(first,)) and _draws_as_timm(drop_path)
+
+
+def _attends_fused(block: Any, x: Tensor, norm_first: bool) -> bool:
+    """Whether the attention half of a block is one operation for x."""
+    attn = block.attn
+    return (
+        _runs_fused(block, x)
+        and not any(_padding(block, x))
+        and _passed_over(attn.proj_drop)
+        and _usual_half(x, attn.qkv, attn.proj, block.norm1, block.drop_path1)
+        and _as_wide_as_its_heads(attn)
+        and fuses_attention(x, attn.num_heads, block.window_size[0], norm_first)
+    )
+
+
+def _as_wide_as_its_heads(attn: Any) -> bool:
+    """Whether heads have the width that follows from their number, as the operation has them."""
+    return isinstance(attn.proj, torch.nn.Linear) and attn.proj.in_features == attn.dim
+
+
 def _attended(
     block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | None, qkv_bias: Tensor | None, **options: Any
-) -> Tensor | None:
-    """The attention half of a block as one operation, x + drop_path of both attention and norm; None where it is none.
+) -> Tensor:
+    """x + drop_path of both attention and norm, of a block that :func:`_attends_fused`.
 
     Args:
-        block, x: A block and a grid that :func:`_runs_fused`.
+        block, x: A block and its grid.
         norm_first: As in ``residual_window_attention``.
         laid_out: The weights of qkv and proj as they are read, where they are fixed.
         qkv_bias: The bias of q, k and v.
         options: Those of ``residual_window_attention`` in which models differ.
     """
-    attn, norm, channels = block.attn, block.norm1, x.shape[-1]
-    whole = not any(_padding(block, x)) and _passed_over(attn.proj_drop)
-    if not (
-        whole
-        and plain(x, attn.proj, norm, bare=(attn.qkv,))
-        and attn.proj.in_features == channels  # heads may be of any width
-        and fuses_attention(x, attn.num_heads, block.window_size[0], norm_first)
-        and _draws_as_timm(block.drop_path1)
-    ):
-        return None
+    attn, norm = block.attn, block.norm1
     return residual_window_attention(
         x,
         attn.qkv.weight,
@@ -175,9 +194,10 @@ def _transformed(block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | No
         and type(mlp.norm) is torch.nn.Identity
         and _passed_over(mlp.drop1, mlp.drop2)
         and unhooked(mlp, mlp.act, mlp.norm)
-        and _draws_as_timm(block.drop_path2)
+        and _usual_half(x, mlp.fc1, mlp.fc2, norm, block.drop_path2)
+        and mlp.fc1.bias is not None
     )
-    if not (usual and fuses("residual_mlp", x, norm_first=int(norm_first)) and plain(x, mlp.fc1, mlp.fc2, norm)):
+    if not (usual and fuses("residual_mlp", x, norm_first=int(norm_first))):
         return None
     return residual_mlp(
         x,
@@ -213,7 +233,8 @@ class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
         if type(attn) is not swin_transformer.WindowAttention or type(mlp) is not Mlp:
             return
         self.constants = _Layouts(LaidOut(), LaidOut())
-        self.constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
+        if _as_wide_as_its_heads(attn):
+            self.constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
         self.constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
 
     def forget(self) -> None:
@@ -225,13 +246,9 @@ class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
     def _attend(self, x: Tensor) -> Tensor:
         """x + drop_path(attention(norm(x)))."""
         block: Any = self
-        attn = block.attn
-        if _runs_fused(block, x):
-            options = {"bias_table": attn.relative_position_bias_table, "scale": attn.scale}
+        if _attends_fused(block, x, norm_first=True):
             laid_out = self.constants and self.constants.attention
-            y = _attended(block, x, True, laid_out, getattr(attn.qkv, "bias", None), **options)
-            if y is not None:
-                return y
+            return _attended(block, x, True, laid_out, block.attn.qkv.bias, **self._windows())
         return x + block.drop_path1(block._attn(block.norm1(x)))
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -243,16 +260,16 @@ class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
         rows = x.flatten(1, 2)
         return (rows + block.drop_path2(block.mlp(block.norm2(rows)))).view(x.shape)
 
+    def _windows(self) -> dict[str, Any]:
+        """Return what the attention of Swin V1 has of its own."""
+        attn: Any = self.attn
+        return {"bias_table": attn.relative_position_bias_table, "scale": attn.scale}
+
     def _attn(self, x: Tensor) -> Tensor:
         if not _runs_fused(self, x):
             return super()._attn(x)
         attn: Any = self.attn
-        out = _attention_of(
-            self,
-            _called(self, attn.qkv, _pad_as_timm(self, x)),
-            bias_table=attn.relative_position_bias_table,
-            scale=attn.scale,
-        )
+        out = _attention_of(self, _called(self, attn.qkv, _pad_as_timm(self, x)), **self._windows())
         return _crop_as_timm(self, out, x)
 
 
@@ -300,11 +317,9 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
     def _attend(self, x: Tensor) -> Tensor:
         """x + drop_path(norm(attention(x)))."""
         block: Any = self
-        if _runs_fused(block, x):
+        if _attends_fused(block, x, norm_first=False):
             laid_out = self.constants and self.constants.attention
-            y = _attended(block, x, False, laid_out, self._qkv_bias(), **self._windows())
-            if y is not None:
-                return y
+            return _attended(block, x, False, laid_out, self._qkv_bias(), **self._windows())
         return _added(block.norm1, block.drop_path1, x, block._attn(x))
 
     def _transform(self, x: Tensor) -> Tensor:

@@ -521,10 +521,9 @@ _register(
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
 # that of x, its weights in that or in float32, which is rounded, and vectors in either. `branch` [R, C] is what the
 # norm reads, in the type of the products, kept with `with_grad` unless that is x (`norm_first`), else [0, C]; the
-# hidden rows are made again. Backward reads x in the type of the products, or for the norm as it is; without
-# `wants_layers`, where all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R]
-# gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x
-# alone.
+# hidden rows are made again. Backward reads x in the type of the products; without `wants_layers`, where all of both
+# layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no gradient. Rows past the
+# last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -537,14 +536,16 @@ _MLP_BACKWARD = (
 )
 
 
+def _branch_kept(x: Tensor, like: Tensor, norm_first: bool, with_grad: bool) -> Tensor:
+    return like.new_empty((x.shape[0] if with_grad and not norm_first else 0, x.shape[1]))
+
+
 def _mlp_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
-    *_, norm_first, with_grad = rest
-    return x.new_empty(x.shape), x.new_empty((x.shape[0] if with_grad and not norm_first else 0, x.shape[1]))
+    return x.new_empty(x.shape), _branch_kept(x, x, *rest[-2:])
 
 
 def _mlp_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
-    *_, norm_first, with_grad = rest
-    return x.new_empty(x.shape), rest[0].new_empty((x.shape[0] if with_grad and not norm_first else 0, x.shape[1]))
+    return x.new_empty(x.shape), _branch_kept(x, rest[0], *rest[-2:])
 
 
 def _mlp_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, *rest: Any) -> Any:
@@ -556,8 +557,7 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, *others, ctx.eps, ctx.norm_first, ctx.with_grad = inputs
     branch = output[1]
     ctx.mark_non_differentiable(branch)
-    kept = x if ctx.norm_first or x.dtype == branch.dtype else x.to(branch.dtype)
-    ctx.save_for_backward(kept, branch, *others)
+    ctx.save_for_backward(x if x.dtype == branch.dtype else x.to(branch.dtype), branch, *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -598,16 +598,16 @@ _ATTENTION_BACKWARD = (
 
 
 def _attention_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), *_attention_kept(x, x, rest[8], rest[-1])
+    return _attention_made(x, x, rest[8], rest[-1])
 
 
 def _attention_fake_forward_triton(x: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), *_attention_kept(x, rest[0], rest[8], rest[-1])
+    return _attention_made(x, rest[0], rest[8], rest[-1])
 
 
-def _attention_kept(x: Tensor, like: Tensor, norm_first: bool, with_grad: bool) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] if with_grad else 0
-    return like.new_empty((0 if norm_first else rows, x.shape[1])), like.new_empty((rows, x.shape[1]))
+def _attention_made(x: Tensor, like: Tensor, norm_first: bool, with_grad: bool) -> Any:
+    attended = like.new_empty((x.shape[0] if with_grad else 0, x.shape[1]))
+    return x.new_empty(x.shape), _branch_kept(x, like, norm_first, with_grad), attended
 
 
 def _attention_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, attended: Tensor, *rest: Any) -> Any:
@@ -622,8 +622,8 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     x, *weights, ctx.eps, ctx.norm_first, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:15]
     *ctx.sizes, ctx.with_grad = inputs[15:]
     ctx.mark_non_differentiable(*output[1:])
-    kept = x if ctx.norm_first or x.dtype == output[1].dtype else x.to(output[1].dtype)
-    ctx.save_for_backward(kept, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
+    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
+    ctx.save_for_backward(narrow, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

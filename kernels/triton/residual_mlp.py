@@ -27,6 +27,7 @@ from deepmsi._triton.operands import (
 from deepmsi._triton.residual_norm import (
     add_normed,
     add_projected,
+    check_norm_last,
     counted,
     gradient_through_norm,
     row_scale_of,
@@ -468,6 +469,7 @@ def residual_mlp_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y [R, C] in the type of x, and in that of the weights what the norm reads [R, C], or [0, C]."""
+    check_norm_last("residual_mlp", norm_first)
     with torch.cuda.device_of(x):
         x = x.contiguous()
         rows, channels = x.shape

@@ -235,6 +235,12 @@ def _sum_chunks_kernel(
         tl.store(third_ptr + column, result.to(third_ptr.dtype.element_ty), mask=inside)
 
 
+def check_norm_last(op: str, norm_first: bool) -> None:
+    """Refuse a norm that comes before the layers, which the operator's schema has for other backends."""
+    if norm_first:
+        raise RuntimeError(f"{op}: the norm must come after the layers")
+
+
 def _blocks(channels: int, elements: int, warps: int) -> dict[str, int]:
     """Return the rows and columns of a program, and its warps."""
     width = max(16, triton.next_power_of_2(channels))

@@ -10,7 +10,7 @@ kernels of `window_attention`), and adds the gradient of y in the product that t
 
 import torch
 from deepmsi._triton.operands import add_gradient, added, chunk_of, in_two, narrowed, stages, tile, upcasts
-from deepmsi._triton.residual_norm import add_projected, counted, gradient_through_norm, row_scale_of
+from deepmsi._triton.residual_norm import add_projected, check_norm_last, counted, gradient_through_norm, row_scale_of
 from deepmsi._triton.window_attention import (
     EMPTY_QUERY,
     LOG2_E,
@@ -215,6 +215,7 @@ def residual_window_attention_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [R, C] in the type of x, and in that of the weights what the norm and the projection read, or [0, C]."""
+    check_norm_last("residual_window_attention", norm_first)
     with torch.cuda.device_of(x):
         x = x.contiguous()
         rows, channels = x.shape

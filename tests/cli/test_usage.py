@@ -18,6 +18,7 @@ from tqdm import tqdm
 from deepmsi import cli
 from deepmsi.errors import UserError
 from deepmsi.progress import progress_bar
+from deepmsi.terminal import Terminated, plain
 
 COMMANDS = ("demo", "check", "prepare", "recipe", "train", "evaluate", "predict", "export", "report", "explain")
 
@@ -246,7 +247,7 @@ class TestEndings:
         assert outcome.err.strip().startswith("deepmsi: interrupted")
         assert len(outcome.err.strip().splitlines()) == 1
 
-    @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
+    @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
     def test_interruption_while_a_class_is_made(self, monkeypatch, deepmsi, raised, code) -> None:
         class Field:
             def __set_name__(self, *_: object) -> None:
@@ -362,5 +363,5 @@ def test_nothing_else_reaches_standard_output(monkeypatch, deepmsi, tmp_path) ->
 def test_numbers_that_json_lacks_become_null() -> None:
     import numpy as np
 
-    value = cli._plain({"a": float("nan"), "b": np.float32(0.5), "c": (Path("x"), np.arange(2)), 3: True})
+    value = plain({"a": float("nan"), "b": np.float32(0.5), "c": (Path("x"), np.arange(2)), 3: True})
     assert value == {"a": None, "b": 0.5, "c": ["x", [0, 1]], "3": True}

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 
 import av
 import numpy as np
@@ -136,6 +137,17 @@ def test_a_window_is_no_longer_than_what_is_heard(model, tmp_path, monkeypatch):
     assert len(model.predict([clip], timeline=2.0)) == 2
     with pytest.raises(UserError, match=r"of a window of 3 s this model would hear the first 2 \(audio\.max_seconds\)"):
         model.predict([clip], timeline=3.0)
+
+
+def test_what_is_not_heard_of_whole_clips_is_told(model, tmp_path, monkeypatch):
+    clips = [write_clip(tmp_path / f"{name}.mp4", seconds=s) for name, s in (("a", 1.0), ("b", 3.4), ("c", 3.4))]
+    silent = write_clip(tmp_path / "d.mp4", seconds=3.4, audio=False)
+    monkeypatch.setattr(model.config.audio, "max_seconds", 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict([clips[0], silent])
+    with pytest.warns(UserWarning, match=r"b\.mp4 and 1 more: this model hears the first 2 s of the sound"):
+        model.predict(clips)
 
 
 def test_a_bar_shows_how_far_it_is(model, tmp_path, monkeypatch):

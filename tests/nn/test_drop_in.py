@@ -79,6 +79,79 @@ def test_inference_and_gradients_are_timms(case: str) -> None:
     assert_fused_equal(model, randn(2, 3, size, size, seed=2, dtype=torch.float64))
 
 
+PADDED = {"window_attention", "residual_mlp"}
+HALVES = {"residual_window_attention", "residual_mlp"}
+# Which operations compute each case on the CPU: halves of blocks, but for the attention of grids that are padded.
+COMPUTED = dict.fromkeys(CASES, HALVES) | {
+    "swin, padded": PADDED,
+    "swin, heads of another width": PADDED,
+    "swinv2, padded": PADDED,
+    "swinv2, padded beyond the grid": PADDED,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_of_the_cpu_give_what_timm_gives(case: str) -> None:
+    """In float32; the cases above are in float64, which is computed layer by layer."""
+    need("residual_mlp", "cpp", "cpu")
+    name, options = CASES[case]
+    exact = build(name, **options, **({"pretrained_window_sizes": (12, 6)} if "12to" in name else {}))
+    fused, low = deepmsi.fuse(copy.deepcopy(exact).float()), copy.deepcopy(exact).float()
+    frames = randn(2, 3, options["img_size"], options["img_size"], seed=2)
+    with deepmsi.use_backend("cpp"), torch.profiler.profile() as profile:
+        out, found = gradients(fused, frames)
+    ran = {event.key.split("::")[1] for event in profile.key_averages() if event.key.startswith("deepmsi::")}
+    assert {f"{op}_cpp_{way}" for op in COMPUTED[case] for way in ("fwd", "bwd")} <= ran
+    wanted, grads = gradients(exact, frames.double())
+    plain, own = gradients(low, frames)
+    for key, value in {"output": wanted, **grads}.items():
+        # The gradients of a logit scale and of a bias are sums that nearly cancel.
+        roundings = 256 if "logit_scale" in key or "cpb_mlp" in key else 32
+        assert_within_budget({"output": out, **found}[key], {"output": plain, **own}[key], value, key, roundings)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("size", [64, 56], ids=["whole", "padded"])
+@pytest.mark.parametrize("stream", [torch.float32, torch.float64], ids=str)
+def test_the_bias_network_runs_once(name: str, size: int, stream: torch.dtype) -> None:
+    model = deepmsi.fuse(build(name, img_size=size).to(stream))
+    block, calls = model.layers[0].blocks[1], []
+    block.attn.cpb_mlp.register_forward_hook(lambda *_: calls.append(1))
+    model(randn(1, 3, size, size, seed=2, dtype=stream))
+    assert calls == [1]
+
+
+@BOTH
+@pytest.mark.parametrize("part", ["norm1", "norm2", "mlp.fc1", "attn.proj"])
+def test_what_stands_for_a_layer_is_called(name: str, part: str) -> None:
+    """A norm of other shape, or another kind of layer, of torch's own."""
+    stock = build(name, img_size=32, window_size=4).float()
+    block = stock.layers[0].blocks[0]
+    owner, key = part.rsplit(".", 1) if "." in part else ("", part)
+    others: dict[str, nn.Module] = {
+        "norm1": nn.LayerNorm((8, 8, 16)),  # of a grid
+        "norm2": nn.LayerNorm((64, 16)),  # of its rows
+        "mlp.fc1": nn.Sequential(nn.Linear(16, 64)),
+        "attn.proj": nn.Sequential(nn.Linear(16, 16)),
+    }
+    setattr(block.get_submodule(owner), key, others[part])
+    frames = randn(1, 3, 32, 32, seed=2)
+    fused = deepmsi.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(frames), stock(frames), rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_an_attention_of_the_block_s_own_is_called(name: str) -> None:
+    models = [build(name, img_size=32, window_size=4).float() for _ in range(2)]
+    deepmsi.fuse(models[1])
+    for model in models:
+        model.layers[0].blocks[0]._attn = torch.zeros_like
+    frames = randn(1, 3, 32, 32, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(frames) for model in models), rtol=1e-4, atol=1e-4)
+
+
 @BOTH
 def test_oblong_windows_stay_timms_beside_fused_ones(name: str) -> None:
     """The second stage's grid has four rows: its windows are of 4 x 8 places, the shift is one of columns alone."""

@@ -305,6 +305,19 @@ def test_gelu_is_exact_in_both_tails(backend: str, device: str) -> None:
     assert ((y.double() - exact).abs() <= 4e-7 * x.double().abs()).all()
 
 
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "cpp"])
+def test_gelu_and_its_slope_have_their_limits(backend: str, device: str) -> None:
+    """Rows of zeros and layers of one channel: what fc1's bias holds goes through GELU to y."""
+    testing.need("residual_mlp", backend, device, torch.float32)
+    zero, one = torch.zeros(1, device=device), torch.ones(1, 1, device=device)
+    for value, wanted in ((-3e38, (0, 0)), (-20, (0, 0)), (20, (20, 1)), (3e38, (3e38, 1)), (-torch.inf, (0, 0))):
+        bias = (zero + value).requires_grad_()
+        y = residual_mlp(one * 0, one, bias, one, zero, zero, zero, norm_first=True, backend=backend)
+        (slope,) = torch.autograd.grad(y, bias)
+        assert (y.item(), slope.item()) == pytest.approx(wanted)
+    assert residual_mlp(one * 0, one, zero + torch.nan, one, zero, zero, zero, backend=backend).isnan()
+
+
 @pytest.mark.parametrize("channels", [2, 300], ids=["fused", "wide"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
