@@ -5,6 +5,7 @@ keeps its weights, its state dict, its hooks and what timm does around it (drop 
 input size).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -221,10 +222,52 @@ class _Layouts(NamedTuple):
     mlp: LaidOut
 
 
-class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
-    """A block of timm's Swin V1 and S3; where it is as timm built it, each half runs as one operation."""
+class _FusedBlock(HoldsConstants):
+    """A block of timm's; where it is as timm built it, each half runs as one operation.
 
-    constants: _Layouts | None = None
+    Attributes:
+        norm_first: Whether the norm of a half comes before its layers.
+        constants: What :meth:`fix` computed of the weights, the layouts of both halves among it.
+    """
+
+    norm_first: bool
+    constants: Any = None
+
+    def forget(self) -> None:
+        self.constants = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            return cast(Tensor, super().forward(x))
+        return self._transform(self._attend(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """x + drop_path of both attention and norm."""
+        block: Any = self
+        if not _attends_fused(block, x, self.norm_first):
+            return self._half(block.norm1, block.drop_path1, x, block._attn)
+        laid_out = self.constants and self.constants.attention
+        return _attended(block, x, self.norm_first, laid_out, block._qkv_bias(), **block._windows())
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """x + drop_path of both MLP and norm."""
+        block: Any = self
+        y = _transformed(block, x, self.norm_first, self.constants and self.constants.mlp)
+        if y is not None:
+            return y
+        return self._half(block.norm2, block.drop_path2, x.flatten(1, 2), block.mlp).view(x.shape)
+
+    def _half(self, norm: Any, drop_path: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + drop_path of both branch and norm, layer by layer."""
+        if self.norm_first:
+            return cast(Tensor, x + drop_path(branch(norm(x))))
+        return _added(norm, drop_path, x, branch(x))
+
+
+class FusedSwinBlock(_FusedBlock, SwinTransformerBlock):
+    """A block of timm's Swin V1 and S3."""
+
+    norm_first = True
 
     def fix(self) -> None:
         block: Any = self
@@ -237,28 +280,9 @@ class FusedSwinBlock(HoldsConstants, SwinTransformerBlock):
             self.constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
         self.constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
 
-    def forget(self) -> None:
-        self.constants = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._transform(self._attend(x)) if isinstance(x, Tensor) else super().forward(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        """x + drop_path(attention(norm(x)))."""
-        block: Any = self
-        if _attends_fused(block, x, norm_first=True):
-            laid_out = self.constants and self.constants.attention
-            return _attended(block, x, True, laid_out, block.attn.qkv.bias, **self._windows())
-        return x + block.drop_path1(block._attn(block.norm1(x)))
-
-    def _transform(self, x: Tensor) -> Tensor:
-        """x + drop_path(mlp(norm(x)))."""
-        block: Any = self
-        y = _transformed(block, x, True, self.constants and self.constants.mlp)
-        if y is not None:
-            return y
-        rows = x.flatten(1, 2)
-        return (rows + block.drop_path2(block.mlp(block.norm2(rows)))).view(x.shape)
+    def _qkv_bias(self) -> Tensor | None:
+        attn: Any = self.attn
+        return cast("Tensor | None", attn.qkv.bias)
 
     def _windows(self) -> dict[str, Any]:
         """Return what the attention of Swin V1 has of its own."""
@@ -285,10 +309,10 @@ class _BlockConstants(NamedTuple):
     mlp: LaidOut
 
 
-class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
-    """A block of timm's Swin V2; where it is as timm built it, each half runs as one operation."""
+class FusedSwinV2Block(_FusedBlock, SwinTransformerV2Block):
+    """A block of timm's Swin V2."""
 
-    constants: _BlockConstants | None = None
+    norm_first = False
 
     def fix(self) -> None:
         block: Any = self
@@ -307,29 +331,6 @@ class FusedSwinV2Block(HoldsConstants, SwinTransformerV2Block):
         constants.attention.fix_layers("residual_window_attention", attn.qkv, attn.proj)
         constants.mlp.fix_layers("residual_mlp", mlp.fc1, mlp.fc2)
         self.constants = constants
-
-    def forget(self) -> None:
-        self.constants = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._transform(self._attend(x)) if isinstance(x, Tensor) else super().forward(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        """x + drop_path(norm(attention(x)))."""
-        block: Any = self
-        if _attends_fused(block, x, norm_first=False):
-            laid_out = self.constants and self.constants.attention
-            return _attended(block, x, False, laid_out, self._qkv_bias(), **self._windows())
-        return _added(block.norm1, block.drop_path1, x, block._attn(x))
-
-    def _transform(self, x: Tensor) -> Tensor:
-        """x + drop_path(norm(mlp(x)))."""
-        block: Any = self
-        y = _transformed(block, x, False, self.constants and self.constants.mlp)
-        if y is not None:
-            return y
-        rows = x.flatten(1, 2)
-        return _added(block.norm2, block.drop_path2, rows, block.mlp(rows)).view(x.shape)
 
     def _windows(self) -> dict[str, Any]:
         """Return what the attention of Swin V2 has of its own."""
