@@ -115,7 +115,7 @@ class PrecisionName(StrEnum):
 
 
 PrecisionOpt = Annotated[
-    PrecisionName, typer.Option(help="What the model computes in: bf16 is faster; fp16 needs a GPU.")
+    PrecisionName, typer.Option(help="bf16 is faster where the device multiplies it; fp16 needs a GPU.")
 ]
 
 

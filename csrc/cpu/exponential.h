@@ -8,11 +8,13 @@ namespace {
 
 typedef int32_t VecInt __attribute__((vector_size(DEEPMSI_VECTOR_BYTES)));
 
-// a > b ? a : b and a < b ? a : b: where one is no number, b. In AVX-512 compilers make a comparison and a
-// choice of them; with a mask that is whole, for GCC warns of what others leave undefined.
 #if DEEPMSI_VECTOR_BYTES == 64
+// For the forms with a mask of what others do without one, in whose headers GCC finds undefined values.
 constexpr __mmask16 kEveryLane = 0xffff;
 #endif
+
+// The larger and the smaller of two; b where one of them is no number. For AVX-512 compilers make a
+// comparison and a choice of the form below.
 DEEPMSI_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
 #if DEEPMSI_VECTOR_BYTES == 64
   const auto left = reinterpret_cast<__m512>(a), right = reinterpret_cast<__m512>(b);

@@ -60,8 +60,7 @@ struct BlockKernels {
   // x + y as stored rows `out`, which may be x where floats are stored; a y of null is 0.
   void (*add)(int64_t rows, int64_t columns, const float* x, const void* y, void* out);
   // z += bias; y = x + scale * (normalised z * weight + shift) for stored x and y, without x and scale where
-  // they are null; z is stored in `kept`, where that is not null. y
-  // may be z where floats are stored.
+  // they are null; z is stored in `kept`, where that is not null. Where floats are stored y may be z.
   void (*norm)(int64_t rows, int64_t columns, float* z, const float* bias, const void* x, const float* scale,
                const float* weight, const float* shift, float eps, void* y, void* kept);
   // The gradient of z as operands, from stored z and gradient of y; sums [3, columns] takes those of weight
