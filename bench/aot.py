@@ -160,7 +160,7 @@ def _row_scale(types: Types, x: Tensor, trained: bool) -> Tensor | None:
     return torch.zeros_like(x[..., 0]) if types.mixed and trained else None
 
 
-def _mlp(types: Types, packed: bool, channels: int, trained: bool = True) -> Tensor:
+def _mlp(types: Types, packed: bool, channels: int, trained: bool = True, norm_first: bool = False) -> Tensor:
     rows, hidden = 256, 4 * channels
     shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
     layers = [torch.zeros(*shape, dtype=types.products, requires_grad=trained) for shape in shapes]
@@ -168,23 +168,30 @@ def _mlp(types: Types, packed: bool, channels: int, trained: bool = True) -> Ten
     x = torch.zeros(rows, channels, dtype=types.rows, requires_grad=trained)
     cu = torch.tensor([0, rows], dtype=torch.int32) if packed else None
     scale = _row_scale(types, x, trained)
-    return ops.residual_mlp(x, *layers, *norm, row_scale=scale, cu_seqlens=cu, backend="triton").float().sum()
+    options: dict[str, Any] = {"row_scale": scale, "norm_first": norm_first, "backend": "triton"}
+    return ops.residual_mlp(x, *layers, *norm, cu_seqlens=cu, **options).float().sum()
 
 
-def _attention(types: Types, packed: bool, channels: int, shift: int, trained: bool = True) -> Tensor:
-    side, heads = 16, channels // 32
+def _attention(
+    types: Types, packed: bool, channels: int, shift: int, trained: bool = True, norm_first: bool = False
+) -> Tensor:
+    """In windows of 8 x 8 as Swin V2 has them, or of 7 x 7 as V1, whose norm comes first."""
+    side, window, heads = (14, 7, channels // 32) if norm_first else (16, 8, channels // 32)
     shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
     layers = [torch.zeros(*shape, dtype=types.products, requires_grad=trained) for shape in shapes]
     norm = [torch.zeros(channels, dtype=types.rows, requires_grad=trained) for _ in range(2)]
     x = torch.zeros(2, side, side, channels, dtype=types.rows, requires_grad=trained)
-    table, scale = (torch.zeros(*shape, requires_grad=trained) for shape in ((15**2, heads), (heads,)))
-    where: dict[str, Any] = {"bias_table": table, "logit_scale": scale, "backend": "triton"}
+    table, scale = (torch.zeros(*n, requires_grad=trained) for n in (((2 * window - 1) ** 2, heads), (heads,)))
+    where: dict[str, Any] = {"bias_table": table, "norm_first": norm_first, "backend": "triton"}
+    if not norm_first:
+        where["logit_scale"] = scale
     if packed:
         x = x.flatten(0, 2)
         where["positions"] = torch.arange(side * side, dtype=torch.int32).repeat(2)
         where["cu_seqlens"] = torch.tensor([0, side * side, 2 * side * side], dtype=torch.int32)
     where["row_scale"] = _row_scale(types, x, trained)
-    return ops.residual_window_attention(x, *layers, *norm, heads, (side, side), 8, shift, **where).float().sum()
+    y = ops.residual_window_attention(x, *layers, *norm, heads, (side, side), window, shift, **where)
+    return y.float().sum()
 
 
 def _cells(types: Types, kind: str, channels: int, trained: bool = True) -> Tensor:
@@ -252,11 +259,17 @@ CASES: tuple[tuple[str, str, Callable[[Types], Tensor], bool], ...] = (
     ("residual_mlp", "128 channels", lambda d: _mlp(d, False, 128), False),
     ("residual_mlp", "256 channels", lambda d: _mlp(d, False, 256), False),
     ("residual_mlp", "packed, 384 channels", lambda d: _mlp(d, True, 384), True),
+    ("residual_mlp", "norm first, 96 channels", lambda d: _mlp(d, False, 96, norm_first=True), True),
+    ("residual_mlp", "norm first, 192 channels", lambda d: _mlp(d, False, 192, norm_first=True), True),
+    ("residual_mlp", "norm first, 192 channels, inference", lambda d: _mlp(d, False, 192, False, True), False),
+    ("residual_mlp", "norm first, 384 channels", lambda d: _mlp(d, False, 384, norm_first=True), True),
     ("residual_window_attention", "96 channels", lambda d: _attention(d, False, 96, 0), True),
     ("residual_window_attention", "shifted, 192 channels", lambda d: _attention(d, False, 192, 4), True),
     ("residual_window_attention", "96 channels, inference", lambda d: _attention(d, False, 96, 0, False), False),
     ("residual_window_attention", "128 channels", lambda d: _attention(d, False, 128, 0), False),
     ("residual_window_attention", "packed, 256 channels", lambda d: _attention(d, True, 256, 4), False),
+    ("residual_window_attention", "norm first, 96 channels", lambda d: _attention(d, False, 96, 0, True, True), True),
+    ("residual_window_attention", "norm first, 192 channels", lambda d: _attention(d, False, 192, 3, True, True), True),
     ("project_cells", "patches of 4 x 4, 96 channels", lambda d: _cells(d, "patches", 96), True),
     ("project_cells", "2 x 2 tokens, 192 channels", lambda d: _cells(d, "tokens", 192), True),
     ("project_cells", "2 x 2 tokens, 192 channels, inference", lambda d: _cells(d, "tokens", 192, False), True),

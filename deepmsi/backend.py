@@ -102,21 +102,11 @@ def _narrow_outputs(facts: dict[str, int]) -> str | None:
     return _one_type(facts) or _at_most(256, "outputs", "rows of what comes out")(facts)
 
 
-def _norm_last(channels: int) -> Callable[[dict[str, int]], str | None]:
-    """Refuse a norm that comes before the layers, and rows that are too wide."""
-    narrow = _at_most(channels)
-
-    def limit(facts: dict[str, int]) -> str | None:
-        return "the norm must come after the layers" if facts.get("norm_first") else narrow(facts)
-
-    return limit
-
-
 def _narrow_windows(facts: dict[str, int]) -> str | None:
     """Refuse what the attention half's kernels do not hold: whole rows, and windows and heads of one tile."""
     if facts.get("window", 0) > 8:
         return "windows may have 8 x 8 slots at most"
-    return _norm_last(256)(facts) or _at_most(32, "head_dim", "heads")(facts)
+    return _at_most(256)(facts) or _at_most(32, "head_dim", "heads")(facts)
 
 
 def _has_large_windows(device: str, dtype: torch.dtype, facts: dict[str, int]) -> bool:
@@ -146,7 +136,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("residual_norm", "cpp"): Kernel(_DOUBLES, ("cuda",), _at_most(2048)),
     ("residual_norm", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096)),
     ("residual_mlp", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
-    ("residual_mlp", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _norm_last(4096), _has_tensor_cores),
+    ("residual_mlp", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096), _has_tensor_cores),
     ("residual_window_attention", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
     ("residual_window_attention", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_windows, _has_large_windows),
 }

@@ -134,7 +134,7 @@ def _usual_half(x: Tensor, first: Any, second: Any, norm: Any, drop_path: Any) -
     return plain(x, second, norm, bare=(first,)) and _draws_as_timm(drop_path)
 
 
-def _attends_fused(block: Any, x: Tensor, norm_first: bool) -> bool:
+def _attends_fused(block: Any, x: Tensor) -> bool:
     """Whether the attention half of a block is one operation for x."""
     attn = block.attn
     return (
@@ -143,7 +143,7 @@ def _attends_fused(block: Any, x: Tensor, norm_first: bool) -> bool:
         and _passed_over(attn.proj_drop)
         and _usual_half(x, attn.qkv, attn.proj, block.norm1, block.drop_path1)
         and _as_wide_as_its_heads(attn)
-        and fuses_attention(x, attn.num_heads, block.window_size[0], norm_first)
+        and fuses_attention(x, attn.num_heads, block.window_size[0])
     )
 
 
@@ -198,7 +198,7 @@ def _transformed(block: Any, x: Tensor, norm_first: bool, laid_out: LaidOut | No
         and _usual_half(x, mlp.fc1, mlp.fc2, norm, block.drop_path2)
         and mlp.fc1.bias is not None
     )
-    if not (usual and fuses("residual_mlp", x, norm_first=int(norm_first))):
+    if not (usual and fuses("residual_mlp", x)):
         return None
     return residual_mlp(
         x,
@@ -244,7 +244,7 @@ class _FusedBlock(HoldsConstants):
     def _attend(self, x: Tensor) -> Tensor:
         """x + drop_path of both attention and norm."""
         block: Any = self
-        if not _attends_fused(block, x, self.norm_first):
+        if not _attends_fused(block, x):
             return self._half(block.norm1, block.drop_path1, x, block._attn)
         laid_out = self.constants and self.constants.attention
         return _attended(block, x, self.norm_first, laid_out, block._qkv_bias(), **block._windows())

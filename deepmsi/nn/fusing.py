@@ -23,10 +23,10 @@ def fuses(op: str, x: Tensor, casts: bool = False, **facts: int) -> bool:
     return backend.fuses(op, x.device.type, dtype, channels=x.shape[-1], mixed=mixed, **facts)
 
 
-def fuses_attention(x: Tensor, heads: int, window: int, norm_first: bool = False) -> bool:
+def fuses_attention(x: Tensor, heads: int, window: int) -> bool:
     """Whether the attention half of a block is to be computed as one operation for x."""
     head_dim = x.shape[-1] // heads
-    return fuses("residual_window_attention", x, head_dim=head_dim, window=window, norm_first=int(norm_first))
+    return fuses("residual_window_attention", x, head_dim=head_dim, window=window)
 
 
 def plain(x: Tensor, *layers: nn.Module, bare: tuple[nn.Module, ...] = ()) -> bool:

@@ -521,9 +521,10 @@ _register(
 # Forward: rows x [R, C] and y of one type, both layers' weights and biases of one, in which products are; cpp's are in
 # that of x, its weights in that or in float32, which is rounded, and vectors in either. `branch` [R, C] is what the
 # norm reads, in the type of the products, kept with `with_grad` unless that is x (`norm_first`), else [0, C]; the
-# hidden rows are made again. Backward reads x in the type of the products; without `wants_layers`, where all of both
-# layers is frozen, the gradients of their weights and biases are empty. row_scale [R] gets no gradient. Rows past the
-# last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x alone.
+# hidden rows are made again. Backward reads x in the type of the products, or with `norm_first` as it is; without
+# `wants_layers`, where all of both layers is frozen, the gradients of their weights and biases are empty. row_scale [R]
+# gets no gradient. Rows past the last of cu_seqlens [F + 1] int32 are passed on: y is x, and their gradient goes to x
+# alone.
 
 _MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor norm_weight, Tensor norm_bias, "
@@ -557,7 +558,7 @@ def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, *others, ctx.eps, ctx.norm_first, ctx.with_grad = inputs
     branch = output[1]
     ctx.mark_non_differentiable(branch)
-    ctx.save_for_backward(x if x.dtype == branch.dtype else x.to(branch.dtype), branch, *others)
+    ctx.save_for_backward(_read_by_backward(x, branch, ctx.norm_first), branch, *others)
 
 
 def _mlp_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -622,8 +623,8 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     x, *weights, ctx.eps, ctx.norm_first, table, head_scale, ctx.scale, positions, cu_seqlens = inputs[:15]
     *ctx.sizes, ctx.with_grad = inputs[15:]
     ctx.mark_non_differentiable(*output[1:])
-    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
-    ctx.save_for_backward(narrow, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
+    read = _read_by_backward(x, output[1], ctx.norm_first)
+    ctx.save_for_backward(read, *output[1:], *weights, table, head_scale, positions, cu_seqlens)
 
 
 def _attention_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

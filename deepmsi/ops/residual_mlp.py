@@ -93,7 +93,7 @@ def residual_mlp(
     dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     rows = x.reshape(-1, channels)
     scale = None if row_scale is None else row_scale.detach().reshape(-1)
-    chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed, norm_first=int(norm_first))
+    chosen = resolve(_OP, backend, x.device.type, dtype, channels=channels, mixed=mixed)
     cast = autocast_layers(layers.values(), chosen)
     if chosen == "cpp" and scale is not None:
         scale = scale.float()

@@ -95,7 +95,6 @@ def residual_window_attention(
     row_scale = None if row_scale is None else row_scale.detach()
     dtype, mixed = type_of_layers(_OP, x.dtype, (norm_weight, norm_bias), **layers)
     facts = {"channels": channels, "head_dim": channels // heads, "window": window, "mixed": mixed}
-    facts["norm_first"] = int(norm_first)
     chosen = resolve(_OP, backend, x.device.type, dtype, **facts)
     cast = autocast_layers(layers.values(), chosen)
     with_grad = keeps_for_backward(x, *cast, norm_weight, norm_bias, bias_table, logit_scale)

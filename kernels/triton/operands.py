@@ -41,12 +41,18 @@ def narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def add_gradient(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write grad x = grad y + grad for a part of the columns; rows that do not count stay grad y."""
+    """Write grad x = grad y + grad for a part of the columns; rows that do not count stay grad y.
+
+    Or grad x = grad, which is 0 in these, where there is no grad y.
+    """
     at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
     written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
-    grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
-    grad_x = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
-    tl.store(grad_x_ptr + at, grad_x, mask=written)
+    if grad_y_ptr is not None:
+        grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
+        grad = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
+    else:
+        grad = tl.where(counts[:, None], grad, 0.0).to(grad_x_ptr.dtype.element_ty)
+    tl.store(grad_x_ptr + at, grad, mask=written)
 
 
 @triton.jit

@@ -5,6 +5,9 @@ takes a block of rows through the hidden layer, some hidden channels at a time. 
 kernel of `residual_norm`), then makes the hidden layer again twice: by rows for the gradient of x, and by hidden
 channels for those of the weights, which are partial sums of a fixed number of chunks of rows, added up in fixed order.
 
+A norm that comes first is taken in that kernel, too. Backward makes the normed rows again, goes through the layers as
+above, with nothing to add, and through the norm at last.
+
 Above that, and in float32, arithmetic bounds the products. The first is a kernel with bias and GELU in it, the others
 are torch's, and backward makes the hidden rows again by torch's product, some rows at a time.
 """
@@ -25,12 +28,15 @@ from deepmsi._triton.operands import (
     vector,
 )
 from deepmsi._triton.residual_norm import (
+    ResidualBackward,
     add_normed,
     add_projected,
-    check_norm_last,
+    add_scaled,
     counted,
-    gradient_through_norm,
+    norm_rows,
+    normed,
     row_scale_of,
+    statistics,
 )
 from torch import Tensor
 
@@ -128,6 +134,7 @@ def _fused_forward_kernel(
     BLOCK_H: tl.constexpr,
     SCALED: tl.constexpr,
     PACKED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     KEPT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -136,8 +143,15 @@ def _fused_forward_kernel(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
     counts = row < counted(offset_ptr, frames, rows, PACKED)
-    x = tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
-    more = tile(x_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
+    if NORM_FIRST:
+        x = tile(x_ptr, row, counts, column, CHANNELS, tl.float32, False)
+        more = tile(x_ptr, row, counts, beyond, CHANNELS, tl.float32, False)
+        mean, inverse = statistics(x, more, column, beyond, CHANNELS, eps)
+        x = narrowed(normed(x, mean, inverse, weight_ptr, bias_ptr, column, CHANNELS), DTYPE, UPCAST)
+        more = narrowed(normed(more, mean, inverse, weight_ptr, bias_ptr, beyond, CHANNELS), DTYPE, UPCAST)
+    else:
+        x = tile(x_ptr, row, counts, column, CHANNELS, DTYPE, UPCAST)
+        more = tile(x_ptr, row, counts, beyond, CHANNELS, DTYPE, UPCAST)
     branch = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     branch_more = tl.zeros([BLOCK_ROWS, BLOCK_MORE], tl.float32)
     for first in range(0, HIDDEN, BLOCK_H):
@@ -153,7 +167,7 @@ def _fused_forward_kernel(
     parts = (branch, branch_more, column, beyond)
     vectors = (fc2_bias_ptr, weight_ptr, bias_ptr)
     scale = row_scale_of(scale_ptr, row, counts, SCALED)
-    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
+    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, NORM_FIRST, KEPT)
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -177,7 +191,7 @@ def _fused_grad_x_kernel(
     PACKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grad x = grad y + (gelu'(W1 x + b1) · (grad branch W2)) W1 for a block of rows."""
+    """grad x = grad y, where there is one, + (gelu'(W1 x + b1) · (grad branch W2)) W1 for a block of rows."""
     DTYPE: tl.constexpr = fc1_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
@@ -468,20 +482,24 @@ def residual_mlp_fwd(
     norm_first: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [R, C] in the type of x, and in that of the weights what the norm reads [R, C], or [0, C]."""
-    check_norm_last("residual_mlp", norm_first)
+    """Return y [R, C] in the type of x, and in that of the weights what a norm that comes last reads, or [0, C]."""
     with torch.cuda.device_of(x):
         x = x.contiguous()
         rows, channels = x.shape
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
         norm_weight, norm_bias, fc2_bias = norm_weight.contiguous(), norm_bias.contiguous(), fc2_bias.contiguous()
         row_scale = None if row_scale is None else row_scale.contiguous()
-        branch = x.new_empty((rows if with_grad else 0, channels), dtype=layer.dtype)
+        kept = with_grad and not norm_first
+        branch = x.new_empty((rows if kept else 0, channels), dtype=layer.dtype)
         if not layer.fused:
-            whole = branch if with_grad else x.new_empty((rows, channels), dtype=layer.dtype)
+            whole = branch if kept else x.new_empty((rows, channels), dtype=layer.dtype)
+            norm, offsets = (norm_weight, norm_bias), layer.cu_seqlens
+            read = norm_rows(x, *norm, offsets, eps, layer.dtype) if norm_first else x
             for part in layer.parts(rows):
-                torch.addmm(fc2_bias, layer.linear_gelu(x[part]), layer.fc2.t(), out=whole[part])
-            return add_normed(x, whole, norm_weight, norm_bias, row_scale, layer.cu_seqlens, eps), branch
+                torch.addmm(fc2_bias, layer.linear_gelu(read[part]), layer.fc2.t(), out=whole[part])
+            if norm_first:
+                return add_scaled(x, whole, row_scale, offsets), branch
+            return add_normed(x, whole, *norm, row_scale, offsets, eps), branch
         y = torch.empty_like(x)
         if rows:
             _fused_forward_kernel[(triton.cdiv(rows, layer.rows),)](
@@ -500,7 +518,8 @@ def residual_mlp_fwd(
                 layer.frames,
                 eps,
                 SCALED=row_scale is not None,
-                KEPT=with_grad,
+                NORM_FIRST=norm_first,
+                KEPT=kept,
                 **layer.constants(layer.rows, _UNITS),
             )
         return y, branch
@@ -522,40 +541,50 @@ def residual_mlp_bwd(
     norm_first: bool,
     wants_layers: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's; x is in the weights' type.
+    """Return the gradients of x [R, C], both layers' weights and biases, and the norm's.
 
-    Those of the layers are empty where they are not wanted.
+    x is in the weights' type, or with norm_first in that of y. Those of the layers are empty where they are not wanted.
     """
     with torch.cuda.device_of(x):
-        grad_y, x, branch = grad_y.contiguous(), x.contiguous(), branch.contiguous()
-        layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
-        row_scale = None if row_scale is None else row_scale.contiguous()
-        types = (norm_weight.dtype, norm_bias.dtype, *[fc2_bias.dtype] * wants_layers)
-        grad_branch, grad_weight, grad_bias, *of_layer = gradient_through_norm(
-            grad_y, branch, norm_weight.contiguous(), row_scale, layer.cu_seqlens, eps, *types
+        half = ResidualBackward(
+            grad_y,
+            x,
+            branch,
+            norm_weight,
+            norm_bias,
+            fc2_bias,
+            row_scale,
+            cu_seqlens,
+            eps,
+            norm_first,
+            wants_layers,
         )
+        layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
+        grad_read = torch.empty_like(half.grad_branch if half.added is None else half.added)
+        layers = [torch.zeros_like(weight) for weight in (layer.fc1, layer.fc1_bias, layer.fc2)]
         if x.shape[0]:
             through = _fused_gradients if layer.fused else _wide_gradients
-            grad_x, *layers = through(layer, grad_y, grad_branch, x, wants_layers)
-        else:
-            grad_x, *layers = map(torch.zeros_like, (grad_y, layer.fc1, layer.fc1_bias, layer.fc2))
+            layers = through(layer, half.added, half.grad_branch, half.read, grad_read, wants_layers)
+        grad_x, grad_weight, grad_bias, *of_layer = half.finish(grad_read)
         if not wants_layers:
             layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
         return grad_x, *layers, *of_layer, grad_weight, grad_bias
 
 
 def _fused_gradients(
-    layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor, wants_layers: bool
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
+    layer: _Layer, grad_y: Tensor | None, grad_branch: Tensor, x: Tensor, grad_x: Tensor, wants_layers: bool
+) -> list[Tensor]:
+    """Write the gradient of x, added to grad_y where there is one; return those of fc1's weight and bias, fc2's weight.
+
+    These where they are wanted.
+    """
     rows, channels = x.shape
-    grad_x = torch.empty_like(grad_y)
     operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
     constants = layer.constants(layer.rows, _UNITS)
     programs = (triton.cdiv(rows, layer.rows),)
     _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
     if not wants_layers:
-        return (grad_x,)
+        return []
     blocks, units = triton.cdiv(rows, _SUMMED_ROWS), layer.summed_units
     chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, triton.cdiv(layer.hidden, units)))
     if channels > 128 and operands_in_registers():
@@ -575,14 +604,16 @@ def _fused_gradients(
         **layer.constants(_SUMMED_ROWS, units),
     )
     grad_fc1, grad_fc2 = (part.sum(0).to(layer.dtype) for part in sums)
-    return grad_x, grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()
+    return [grad_fc1, bias_sums.sum(0).to(layer.dtype), grad_fc2.t().contiguous()]
 
 
 def _wide_gradients(
-    layer: _Layer, grad_y: Tensor, grad_branch: Tensor, x: Tensor, wants_layers: bool
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x and, where they are wanted, of fc1's weight and bias, and fc2's weight."""
-    grad_x = torch.empty_like(grad_y)
+    layer: _Layer, grad_y: Tensor | None, grad_branch: Tensor, x: Tensor, grad_x: Tensor, wants_layers: bool
+) -> list[Tensor]:
+    """Write the gradient of x, added to grad_y where there is one; return those of fc1's weight and bias, fc2's weight.
+
+    These where they are wanted.
+    """
     grad_fc1 = grad_bias = grad_fc2 = None
     if layer.cu_seqlens is not None:
         # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights, and
@@ -598,5 +629,8 @@ def _wide_gradients(
             grad_fc1 = added(grad_fc1, grad_hidden.t() @ rows)
             grad_bias = added(grad_bias, of_bias)
             grad_fc2 = added(grad_fc2, grad.t() @ hidden)
-        torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
-    return (grad_x, *(total.to(layer.dtype) for total in (grad_fc1, grad_bias, grad_fc2) if total is not None))
+        if grad_y is None:
+            torch.mm(grad_hidden, layer.fc1, out=grad_x[part])
+        else:
+            torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
+    return [total.to(layer.dtype) for total in (grad_fc1, grad_bias, grad_fc2) if total is not None]

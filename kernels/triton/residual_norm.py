@@ -1,5 +1,7 @@
 """The residual layer norm in Triton: y = x + s · LN(branch), a few whole rows per program, forward and backward.
 
+And its parts, LN(x) and x + s · branch, of which blocks are made whose norm comes before their layers.
+
 Sums over rows are partial sums of a fixed number of chunks, added up in fixed order: no atomics. The statistics are
 made again in the backward pass, which reads the rows anyway.
 """
@@ -77,9 +79,13 @@ def add_projected(
     counts,
     eps,
     CHANNELS: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Write y = x + s · LN(branch + b) for what a last product gave, and what the norm reads where it is KEPT."""
+    """Write y = x + s · LN(branch + b) for what a last product gave, and what the norm reads where it is KEPT.
+
+    Or y = x + s · (branch + b), where the norm came first.
+    """
     branch, more, column, beyond = parts
     layer_bias_ptr, weight_ptr, bias_ptr = vectors
     branch += vector(layer_bias_ptr, column, CHANNELS)[None, :]
@@ -87,24 +93,30 @@ def add_projected(
     if KEPT:
         keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
         keep(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
-    mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
-    norm = (weight_ptr, bias_ptr, mean, inverse, scale)
-    _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
-    _add_part(x_ptr, y_ptr, more, norm, row, rows, counts, beyond, CHANNELS)
+    # A part is done with before the other is begun, which takes fewer registers.
+    if not NORM_FIRST:
+        mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
+        branch = normed(branch, mean, inverse, weight_ptr, bias_ptr, column, CHANNELS)
+    _add_part(x_ptr, y_ptr, branch, scale, row, rows, counts, column, CHANNELS)
+    if not NORM_FIRST:
+        more = normed(more, mean, inverse, weight_ptr, bias_ptr, beyond, CHANNELS)
+    _add_part(x_ptr, y_ptr, more, scale, row, rows, counts, beyond, CHANNELS)
 
 
 @triton.jit
-def _add_part(x_ptr, y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write a part of y = x + s · (w · unit(branch) + b); rows that do not count stay x."""
-    weight_ptr, bias_ptr, mean, inverse, scale = norm
-    inside = column < CHANNELS
+def normed(x, mean, inverse, weight_ptr, bias_ptr, column, CHANNELS: tl.constexpr):
+    """Return w · unit(x) + b of a part of the columns of rows, 0 past the channels."""
+    weight, bias = vector(weight_ptr, column, CHANNELS), vector(bias_ptr, column, CHANNELS)
+    return (x - mean[:, None]) * inverse[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _add_part(x_ptr, y_ptr, branch, scale, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write a part of y = x + s · branch; rows that do not count stay x."""
     at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & inside[None, :]
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    normed = (branch - mean[:, None]) * inverse[:, None] * weight[None, :] + bias[None, :]
+    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
     x = tl.load(x_ptr + at, mask=written, other=0.0)
-    y = x.to(tl.float32) + normed * scale[:, None]
+    y = x.to(tl.float32) + branch * scale[:, None]
     tl.store(y_ptr + at, tl.where(counts[:, None], y.to(x.dtype), x), mask=written)
 
 
@@ -126,21 +138,27 @@ def _forward_kernel(
     SCALED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """y = x + s · (w · unit(branch) + b); rows that do not count stay x."""
+    """y = x + s · (w · unit(branch) + b), without x or the norm where there is none; rows that do not count stay x.
+
+    Or, without x, become 0.
+    """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
     at = row.to(tl.int64)[:, None] * channels + column[None, :]
+    written = (row < rows)[:, None] & inside[None, :]
     counts = row < counted(offset_ptr, frames, rows, PACKED)
-    x = tl.load(x_ptr + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-    branch = tl.load(branch_ptr + at, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    unit, _ = unit_rows(branch, column, channels, eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    scale = row_scale_of(scale_ptr, row, counts, SCALED)
-    y = x.to(tl.float32) + (unit * weight[None, :] + bias[None, :]) * scale[:, None]
-    y = tl.where(counts[:, None], y.to(x.dtype), x)
-    tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & inside[None, :])
+    y = tl.load(branch_ptr + at, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        unit, _ = unit_rows(y, column, channels, eps)
+        y = unit * vector(weight_ptr, column, channels)[None, :] + vector(bias_ptr, column, channels)[None, :]
+    y *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
+    if x_ptr is not None:
+        x = tl.load(x_ptr + at, mask=written, other=0.0)
+        y = tl.where(counts[:, None], (x.to(tl.float32) + y).to(x.dtype), x)
+    else:
+        y = tl.where(counts[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=written)
 
 
 @triton.jit(do_not_specialize=["frames", "blocks", "chunks"])
@@ -150,6 +168,7 @@ def _backward_kernel(
     weight_ptr,
     scale_ptr,
     offset_ptr,
+    added_ptr,
     grad_branch_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
@@ -167,7 +186,8 @@ def _backward_kernel(
 ):
     """Gradient of branch for a chunk of blocks of rows, and the chunk's sums [chunks, C] for weight and bias.
 
-    And, where there is a place for them, those of the gradient itself, for the bias of the layer before.
+    And, where there is a place for them, those of the gradient itself, for the bias of the layer before. Where there is
+    something to be added to the gradient, rows that do not count get that alone.
     """
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
@@ -197,8 +217,10 @@ def _backward_kernel(
         grad = tl.where(counts[:, None], grad, 0.0)
         if grad_layer_ptr is not None:
             grad_layer += grad
-        grad = grad.to(grad_branch_ptr.dtype.element_ty)
-        tl.store(grad_branch_ptr + at, grad, mask=(row < rows)[:, None] & inside[None, :])
+        written = (row < rows)[:, None] & inside[None, :]
+        if added_ptr is not None:
+            grad += tl.load(added_ptr + at, mask=written, other=0.0).to(tl.float32)
+        tl.store(grad_branch_ptr + at, grad.to(grad_branch_ptr.dtype.element_ty), mask=written)
     at = chunk * channels + column
     tl.store(grad_weight_ptr + at, tl.sum(grad_weight, 0), mask=inside)
     tl.store(grad_bias_ptr + at, tl.sum(grad_bias, 0), mask=inside)
@@ -235,12 +257,6 @@ def _sum_chunks_kernel(
         tl.store(third_ptr + column, result.to(third_ptr.dtype.element_ty), mask=inside)
 
 
-def check_norm_last(op: str, norm_first: bool) -> None:
-    """Refuse a norm that comes before the layers, which the operator's schema has for other backends."""
-    if norm_first:
-        raise RuntimeError(f"{op}: the norm must come after the layers")
-
-
 def _blocks(channels: int, elements: int, warps: int) -> dict[str, int]:
     """Return the rows and columns of a program, and its warps."""
     width = max(16, triton.next_power_of_2(channels))
@@ -257,15 +273,45 @@ def add_normed(
     eps: float,
 ) -> Tensor:
     """Return y [R, C] in the type of x; x and branch are contiguous. Rows past the last offset stay x."""
-    rows, channels = x.shape
-    y = torch.empty_like(x)
+    return _rows(torch.empty_like(x), x, branch, (norm_weight, norm_bias), row_scale, cu_seqlens, eps)
+
+
+def add_scaled(x: Tensor, branch: Tensor, row_scale: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Return x + s · branch [R, C] in the type of x; both are contiguous. Rows past the last offset stay x."""
+    return _rows(torch.empty_like(x), x, branch, (None, None), row_scale, cu_seqlens)
+
+
+def norm_rows(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, cu_seqlens: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Return LN(x) [R, C] in a type, 0 in rows past the last offset; x is contiguous."""
+    return _rows(torch.empty_like(x, dtype=dtype), None, x, (norm_weight, norm_bias), None, cu_seqlens, eps)
+
+
+def scale_rows(x: Tensor, row_scale: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return s · x [R, C] in a type, 0 in rows past the last offset: x itself where it is that; x is contiguous."""
+    if row_scale is None and cu_seqlens is None and x.dtype == dtype:
+        return x
+    return _rows(torch.empty_like(x, dtype=dtype), None, x, (None, None), row_scale, cu_seqlens)
+
+
+def _rows(
+    y: Tensor,
+    x: Tensor | None,
+    branch: Tensor,
+    norm: tuple[Tensor | None, Tensor | None],
+    row_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Fill y [R, C] with x + s · LN(branch), without x or the norm where there is none, and return it."""
+    rows, channels = y.shape
     if y.numel():
         options = _blocks(channels, _BLOCK_ELEMENTS, 4)
         _forward_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
             x,
             branch,
-            norm_weight,
-            norm_bias,
+            *norm,
             row_scale,
             cu_seqlens,
             y,
@@ -288,11 +334,12 @@ def gradient_through_norm(
     cu_seqlens: Tensor | None,
     eps: float,
     *types: torch.dtype,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of branch [R, C], norm_weight and norm_bias [C], these in the first two of the types.
 
     And, where a third type is given, that of the bias [C] of the layer that gave the branch: the sum over rows. grad_y
-    and branch are contiguous.
+    and branch are contiguous, and so is what is added to the gradient of branch [R, C] in the end.
     """
     rows, channels = branch.shape
     grad_branch = torch.empty_like(branch)
@@ -311,6 +358,7 @@ def gradient_through_norm(
         norm_weight,
         row_scale,
         cu_seqlens,
+        added,
         grad_branch,
         sums[0],
         sums[1],
@@ -329,6 +377,56 @@ def gradient_through_norm(
         sums, *vectors, *[None] * (3 - len(types)), chunks, channels, BLOCK_CHUNKS=128, BLOCK_C=_SUMMED_CHANNELS
     )
     return grad_branch, *vectors
+
+
+class ResidualBackward:
+    """The sum and the norm of half a block on the way back: what comes before its layers, and what after them.
+
+    Attributes:
+        grad_branch: The gradient of what the layers gave [R, C], in their type.
+        read: The rows that they read [R, C]: x, or with norm_first LN(x), which is in their type.
+        added: What the gradient of these rows is added to: that of y, or nothing with norm_first.
+    """
+
+    def __init__(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        branch: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        layer_bias: Tensor,
+        row_scale: Tensor | None,
+        cu_seqlens: Tensor | None,
+        eps: float,
+        norm_first: bool,
+        wants_layers: bool,
+    ) -> None:
+        """Go as far as the layers, whose last bias is layer_bias [C] and whose type that of branch is."""
+        self._grad_y, self._x = grad_y.contiguous(), x.contiguous()
+        self._weight, self._eps, self._norm_first = norm_weight.contiguous(), eps, norm_first
+        self._cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self._types, self._of_layer = (norm_weight.dtype, norm_bias.dtype), [layer_bias.dtype] * wants_layers
+        scale = None if row_scale is None else row_scale.contiguous()
+        self.read, self.added = self._x, None if norm_first else self._grad_y
+        if norm_first:
+            norm = (self._weight, norm_bias.contiguous())
+            self.read = norm_rows(self._x, *norm, self._cu_seqlens, eps, branch.dtype)
+            self.grad_branch = scale_rows(self._grad_y, scale, self._cu_seqlens, branch.dtype)
+        else:
+            through = (self._grad_y, branch.contiguous(), self._weight, scale, self._cu_seqlens, eps)
+            self.grad_branch, *self._found = gradient_through_norm(*through, *self._types, *self._of_layer)
+
+    def finish(self, grad_read: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of x, norm_weight, norm_bias and, where the layers' are wanted, layer_bias.
+
+        grad_read is that of the rows that the layers read, added to what it is to be.
+        """
+        if not self._norm_first:
+            return grad_read, *self._found
+        through = (grad_read, self._x, self._weight, None, self._cu_seqlens, self._eps, *self._types)
+        of_layer = (self.grad_branch.sum(0, dtype=torch.float32).to(dtype) for dtype in self._of_layer)
+        return *gradient_through_norm(*through, added=self._grad_y), *of_layer
 
 
 def residual_norm_fwd(

@@ -6,11 +6,20 @@ them and adds x. Of thirteen passes over rows of C channels that a layer after t
 pays where memory bounds the products, up to 256 channels in 16 bits. Backward goes through the norm (the kernel of
 `residual_norm`), makes q, k and v again by torch's product, some frames at a time, goes through the attention (the
 kernels of `window_attention`), and adds the gradient of y in the product that takes that of q, k and v to x.
+
+A norm that comes first is a kernel before these, forward and again backward, whose rows the first reads in place of x,
+for it would read and norm them for every head; backward goes through it at last.
 """
 
 import torch
 from deepmsi._triton.operands import add_gradient, added, chunk_of, in_two, narrowed, stages, tile, upcasts
-from deepmsi._triton.residual_norm import add_projected, check_norm_last, counted, gradient_through_norm, row_scale_of
+from deepmsi._triton.residual_norm import (
+    ResidualBackward,
+    add_projected,
+    counted,
+    norm_rows,
+    row_scale_of,
+)
 from deepmsi._triton.window_attention import (
     EMPTY_QUERY,
     LOG2_E,
@@ -129,10 +138,14 @@ def _project_kernel(
     BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr,
     PACKED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
     KEPT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """y = x + s · LN(P attended + p) for a block of rows; what the norm reads is written where it is KEPT."""
+    """y = x + s · LN(P attended + p) for a block of rows; what the norm reads is written where it is KEPT.
+
+    Or y = x + s · (P attended + p), where the norm came first.
+    """
     DTYPE: tl.constexpr = proj_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column, beyond = tl.arange(0, BLOCK_C), BLOCK_C + tl.arange(0, BLOCK_MORE)
@@ -149,7 +162,7 @@ def _project_kernel(
     parts = (branch, branch_more, column, beyond)
     vectors = (proj_bias_ptr, weight_ptr, bias_ptr)
     scale = row_scale_of(scale_ptr, row, counts, SCALED)
-    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, KEPT)
+    add_projected(x_ptr, y_ptr, branch_ptr, parts, vectors, scale, row, rows, counts, eps, CHANNELS, NORM_FIRST, KEPT)
 
 
 @triton.jit
@@ -167,7 +180,7 @@ def _grad_x_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """grad x = grad y + grad qkv Q for a block of rows.
+    """grad x = grad y, where there is one, + grad qkv Q for a block of rows.
 
     And, where there is a place for it, the block's sum of grad qkv, which passes by anyway: [blocks, 3C].
     """
@@ -214,20 +227,24 @@ def residual_window_attention_fwd(
     shift: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y [R, C] in the type of x, and in that of the weights what the norm and the projection read, or [0, C]."""
-    check_norm_last("residual_window_attention", norm_first)
+    """Return y [R, C] in the type of x, and in that of the weights what the norm and the projection read, or [0, C].
+
+    A norm that comes first reads x, and there is nothing to be returned.
+    """
     with torch.cuda.device_of(x):
         x = x.contiguous()
         rows, channels = x.shape
         dtype = qkv_weight.dtype
         layout = (positions, cu_seqlens, heads, height, width, window, shift)
         call = Windows(rows, channels, dtype, bias_table, head_scale, *layout)
+        norm = (norm_weight.contiguous(), norm_bias.contiguous())
+        read = norm_rows(x, *norm, call.cu_seqlens, eps, dtype) if norm_first else x
         attended = x.new_empty((rows, channels), dtype=dtype)
         call.zero_tail(attended)
         if call.windows:
             chunks = min(call.windows, triton.cdiv(_PROGRAMS, heads))
             _attend_kernel[(chunks * heads,)](
-                x,
+                read,
                 qkv_weight.contiguous(),
                 None if qkv_bias is None else qkv_bias.contiguous(),
                 bias_table.contiguous(),
@@ -245,18 +262,18 @@ def residual_window_attention_fwd(
                 **in_two(channels),
                 **call.constants,
                 num_warps=call.warps,
-                num_stages=stages(channels, x.element_size()),
+                num_stages=stages(channels, read.element_size()),
             )
         y = torch.empty_like(x)
-        branch = attended.new_empty((rows if with_grad else 0, channels))
+        kept = with_grad and not norm_first
+        branch = attended.new_empty((rows if kept else 0, channels))
         if rows:
             _project_kernel[(triton.cdiv(rows, _ROWS),)](
                 x,
                 attended,
                 proj_weight.contiguous(),
                 proj_bias.contiguous(),
-                norm_weight.contiguous(),
-                norm_bias.contiguous(),
+                *norm,
                 None if row_scale is None else row_scale.contiguous(),
                 call.cu_seqlens,
                 y,
@@ -270,7 +287,8 @@ def residual_window_attention_fwd(
                 BLOCK_K=32,
                 SCALED=row_scale is not None,
                 PACKED=cu_seqlens is not None,
-                KEPT=with_grad,
+                NORM_FIRST=norm_first,
+                KEPT=kept,
                 UPCAST=call.constants["UPCAST"],
                 num_warps=4,
                 num_stages=3,
@@ -306,35 +324,44 @@ def residual_window_attention_bwd(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x [R, C], both layers' weights and biases, the norm's, bias_table and head_scale.
 
-    x is in the weights' type. Those of the layers are empty where they are not wanted; without a qkv_bias or head_scale
-    theirs mean nothing.
+    x is in the weights' type, or with norm_first in that of y. Those of the layers are empty where they are not wanted;
+    without a qkv_bias or head_scale theirs mean nothing.
     """
     with torch.cuda.device_of(x):
-        grad_y = grad_y.contiguous()
-        scales = None if row_scale is None else row_scale.contiguous()
-        offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-        types = (norm_weight.dtype, norm_bias.dtype, *[proj_bias.dtype] * wants_layers)
-        grad_branch, grad_weight, grad_bias, *of_layer = gradient_through_norm(
-            grad_y, branch.contiguous(), norm_weight.contiguous(), scales, offsets, eps, *types
+        half = ResidualBackward(
+            grad_y,
+            x,
+            branch,
+            norm_weight,
+            norm_bias,
+            proj_bias,
+            row_scale,
+            cu_seqlens,
+            eps,
+            norm_first,
+            wants_layers,
         )
         rows, channels = x.shape
-        if offsets is not None:
+        grad_branch, read = half.grad_branch, half.read
+        if cu_seqlens is not None:
             # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
-            x = torch.where((torch.arange(rows, device=x.device) < offsets[-1])[:, None], x, 0)
-        grad_x = torch.empty_like(grad_y)
+            read = torch.where((torch.arange(rows, device=x.device) < cu_seqlens[-1])[:, None], read, 0)
+        grad_read = torch.empty_like(grad_branch if half.added is None else half.added)
         grad_table = grad_scale = grad_qkv_weight = grad_qkv_bias = grad_proj = None
         for part in _parts(rows, 3 * channels, None if cu_seqlens is not None else height * width):
-            q_k_v = torch.nn.functional.linear(x[part], qkv_weight, qkv_bias)
+            q_k_v = torch.nn.functional.linear(read[part], qkv_weight, qkv_bias)
             # Windows of one tile are gone through without their log-sum-exp.
             through = (grad_branch[part] @ proj_weight, q_k_v, attended[part], attended[:0])
             layout = (positions, cu_seqlens, heads, height, width, window, shift)
             grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)
             grad_table, grad_scale = added(grad_table, of_table), added(grad_scale, of_scale)
-            of_bias = _pass_to_x(grad_y[part], grad_qkv, qkv_weight, grad_x[part], wants_layers)
+            before = None if half.added is None else half.added[part]
+            of_bias = _pass_to_x(before, grad_qkv, qkv_weight, grad_read[part], wants_layers)
             if wants_layers:
-                grad_qkv_weight = added(grad_qkv_weight, grad_qkv.t() @ x[part])
+                grad_qkv_weight = added(grad_qkv_weight, grad_qkv.t() @ read[part])
                 grad_qkv_bias = added(grad_qkv_bias, of_bias)
                 grad_proj = added(grad_proj, grad_branch[part].t() @ attended[part])
+        grad_x, grad_weight, grad_bias, *of_layer = half.finish(grad_read)
         layers = [weight.new_empty((0,)) for weight in (qkv_weight, qkv_weight, proj_weight, proj_bias)]
         if wants_layers:
             sums = (grad_qkv_weight, grad_qkv_bias, grad_proj)
@@ -342,9 +369,14 @@ def residual_window_attention_bwd(
         return grad_x, *layers, grad_weight, grad_bias, grad_table, grad_scale
 
 
-def _pass_to_x(grad_y: Tensor, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor, wants_bias: bool) -> Tensor | None:
-    """Write grad x [R, C] = grad y + grad qkv Q; return the sum of grad qkv over rows [3C] in float32, where wanted."""
-    rows, channels = grad_y.shape
+def _pass_to_x(
+    grad_y: Tensor | None, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor, wants_bias: bool
+) -> Tensor | None:
+    """Write grad x [R, C] = grad y, where there is one, + grad qkv Q.
+
+    Return the sum of grad qkv over rows [3C] in float32, where wanted.
+    """
+    rows, channels = grad_x.shape
     blocks = triton.cdiv(rows, 2 * _ROWS)
     sums = grad_qkv.new_empty((blocks, 3 * channels), dtype=torch.float32) if wants_bias else None
     if rows:

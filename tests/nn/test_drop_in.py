@@ -54,6 +54,11 @@ def assert_fused_equal(model: nn.Module, frames: Tensor, seed: int | None = None
         assert relative_error(found[name], grad) < 1e-9, name
 
 
+def operations(profile: torch.profiler.profile) -> set[str]:
+    """Return the operators of deepmsi that ran."""
+    return {event.key.split("::")[1] for event in profile.key_averages() if event.key.startswith("deepmsi::")}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 56}),
     "swin, padded": ("swin_tiny_patch4_window7_224", {"img_size": 48}),
@@ -100,7 +105,7 @@ def test_the_kernels_of_the_cpu_give_what_timm_gives(case: str) -> None:
     frames = randn(2, 3, options["img_size"], options["img_size"], seed=2)
     with deepmsi.use_backend("cpp"), torch.profiler.profile() as profile:
         out, found = gradients(fused, frames)
-    ran = {event.key.split("::")[1] for event in profile.key_averages() if event.key.startswith("deepmsi::")}
+    ran = operations(profile)
     assert {f"{op}_cpp_{way}" for op in COMPUTED[case] for way in ("fwd", "bwd")} <= ran
     wanted, grads = gradients(exact, frames.double())
     plain, own = gradients(low, frames)
@@ -226,6 +231,32 @@ def test_float32_keeps_the_error_budget(backend: str, device: str, name: str, tr
         assert_within_budget(found[2][key], found[1][key], wanted, key, roundings)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
+@BOTH
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_halves_in_16_bits_keep_the_error_budget(backend: str, device: str, name: str, autocast: bool) -> None:
+    """Where a GPU's kernels compute whole halves, in timm's order of norm and layers."""
+    need("residual_window_attention", backend, device, torch.float16)
+    size = 56 if "window7" in name else 64
+    exact = build(name, img_size=size, drop_path_rate=0.4).train().to(device)
+    dtype = torch.float32 if autocast else torch.float16
+    frames = randn(2, 3, size, size, seed=2, device=device)
+    low, fused = copy.deepcopy(exact).to(dtype), deepmsi.fuse(copy.deepcopy(exact).to(dtype))
+    exact = exact.eval() if device == "cuda" else exact  # a GPU draws other numbers in float64
+    for model in (low, fused):
+        model.train(exact.training)
+    wanted = gradients(exact, frames.double(), seed=11)
+    with deepmsi.use_backend(backend), torch.autocast(device, torch.float16, enabled=autocast):
+        plain = gradients(low, frames.to(dtype), seed=11)
+        with torch.profiler.profile() as profile:
+            found = gradients(fused, frames.to(dtype), seed=11)
+    assert {f"{op}_triton_{way}" for op in HALVES for way in ("fwd", "bwd")} <= operations(profile)
+    for key, value in {"output": wanted[0], **wanted[1]}.items():
+        got, own = ({"output": out, **grads}[key] for out, grads in (found, plain))
+        roundings = (128 if "logit_scale" in key else 16) * torch.finfo(torch.float16).eps / torch.finfo(dtype).eps
+        assert_within_budget(got, own, value, key, roundings)
+
+
 @BOTH
 def test_layers_that_are_replaced_or_watched_are_called(name: str) -> None:
     """An adapter in place of a layer, or a hook on it, must not be passed over."""
@@ -339,9 +370,8 @@ def test_under_autocast_a_block_runs_on_the_kernels_of_its_stream(stream: torch.
             y = block(x)
         with deepmsi.use_backend("reference"):
             plain = block(x)
-    ran = {event.key for event in profile.key_averages() if event.key.startswith("deepmsi::")}
-    halves = {"deepmsi::residual_window_attention_cpp_fwd", "deepmsi::residual_mlp_cpp_fwd"}
-    assert ran == (halves if stream == torch.bfloat16 else {"deepmsi::window_attention_cpp_fwd"})
+    halves = {f"{op}_cpp_fwd" for op in HALVES}
+    assert operations(profile) == (halves if stream == torch.bfloat16 else {"window_attention_cpp_fwd"})
     assert y.dtype == plain.dtype == stream
     assert relative_error(y, plain) < 0.05
 

@@ -76,6 +76,9 @@ def assert_budget(backend: str, device: str, dtype: torch.dtype, *case: Any, **o
     for name, wanted in exact.items():
         assert got[name].dtype == low[name].dtype
         roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[name])
+        if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16) and options.get("norm_first"):
+            # The interpreter cuts numbers off where GPUs round; a norm at the end makes up for most of that.
+            roundings *= 2
         assert_within_budget(got[name], low[name], wanted, name, roundings=roundings)
 
 
@@ -110,13 +113,14 @@ def test_fewer_hidden_channels_at_a_time_keep_the_error_budget(
     assert_budget(backend, device, torch.float16, *CASES["stage_2"])
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
 def test_parts_of_the_rows_keep_the_error_budget(
-    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, dtype: torch.dtype, norm_first: bool
 ) -> None:
     monkeypatch.setattr("deepmsi._triton.residual_mlp._HIDDEN_ELEMENTS", 20 * 65)
-    assert_budget(backend, device, dtype, *CASES["edge"])
+    assert_budget(backend, device, dtype, *CASES["edge"], norm_first=norm_first)
 
 
 @pytest.mark.parametrize("lengths", [None, (70, 0, 21)], ids=["all", "some"])
@@ -145,34 +149,37 @@ def test_it_keeps_the_error_budget_over_many_blocks(backend: str, device: str, d
     assert_budget(backend, device, dtype, *case)
 
 
-@pytest.mark.parametrize("name", [*CASES, "some", "none"])
-@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=IDS_ON_THE_CPU)
+@pytest.mark.parametrize("name", [*CASES, "some", "none", "wide_some"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_a_norm_that_comes_first_keeps_the_error_budget(
     backend: str, device: str, name: str, dtype: torch.dtype
 ) -> None:
-    lengths = {"some": (30, 0, 11), "none": (0, 0)}.get(name)
-    case = CASES[name] if lengths is None else ((77,), 40, 200, True)
+    lengths = {"some": (30, 0, 11), "none": (0, 0), "wide_some": (30, 0, 11)}.get(name)
+    case = CASES[name] if lengths is None else ((77,), 300 if "wide" in name else 40, 200, True)
     assert_budget(backend, device, dtype, *case, lengths=lengths, norm_first=True)
 
 
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["grid", "odd", "parts"])
-def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(name: str, norms: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["grid", "odd", "parts", "edge"])
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(
+    backend: str, device: str, name: str, norms: torch.dtype
+) -> None:
     options: dict[str, Any] = {"norms": norms, "kept": torch.float32, "norm_first": True}
-    assert_budget("cpp", "cpu", torch.bfloat16, *CASES[name], **options)
+    assert_budget(backend, device, torch.bfloat16, *CASES[name], **options)
 
 
-def test_a_norm_that_comes_first_is_that_of_the_rows() -> None:
-    """In words of torch's own layers, on every backend that has it."""
-    x, fc1, b1, fc2, b2, weight, bias, scale, _, eps = operator_arguments(False)
-    scale = torch.tensor([0.0, 1.25] * 4)
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_a_norm_that_comes_first_is_that_of_the_rows(backend: str, device: str) -> None:
+    """In words of torch's own layers."""
+    testing.need("residual_mlp", backend, device)
+    x, fc1, b1, fc2, b2, weight, bias, scale, _, eps = operator_arguments(False, device)
+    scale = torch.tensor([0.0, 1.25] * 4, device=device)
     linear, gelu = torch.nn.functional.linear, torch.nn.functional.gelu
     normed = torch.nn.functional.layer_norm(x, (6,), weight, bias, eps)
     wanted = x + scale[:, None] * linear(gelu(linear(normed, fc1, b1)), fc2, b2)
-    for backend in ("reference", "cpp"):
-        testing.need("residual_mlp", backend, "cpu")
-        options: dict[str, Any] = {"row_scale": scale, "eps": eps, "norm_first": True, "backend": backend}
-        torch.testing.assert_close(residual_mlp(x, fc1, b1, fc2, b2, weight, bias, **options), wanted)
+    options: dict[str, Any] = {"row_scale": scale, "eps": eps, "norm_first": True, "backend": backend}
+    torch.testing.assert_close(residual_mlp(x, fc1, b1, fc2, b2, weight, bias, **options), wanted)
 
 
 @pytest.mark.parametrize("name", ["grid", "odd", "parts"])
@@ -207,7 +214,7 @@ def test_rows_behind_the_frames_are_passed_on(
 def test_what_lies_behind_the_frames_reaches_nothing_else(
     backend: str, device: str, dtype: torch.dtype, channels: int, norm_first: bool
 ) -> None:
-    testing.need("residual_mlp", backend, device, dtype, norm_first=int(norm_first))
+    testing.need("residual_mlp", backend, device, dtype)
     found = []
     for tail in (0.0, torch.nan, torch.inf):
         sizes = ((9, channels), (20, channels), (20,), (channels, 20), *((channels,),) * 3)
@@ -223,10 +230,13 @@ def test_what_lies_behind_the_frames_reaches_nothing_else(
             assert torch.equal(value, wanted)
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.dtype, channels: int) -> None:
+def test_frozen_layers_cost_no_gradient(
+    backend: str, device: str, dtype: torch.dtype, channels: int, norm_first: bool
+) -> None:
     """And all others are the same, bit for bit; one bias that is not frozen gets its own, as do both layers."""
     testing.need("residual_mlp", backend, device, dtype)
     sizes = ((20, channels), (30, channels), (30,), (channels, 30), *((channels,),) * 3)
@@ -234,7 +244,7 @@ def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.
 
     def gradients(frozen: tuple[int, ...]) -> dict[int, Tensor]:
         leaves = [tensor.clone().requires_grad_(n not in frozen) for n, tensor in enumerate(inputs)]
-        y = residual_mlp(*leaves, cu_seqlens=offsets((7, 9), device), backend=backend)
+        y = residual_mlp(*leaves, cu_seqlens=offsets((7, 9), device), norm_first=norm_first, backend=backend)
         y.backward(randn(*y.shape, seed=9, dtype=dtype, device=device))
         assert all((leaf.grad is None) == (n in frozen) for n, leaf in enumerate(leaves))
         return {n: leaf.grad for n, leaf in enumerate(leaves) if leaf.grad is not None}
@@ -245,23 +255,25 @@ def test_frozen_layers_cost_no_gradient(backend: str, device: str, dtype: torch.
             assert torch.equal(grad, every[n]), n
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("channels", [40, 300])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
-def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int) -> None:
+def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, channels: int, norm_first: bool) -> None:
     """x and weights in float32: products in 16 bits, the sum in float32. A kernel without such a mixture says so."""
     testing.need("residual_mlp", backend, device)
     case = ((20,), channels, 80, True)
     reason = backends.why_not("residual_mlp", backend, device, torch.bfloat16, mixed=1)
     refused = nullcontext() if reason is None else pytest.raises(RuntimeError, match=reason)
     with torch.autocast(device, torch.bfloat16), refused:
-        got = run(*case, backend, device, torch.float32)
+        got = run(*case, backend, device, torch.float32, norm_first=norm_first)
     if reason is not None:
         return
-    exact = run(*case, "reference", device, torch.float32, exact=True)
+    exact = run(*case, "reference", device, torch.float32, exact=True, norm_first=norm_first)
     for what, wanted in exact.items():
         assert got[what].dtype == torch.float32
         torch.testing.assert_close(got[what].double(), wanted, rtol=0.05, atol=0.02 * wanted.abs().max().item())
-    narrow = [run(*case, b, device, torch.bfloat16, stream=torch.float32)["y"] for b in (backend, "reference")]
+    options: dict[str, Any] = {"stream": torch.float32, "norm_first": norm_first}
+    narrow = [run(*case, b, device, torch.bfloat16, **options)["y"] for b in (backend, "reference")]
     assert narrow[0].dtype == narrow[1].dtype == torch.float32
 
 
@@ -358,8 +370,8 @@ def operator_arguments(empty: bool, device: str = "cpu", dtype: torch.dtype = to
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "norm_first"),
-    [*((*place, False) for place in TYPED), *((*place, True) for place in ON_THE_CPU)],
-    ids=[*TYPES, *(f"{name}-norm first" for name in IDS_ON_THE_CPU)],
+    [(*place, first) for first in (False, True) for place in TYPED],
+    ids=[*TYPES, *(f"{name}-norm first" for name in TYPES)],
 )
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, norm_first: bool, empty: bool) -> None:
     testing.need("residual_mlp", backend, device, dtype)
@@ -444,13 +456,6 @@ def test_bad_arguments_are_named(change: dict[str, Tensor | None], words: str) -
     arguments = dict(zip(NAMES, operator_arguments(False)[:7], strict=True))
     with pytest.raises(ValueError, match=words):
         residual_mlp(**(arguments | change))
-
-
-@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
-def test_a_norm_that_comes_first_is_refused_where_it_is_not_built(backend: str, device: str) -> None:
-    testing.need("residual_mlp", backend, device)
-    with pytest.raises(RuntimeError, match="the norm must come after the layers"):
-        residual_mlp(*operator_arguments(False, device)[:7], norm_first=True, backend=backend)
 
 
 def test_the_cpu_kernel_refuses_mixed_types() -> None:

@@ -42,6 +42,9 @@ def assert_budget(backend: str, device: str, dtype: torch.dtype, **case: Any) ->
     for name, wanted in exact.items():
         assert got[name].dtype == low[name].dtype
         roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got[name])
+        if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16) and case.get("norm_first"):
+            # The interpreter cuts numbers off where GPUs round; a norm at the end makes up for most of that.
+            roundings *= 2
         # The scale's gradient is a sum that nearly cancels, of terms as large as the bias' gradient tells.
         scale = exact["bias_table"].abs().sum().item() if name == "logit_scale" and wanted.any() else None
         assert_within_budget(got[name], low[name], wanted, name, roundings, scale)
@@ -137,7 +140,7 @@ def test_it_keeps_the_error_budget(backend: str, device: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("backend", "device", "dtype"), ON_THE_CPU, ids=IDS_ON_THE_CPU)
+@pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
 def test_a_norm_that_comes_first_keeps_the_error_budget(
     backend: str, device: str, dtype: torch.dtype, name: str
 ) -> None:
@@ -146,24 +149,29 @@ def test_a_norm_that_comes_first_keeps_the_error_budget(
 
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["v1", "odd", "packed"])
-def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(name: str, norms: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_a_norm_that_comes_first_keeps_the_error_budget_under_autocast(
+    backend: str, device: str, name: str, norms: torch.dtype
+) -> None:
     options: dict[str, Any] = {"norms": norms, "kept": torch.float32, "norm_first": True}
-    assert_budget("cpp", "cpu", torch.bfloat16, **options, **LAYOUTS[name])
+    assert_budget(backend, device, torch.bfloat16, **options, **LAYOUTS[name])
 
 
-def test_a_norm_that_comes_first_is_that_of_the_rows() -> None:
+@pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
+def test_a_norm_that_comes_first_is_that_of_the_rows(backend: str, device: str) -> None:
     """In words of torch's own layers, where a window of one slot attends to itself alone: its v is what it gives."""
-    x, qkv, q, proj, p, weight, bias = operator_arguments(False)[:7]
-    scale = torch.tensor([0.0, 1.25] * 4)
+    dtype = torch.float16 if backend == "triton" else torch.float32
+    testing.need(OP, backend, device, dtype)
+    x, qkv, q, proj, p, weight, bias = operator_arguments(False, dtype, device)[:7]
+    scale = torch.tensor([0.0, 1.25] * 4, dtype=dtype, device=device)
     linear = torch.nn.functional.linear
     normed = torch.nn.functional.layer_norm(x, (6,), weight, bias, EPS)
     wanted = x + scale[:, None] * linear(linear(normed, qkv, q)[:, 12:], proj, p)
-    options: dict[str, Any] = {"bias_table": torch.zeros(1, 2), "row_scale": scale.view(1, 2, 4), "norm_first": True}
-    for backend in ("reference", "cpp"):
-        testing.need(OP, backend, "cpu")
-        grid, weights = x.view(1, 2, 4, 6), (qkv, q, proj, p, weight, bias)
-        y = residual_window_attention(grid, *weights, 2, (2, 4), 1, 0, eps=EPS, backend=backend, **options)
-        torch.testing.assert_close(y.view(8, 6), wanted)
+    options: dict[str, Any] = {"bias_table": torch.zeros(1, 2, device=device), "row_scale": scale.view(1, 2, 4)}
+    grid, weights = x.view(1, 2, 4, 6), (qkv, q, proj, p, weight, bias)
+    options |= {"eps": EPS, "norm_first": True, "backend": backend}
+    y = residual_window_attention(grid, *weights, 2, (2, 4), 1, 0, **options)
+    torch.testing.assert_close(y.view(8, 6), wanted, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", ["shifted", "packed"])
@@ -182,8 +190,9 @@ def test_autocast_over_rows_in_16_bits_keeps_the_error_budget(
     assert_budget(backend, device, torch.bfloat16, norms=norms, kept=torch.float32, **LAYOUTS[name])
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
-def test_autocast_keeps_the_type_of_rows_in_float32(backend: str, device: str) -> None:
+def test_autocast_keeps_the_type_of_rows_in_float32(backend: str, device: str, norm_first: bool) -> None:
     """x and weights in float32: products in 16 bits, the sum in float32. A kernel without such a mixture says so."""
     testing.need(OP, backend, device, torch.bfloat16)
     x, *weights = (tensor.requires_grad_() for tensor in operator_arguments(False, device=device)[:7])
@@ -191,7 +200,8 @@ def test_autocast_keeps_the_type_of_rows_in_float32(backend: str, device: str) -
     reason = backends.why_not(OP, backend, device, torch.bfloat16, mixed=1)
 
     def half(backend: str) -> tuple[Tensor, ...]:
-        y = residual_window_attention(x.view(1, 2, 4, 6), *weights, 2, (2, 4), 2, 1, bias_table=table, backend=backend)
+        options: dict[str, Any] = {"bias_table": table, "norm_first": norm_first, "backend": backend}
+        y = residual_window_attention(x.view(1, 2, 4, 6), *weights, 2, (2, 4), 2, 1, **options)
         return (y, *torch.autograd.grad(y, (x, *weights), randn(*y.shape, seed=30, device=device)))
 
     with (
@@ -252,8 +262,8 @@ def operator_arguments(
 @pytest.mark.parametrize("empty", [False, True], ids=["rows", "empty"])
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "norm_first"),
-    [*((*place, False) for place in TYPED), *((*place, True) for place in ON_THE_CPU)],
-    ids=[*TYPES, *(f"{name}-norm first" for name in IDS_ON_THE_CPU)],
+    [(*place, first) for first in (False, True) for place in TYPED],
+    ids=[*TYPES, *(f"{name}-norm first" for name in TYPES)],
 )
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, norm_first: bool, empty: bool) -> None:
     testing.need(OP, backend, device, dtype)
@@ -274,13 +284,15 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype, norm_first: bool
         assert torch.equal(value, wanted)
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize(("backend", "device", "dtype"), TYPED, ids=TYPES)
-def test_frozen_layers_get_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+def test_frozen_layers_get_no_gradient(backend: str, device: str, dtype: torch.dtype, norm_first: bool) -> None:
     """And all others get the same, bit for bit."""
     testing.need(OP, backend, device, dtype)
     arguments = operator_arguments(False, dtype, device)
     x, layers, norm = arguments[0].view(1, 2, 4, 6), arguments[1:5], arguments[5:7]
     options = {"bias_table": arguments[10], "logit_scale": arguments[11].log(), "backend": backend}
+    options["norm_first"] = norm_first
     found = []
     for frozen in (False, True):
         leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_(not frozen) for t in layers)]
@@ -321,13 +333,14 @@ def test_repeats_give_the_same_bits(backend: str, device: str, dtype: torch.dtyp
         assert torch.equal(second[name], value), name
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
 def test_parts_of_the_frames_give_the_gradients_of_all(
-    monkeypatch: pytest.MonkeyPatch, backend: str, device: str
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, norm_first: bool
 ) -> None:
     testing.need(OP, backend, device, torch.float16)
     kernels = importlib.import_module("deepmsi._triton.residual_window_attention")
-    case = {**LAYOUTS["shifted"], "frames": 5}
+    case = {**LAYOUTS["shifted"], "frames": 5, "norm_first": norm_first}
     whole = attention(backend, device, torch.float16, **case)
     monkeypatch.setattr(kernels, "_QKV_ELEMENTS", 2 * 64 * 96)
     assert [part.stop - part.start for part in kernels._parts(5 * 64, 96, 64)] == [128, 128, 64]
@@ -352,7 +365,6 @@ def test_what_the_kernels_do_not_hold_is_refused(backend: str, device: str) -> N
         ({"channels": 288}, "rows may have 256 channels at most"),
         ({"window": 9}, "windows may have 8 x 8 slots at most"),
         ({"head_dim": 40}, "heads may have 32 channels at most"),
-        ({"norm_first": 1}, "the norm must come after the layers"),
     ):
         assert backends.why_not(OP, backend, device, torch.float16, **facts) == reason
 
@@ -374,8 +386,9 @@ def test_bad_arguments_are_named() -> None:
         residual_window_attention(grid.double(), *doubles, 2, (2, 4), 2, 1, bias_table=table.double(), backend="cpp")
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize(("backend", "device"), [*PLACES, *REFERENCES])
-def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device: str) -> None:
+def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device: str, norm_first: bool) -> None:
     dtype = torch.float16 if backend == "triton" else torch.float32
     testing.need(OP, backend, device, dtype)
     channels, positions = 16, torch.tensor([0, 3, 5, 1, 2, 9, 15, 0, 0], dtype=torch.int32, device=device)
@@ -397,6 +410,7 @@ def test_what_rows_behind_the_frames_hold_reaches_no_weight(backend: str, device
             1,
             bias_table=table,
             logit_scale=logit_scale,
+            norm_first=norm_first,
             backend=backend,
             **layout,
         )
