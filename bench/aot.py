@@ -195,7 +195,7 @@ def _attention(
 
 
 def _cells(types: Types, kind: str, channels: int, trained: bool = True) -> Tensor:
-    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, or packed rows of them.
+    """Patches of a frame, the 2 x 2 cells of tokens of half as many channels, or packed rows of them; a norm first.
 
     In training a copy of tokens in the type of products is read, for backward keeps it.
     """
@@ -209,9 +209,11 @@ def _cells(types: Types, kind: str, channels: int, trained: bool = True) -> Tens
         x = torch.zeros(1, 8, 2, 8, 2, channels // 2, dtype=tokens, requires_grad=trained).permute(0, 1, 3, 4, 2, 5)
     depth = x.shape[3] * x.shape[4] * x.shape[5]
     weight = torch.zeros(channels, depth, dtype=types.products, requires_grad=trained)
-    norm = [torch.zeros(channels, dtype=types.rows, requires_grad=trained) for _ in range(2)]
-    operator = torch.ops.deepmsi.project_cells_triton_fwd
-    return operator(x, weight, weight[:, 0] if kind == "patches" else None, *norm, cu, 1e-5, trained)[0].sum()
+    norm_first = kind == "norm first"
+    size = depth if norm_first else channels
+    norm = [torch.zeros(size, dtype=types.rows, requires_grad=trained) for _ in range(2)]
+    operator, bias = torch.ops.deepmsi.project_cells_triton_fwd, weight[:, 0] if kind == "patches" else None
+    return operator(x, weight, bias, *norm, cu, 1e-5, norm_first, channels, trained)[0].sum()
 
 
 def _norm(types: Types, channels: int) -> Tensor:
@@ -275,6 +277,7 @@ CASES: tuple[tuple[str, str, Callable[[Types], Tensor], bool], ...] = (
     ("project_cells", "2 x 2 tokens, 192 channels, inference", lambda d: _cells(d, "tokens", 192, False), True),
     ("project_cells", "2 x 2 tokens, 256 channels", lambda d: _cells(d, "tokens", 256), False),
     ("project_cells", "packed, 192 channels", lambda d: _cells(d, "packed", 192), False),
+    ("project_cells", "norm first, 2 x 2 tokens, 192 channels", lambda d: _cells(d, "norm first", 192), True),
 )
 DTYPES = {
     "float32": Types(torch.float32, torch.float32),

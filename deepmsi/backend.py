@@ -97,8 +97,13 @@ def _at_most(channels: int, fact: str = "channels", rows: str = "rows") -> Calla
     return limit
 
 
-def _narrow_outputs(facts: dict[str, int]) -> str | None:
-    """Refuse what the projection of cells does not hold or give: rows of one type, whole ones of what comes out."""
+def _narrow_cells(facts: dict[str, int]) -> str | None:
+    """Refuse what the projection of cells does not hold: whole rows of what the norm reads, and one type of them.
+
+    A norm that comes first is a kernel of its own, which reads any type.
+    """
+    if facts.get("norm_first"):
+        return _at_most(4096, "depth", "cells")(facts)
     return _one_type(facts) or _at_most(256, "outputs", "rows of what comes out")(facts)
 
 
@@ -131,7 +136,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cross_modal_contrastive", "cpp"): Kernel(_SINGLES, ("cpu", "cuda")),
     ("cross_modal_contrastive", "triton"): Kernel(_SINGLES, ("cuda", "cpu")),
     ("project_cells", "cpp"): Kernel(_BLOCKS, ("cpu",), _one_type, _has_vectors),
-    ("project_cells", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_outputs),
+    ("project_cells", "triton"): Kernel(_HALVES, ("cuda", "cpu"), _narrow_cells),
     ("position_bias", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(64, "heads", "rows of the table")),
     ("residual_norm", "cpp"): Kernel(_DOUBLES, ("cuda",), _at_most(2048)),
     ("residual_norm", "triton"): Kernel(_SINGLES, ("cuda", "cpu"), _at_most(4096)),

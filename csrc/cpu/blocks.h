@@ -131,6 +131,12 @@ void over_rows(int64_t rows, const Run& run) {
             [&](int64_t begin, int64_t end) { run(begin * tile, std::min(end * tile, rows)); });
 }
 
+// Call run(first, count) for each tile of some rows, on this thread.
+template <typename Run>
+void each_tile(const BlockKernels& k, int64_t rows, const Run& run) {
+  for (int64_t r = 0; r < rows; r += k.tile) run(r, std::min(k.tile, rows - r));
+}
+
 // Call run(row) for each of some rows.
 template <typename Run>
 void over_each_row(int64_t rows, const Run& run) {

@@ -71,15 +71,16 @@ struct BlockKernels {
   // Where the norm comes first: normalised x * weight + shift as operands y, of stored x.
   void (*normed)(int64_t rows, int64_t columns, const void* x, const float* weight, const float* shift,
                  float eps, void* y);
-  // x + scale * (z + bias) as stored rows y, which may be z where floats are stored; a scale of null is 1.
+  // x + scale * (z + bias) as stored rows y, which may be z where floats are stored; x and a bias of null are
+  // 0, and a scale of null is 1.
   void (*residual)(int64_t rows, int64_t columns, const float* z, const float* bias, const void* x,
                    const float* scale, void* y);
   // The gradient of z as operands, scale * grad_y; sums [columns] takes that of the bias.
   void (*residual_gradient)(int64_t rows, int64_t columns, const void* grad_y, const float* scale,
                             void* grad_z, float* sums);
   // grad_y and what comes through the norm of stored x, whose result has the gradient `through`, as stored
-  // rows grad_x, which may be `through` where floats are stored; sums [2, columns] takes those of weight and
-  // shift.
+  // rows grad_x, which may be `through` where floats are stored; a grad_y of null is 0, and sums [2, columns]
+  // takes those of weight and shift.
   void (*normed_gradient)(int64_t rows, int64_t columns, const float* through, const void* x,
                           const float* weight, float eps, const void* grad_y, void* grad_x, float* sums);
 };

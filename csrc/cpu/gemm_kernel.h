@@ -466,11 +466,15 @@ void residual(int64_t rows, int64_t columns, const float* z, const float* bias, 
               const float* scale, void* y) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = z + r * columns;
-    const S* skip = static_cast<const S*>(x) + r * columns;
+    const S* skip = x != nullptr ? static_cast<const S*>(x) + r * columns : nullptr;
     S* to = static_cast<S*>(y) + r * columns;
     const float by = scale != nullptr ? scale[r] : 1.0f;
     for_channels<float>(columns, [&](int64_t c, auto tag) {
-      put(to + c, get(skip + c, tag) + (get(from + c, tag) + get(bias + c, tag)) * by, tag);
+      auto value = get(from + c, tag);
+      if (bias != nullptr) value = value + get(bias + c, tag);
+      value = value * by;
+      if (skip != nullptr) value = get(skip + c, tag) + value;
+      put(to + c, value, tag);
     });
   }
 }
@@ -497,11 +501,15 @@ void normed_gradient(int64_t rows, int64_t columns, const float* through, const 
                      float eps, const void* grad_y, void* grad_x, float* sums) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* dn = through + r * columns;
-    const S *from = static_cast<const S*>(x) + r * columns, *dy = static_cast<const S*>(grad_y) + r * columns;
+    const S* from = static_cast<const S*>(x) + r * columns;
+    const S* dy = grad_y != nullptr ? static_cast<const S*>(grad_y) + r * columns : nullptr;
     S* to = static_cast<S*>(grad_x) + r * columns;
     through_norm(
         columns, from, weight, eps, sums, [&](int64_t c, auto tag) { return get(dn + c, tag); },
-        [&](int64_t c, auto gradient, auto tag) { put(to + c, get(dy + c, tag) + gradient, tag); });
+        [&](int64_t c, auto gradient, auto tag) {
+          if (dy != nullptr) gradient = get(dy + c, tag) + gradient;
+          put(to + c, gradient, tag);
+        });
   }
 }
 

@@ -1,4 +1,5 @@
-// Registration of project_cells under the CPU key: y = LN(W cell + b) for the cells of a strided view.
+// Registration of project_cells under the CPU key: y = LN(W cell + b) for the cells of a strided view, or,
+// where the norm comes first, W LN(cell) + b.
 //
 // Cells are gathered a block of rows at a time and never lie in memory as a whole. Rows past the last offset
 // cost nothing.
@@ -12,28 +13,51 @@ namespace {
 
 constexpr const char* kOp = "project_cells";
 
+// A view [F, H, W, A, B, c] of runs of c.
+inline const Tensor& in_runs(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 6 && (x.stride(5) == 1 || x.size(5) == 1), kOp,
+                  ": x must be [F, H, W, A, B, c] with runs of c");
+  return x;
+}
+
 struct Cells {
-  int64_t rows, depth, channels, valid;
-  int64_t size[6], stride[6];  // of x [F, H, W, A, B, c], whose last stride is 1
-  const BlockKernels& k;
   Tensor x, weight;
-  Vector norm_weight;
+  int64_t rows, depth, channels, valid;
+  int64_t size[6], stride[6];  // of x
+  const BlockKernels& k;
+  bool norm_first;
+  Vector norm_weight, norm_bias;
   float eps;
 
-  Cells(const Tensor& x_any, const Tensor& w, const Tensor& norm, const std::optional<Tensor>& cu_seqlens,
-        double epsilon)
-      : channels(norm.numel()),
-        k(block_kernels(stored_type(x_any, kOp))),
-        x(x_any),
-        norm_weight(norm, channels, kOp, "norm_weight"),
+  Cells(const Tensor& x_any, const Tensor& w, const Tensor& norm_weight_any, const Tensor& norm_bias_any,
+        const std::optional<Tensor>& cu_seqlens, double epsilon, bool first, int64_t outputs)
+      : x(in_runs(x_any)),
+        rows(x.size(0) * x.size(1) * x.size(2)),
+        depth(x.size(3) * x.size(4) * x.size(5)),
+        channels(outputs),
+        valid(valid_rows(cu_seqlens, rows, kOp)),
+        k(block_kernels(stored_type(x, kOp))),
+        norm_first(first),
+        norm_weight(norm_weight_any, normed(), kOp, "norm_weight"),
+        norm_bias(norm_bias_any, normed(), kOp, "norm_bias"),
         eps(static_cast<float>(epsilon)) {
-    STD_TORCH_CHECK(x.dim() == 6 && (x.stride(5) == 1 || x.size(5) == 1), kOp,
-                    ": x must be [F, H, W, A, B, c] with runs of c");
     for (int64_t d = 0; d < 6; ++d) size[d] = x.size(d), stride[d] = x.stride(d);
-    rows = size[0] * size[1] * size[2];
-    depth = size[3] * size[4] * size[5];
-    valid = valid_rows(cu_seqlens, rows, kOp);
     weight = weight_of(w, k, channels, depth, kOp, "weight");
+  }
+
+  // Numbers that the norm reads of a row.
+  int64_t normed() const { return norm_first ? depth : channels; }
+  // That of cells.
+  Norm norm() const { return norm_first ? Norm{norm_weight.data(), norm_bias.data(), eps} : Norm{}; }
+
+  // y of some rows from z, which is W times them and which y may take the place of; z with the bias is kept,
+  // where there is a place for it and the norm reads it.
+  void finish(int64_t count, float* z, const float* bias, void* y, void* kept) const {
+    if (norm_first) {
+      k.residual(count, channels, z, bias, nullptr, nullptr, y);
+    } else {
+      k.norm(count, channels, z, bias, nullptr, nullptr, norm_weight.data(), norm_bias.data(), eps, y, kept);
+    }
   }
 
   // Call visit(offset in a tensor of x's sizes, offset in the cell) for every run of a row, in bytes.
@@ -71,18 +95,19 @@ struct Cells {
   }
 };
 
-// Working memory of cells as they are stored, and as operands.
+// Working memory of cells as they are stored, and as operands, normed where the norm comes first.
 class GatheredCells {
  public:
   GatheredCells(const Cells& cells, int64_t rows)
       : cells_(cells),
         memory_(rows * cells.depth * bytes_of(cells.k.stored)),
         rows_{memory_.data(), cells.depth * bytes_of(cells.k.stored)},
-        operands_(cells.k, rows_, cells.depth, rows) {}
+        operands_(cells.k, rows_, cells.depth, rows, cells.norm()) {}
   // Those of rows [row, row + count) of the call, from a row of this memory on.
   void gather(int64_t row, int64_t count, int64_t to) const {
     cells_.gather(row, count, {static_cast<char*>(rows_.at(to)), rows_.bytes});
   }
+  const void* at(int64_t row) const { return rows_.at(row); }
   const AsOperands& operands() const { return operands_; }
 
  private:
@@ -93,29 +118,29 @@ class GatheredCells {
 };
 
 std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias_any,
-                                                 Tensor norm_weight, Tensor norm_bias_any,
+                                                 Tensor norm_weight, Tensor norm_bias,
                                                  std::optional<Tensor> cu_seqlens, double eps,
-                                                 bool with_grad) {
-  const Cells cells(x, weight, norm_weight, cu_seqlens, eps);
+                                                 bool norm_first, int64_t outputs, bool with_grad) {
+  const Cells cells(x, weight, norm_weight, norm_bias, cu_seqlens, eps, norm_first, outputs);
   const BlockKernels& k = cells.k;
   const int64_t channels = cells.channels;
-  const Vector bias(bias_any, channels, kOp, "bias"), norm_bias(norm_bias_any, channels, kOp, "norm_bias");
+  const Vector bias(bias_any, channels, kOp, "bias");
+  const bool keeps = with_grad && !norm_first;
   Tensor y_all = torch::stable::new_empty(x, {cells.rows, channels});
-  Tensor branch = torch::stable::new_empty(x, {with_grad ? cells.rows : 0, channels});
+  Tensor branch = torch::stable::new_empty(x, {keeps ? cells.rows : 0, channels});
   const Rows y = rows_of(y_all, channels), kept = rows_of(branch, channels);
   const Packed product(k, cells.weight, true, cells.depth, channels);
   const int64_t block = block_rows(cells.depth + channels);
-  const bool in_place = with_grad && k.stores_floats();  // what the norm reads is made where it is kept
+  // What the norm reads is made where it is kept, and what nothing more is added to but the bias in y.
+  const bool in_place = k.stores_floats() && (keeps || norm_first);
   if (!with_grad && shares_columns(cells.weight, cells.valid, std::max(cells.depth, channels))) {
     const GatheredCells gathered(cells, cells.valid);
     const FloatRows sum(k.stores_floats(), cells.valid, channels);
     float* z = sum.at(y.at(0));
     over_each_row(cells.valid, [&](int64_t row) { gathered.gather(row, 1, row); });
     product.multiply_shared(cells.valid, gathered.operands().rows_of_chunk(0, cells.valid).start, z);
-    over_each_row(cells.valid, [&](int64_t row) {
-      k.norm(1, channels, z + row * channels, bias.data(), nullptr, nullptr, cells.norm_weight.data(),
-             norm_bias.data(), cells.eps, y.at(row), nullptr);
-    });
+    over_each_row(cells.valid,
+                  [&](int64_t row) { cells.finish(1, z + row * channels, bias.data(), y.at(row), nullptr); });
     pass_rows(y_all, nullptr, cells.valid);
     return {y_all, branch};
   }
@@ -124,11 +149,10 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
     const FloatRows sum(in_place, block, channels);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t count = std::min(block, end - row);
-      float* z = sum.at(kept.at(row));
+      float* z = sum.at(norm_first ? y.at(row) : kept.at(row));
       gathered.gather(row, count, 0);
       product.multiply(count, gathered.operands().rows(0, count).start, z);
-      k.norm(count, channels, z, bias.data(), nullptr, nullptr, cells.norm_weight.data(), norm_bias.data(),
-             cells.eps, y.at(row), with_grad && !in_place ? kept.at(row) : nullptr);
+      cells.finish(count, z, bias.data(), y.at(row), keeps && !in_place ? kept.at(row) : nullptr);
     }
   });
   pass_rows(y_all, nullptr, cells.valid);
@@ -137,13 +161,13 @@ std::tuple<Tensor, Tensor> project_cells_fwd_cpu(Tensor x, Tensor weight, std::o
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(
-    Tensor grad_y_any, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight,
-    std::optional<Tensor> cu_seqlens, double eps, bool wants_x, bool wants_layer) {
-  const Cells cells(x, weight, norm_weight, cu_seqlens, eps);
+    Tensor grad_y_any, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, Tensor norm_bias,
+    std::optional<Tensor> cu_seqlens, double eps, bool norm_first, bool wants_x, bool wants_layer) {
+  const Cells cells(x, weight, norm_weight, norm_bias, cu_seqlens, eps, norm_first, weight.size(0));
   const BlockKernels& k = cells.k;
-  const int64_t channels = cells.channels, depth = cells.depth;
+  const int64_t channels = cells.channels, depth = cells.depth, normed = cells.normed();
   const Tensor grad_y = stored(grad_y_any, k, cells.rows * channels, kOp, "the gradient");
-  const Tensor held = stored(branch, k, cells.rows * channels, kOp, "the branch");
+  const Tensor held = stored(branch, k, norm_first ? 0 : cells.rows * channels, kOp, "the branch");
   const Rows dy = rows_of(grad_y, channels), z = rows_of(held, channels);
   Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0, 0, 0, 0, 0, 0});
   if (wants_x && cells.valid < cells.rows)
@@ -154,26 +178,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(
       std::min(chunk_rows(k, std::max(depth, channels), channels * depth), std::max<int64_t>(cells.valid, 1));
   const GatheredCells gathered(cells, step);
   const OperandRows grad_z(k, step, channels);
-  ColumnSums sums(3 * channels);  // of the norm's weight and bias, of the bias
+  const bool reaches_cells = wants_x || norm_first;
+  ColumnSums sums(2 * normed + channels);  // of the norm's weight and bias, of the bias
   for (int64_t start = 0; start < cells.valid; start += step) {
     const int64_t rows = std::min(step, cells.valid - start);
     sums.begin_chunk(rows);
     over_rows(rows, [&](int64_t begin, int64_t end) {
-      const int64_t bytes = depth * bytes_of(k.stored), most = wants_x ? kBlockRows : 0;
+      const int64_t bytes = depth * bytes_of(k.stored), most = reaches_cells ? kBlockRows : 0;
       const Bytes gradient(most * bytes);
       const FloatRows products(k.stores_floats(), most, depth);
       for (int64_t row = begin; row < end; row += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - row);
-        if (wants_layer) gathered.gather(start + row, count, row);
-        for (int64_t r = row; r < row + count; r += k.tile) {
-          k.norm_gradient(std::min(k.tile, row + count - r), channels, dy.at(start + r), z.at(start + r),
-                          nullptr, cells.norm_weight.data(), cells.eps, grad_z.at(r), sums.tile(r));
-        }
-        if (!wants_x) continue;
+        if (wants_layer || norm_first) gathered.gather(start + row, count, row);
+        each_tile(k, count, [&](int64_t r, int64_t some) {
+          const void* dy_r = dy.at(start + row + r);
+          float* own = sums.tile(row + r);
+          if (norm_first) {
+            k.residual_gradient(some, channels, dy_r, nullptr, grad_z.at(row + r), own + 2 * normed);
+          } else {
+            k.norm_gradient(some, channels, dy_r, z.at(start + row + r), nullptr, cells.norm_weight.data(),
+                            cells.eps, grad_z.at(row + r), own);
+          }
+        });
+        if (!reaches_cells) continue;
         float* to = products.at(gradient.data());
+        const Rows out{gradient.data(), bytes};
         back.multiply(count, grad_z.at(row), to);
-        if (!k.stores_floats()) k.add(count, depth, to, nullptr, gradient.data());
-        cells.scatter(start + row, count, {gradient.data(), bytes}, grad_x);
+        if (norm_first) {
+          each_tile(k, count, [&](int64_t r, int64_t some) {
+            k.normed_gradient(some, depth, to + r * depth, gathered.at(row + r), cells.norm_weight.data(),
+                              cells.eps, nullptr, out.at(r), sums.tile(row + r));
+          });
+        } else if (!k.stores_floats()) {
+          k.add(count, depth, to, nullptr, out.start);
+        }
+        if (wants_x) cells.scatter(start + row, count, out, grad_x);
       }
     });
     sums.end_chunk();
@@ -182,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(
   const auto written = [&](int64_t from, int64_t count) {
     return sums.write(from, count, x, ScalarType::Float);
   };
-  return {grad_x, grad_weight.written(), written(2 * channels, wants_layer ? channels : 0),
-          written(0, channels), written(channels, channels)};
+  return {grad_x, grad_weight.written(), written(2 * normed, wants_layer ? channels : 0), written(0, normed),
+          written(normed, normed)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepmsi, CPU, m) {

@@ -48,7 +48,7 @@ struct Residual {
   // The gradient of f, from that of y, for rows from `row` on, which are those from `at` on in a chunk.
   void branch_gradient(int64_t rows, int64_t row, int64_t at, const Rows& grad_y, const Rows& z,
                        const OperandRows& grad_z, ColumnSums& sums) const {
-    each_tile(rows, [&](int64_t r, int64_t count) {
+    each_tile(k, rows, [&](int64_t r, int64_t count) {
       const void* dy = grad_y.at(row + r);
       const float* scale = row_scale.at(row + r);
       if (norm_first) {
@@ -67,16 +67,10 @@ struct Residual {
       k.add(rows, channels, through, grad_y.at(row), grad_x.at(row));
       return;
     }
-    each_tile(rows, [&](int64_t r, int64_t count) {
+    each_tile(k, rows, [&](int64_t r, int64_t count) {
       k.normed_gradient(count, channels, through + r * channels, x.at(row + r), norm_weight.data(), eps,
                         grad_y.at(row + r), grad_x.at(row + r), sums.tile(at + r));
     });
-  }
-
- private:
-  template <typename Run>
-  void each_tile(int64_t rows, const Run& run) const {
-    for (int64_t r = 0; r < rows; r += k.tile) run(r, std::min(k.tile, rows - r));
   }
 };
 

@@ -12,8 +12,9 @@ import torch
 from timm.layers import DropPath, Mlp
 from timm.layers.activations import GELU
 from timm.models import swin_transformer, swin_transformer_v2
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
-from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from deepmsi.nn.constants import Fixed, HoldsConstants, LaidOut
@@ -375,9 +376,15 @@ class FusedSwinV2Block(_FusedBlock, SwinTransformerV2Block):
         return _crop_as_timm(self, out, x)
 
 
-class FusedPatchMerging(HoldsConstants, PatchMerging):
-    """The merging of timm's Swin V2, as one operation where the grid is even."""
+class _FusedMerging(HoldsConstants):
+    """A merging of timm's, as one operation where the grid is even.
 
+    Attributes:
+        norm_first: Whether the norm comes before the reduction.
+        constants: The weight as it is read, where it is fixed.
+    """
+
+    norm_first: bool
     constants: LaidOut | None = None
 
     def fix(self) -> None:
@@ -388,22 +395,51 @@ class FusedPatchMerging(HoldsConstants, PatchMerging):
         self.constants = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            return super().forward(x)
-        reduction: Any = self.reduction
-        norm: Any = self.norm
-        even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        usual = even and plain(x, norm, bare=(reduction,))
-        if not (usual and fuses("project_cells", x, outputs=reduction.out_features)):
-            return super().forward(x)
+        merging: Any = self
+        if not isinstance(x, Tensor) or not merging._is_one_operation(x):
+            return cast(Tensor, super().forward(x))
+        reduction, norm = merging.reduction, merging.norm
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         laid_out = None if self.constants is None else self.constants.of_layers(reduction)
-        weights = (reduction.weight, reduction.bias, norm.weight, norm.bias)
-        return project_cells(cells, *weights, eps=norm.eps, packed=None if laid_out is None else laid_out[0])
+        return project_cells(
+            cells,
+            reduction.weight,
+            reduction.bias,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            norm_first=self.norm_first,
+            packed=None if laid_out is None else laid_out[0],
+        )
+
+    def _is_one_operation(self, x: Tensor) -> bool:
+        merging: Any = self
+        reduction, norm = merging.reduction, merging.norm
+        even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+        if not (even and type(reduction) is nn.Linear and type(norm) is nn.LayerNorm):
+            return False
+        normed = reduction.in_features if self.norm_first else reduction.out_features
+        if norm.normalized_shape != (normed,) or not plain(x, norm, bare=(reduction,)):
+            return False
+        outputs, depth, norm_first = reduction.out_features, reduction.in_features, int(self.norm_first)
+        return fuses("project_cells", x, outputs=outputs, depth=depth, norm_first=norm_first)
+
+
+class FusedPatchMerging(_FusedMerging, PatchMerging):
+    """The merging of timm's Swin V1 and S3."""
+
+    norm_first = True
+
+
+class FusedPatchMergingV2(_FusedMerging, PatchMergingV2):
+    """The merging of timm's Swin V2."""
+
+    norm_first = False
 
 
 FUSED: dict[type, type] = {
     SwinTransformerBlock: FusedSwinBlock,
     SwinTransformerV2Block: FusedSwinV2Block,
     PatchMerging: FusedPatchMerging,
+    PatchMergingV2: FusedPatchMergingV2,
 }

@@ -358,53 +358,65 @@ _register(
 
 # --- project_cells
 # Forward: x [F, H, W, A, B, c], read where it lies, a weight of its type or in float32, which is rounded, and vectors
-# of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and rounds it; y
-# is of the weight's type. `branch` [R, C] is what the norm reads, kept with `with_grad`, else [0, C]. Rows past the
-# last of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and
-# is empty where it is not wanted, as are those of weight and bias where both are frozen; those of the bias and of the
-# norm are in float32.
+# of either; y [R, C] for R = F·H·W in the type of x. Triton's takes x in any type beside its weight, and rounds it,
+# before or after the norm; y is of the weight's type. `branch` [R, C] is what the norm reads, kept with `with_grad`
+# unless that is x (`norm_first`), else [0, C]. C is `outputs`, which a packed weight does not tell. Rows past the last
+# of cu_seqlens [F' + 1] int32 give 0 and get none of the gradient. Backward: the gradient of x lies as x does, and is
+# empty where it is not wanted, as are those of weight and bias where both are frozen; those of the bias and of the norm
+# are in float32.
 
 _CELLS_FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, Tensor? cu_seqlens, float eps, "
-    "bool with_grad) -> "
-    "(Tensor y, Tensor branch)"
+    "bool norm_first, int outputs, bool with_grad) -> (Tensor y, Tensor branch)"
 )
 _CELLS_BACKWARD = (
-    "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, Tensor? cu_seqlens, float eps, "
-    "bool wants_x, bool wants_layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad_y, Tensor x, Tensor branch, Tensor weight, Tensor norm_weight, Tensor norm_bias, "
+    "Tensor? cu_seqlens, float eps, bool norm_first, bool wants_x, bool wants_layer) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _cells_fake_forward_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
-    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
-    return x.new_empty((rows, channels)), x.new_empty((rows if rest[-1] else 0, channels))
+def _read_by_backward(x: Tensor, branch: Tensor, norm_first: bool) -> Tensor:
+    """Return x as backward reads it: rounded to the type of the products, unless the norm is of x."""
+    return x if norm_first or x.dtype == branch.dtype else x.to(branch.dtype)
 
 
-def _cells_fake_forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, *rest: Any) -> Any:
-    rows, channels = x.shape[0] * x.shape[1] * x.shape[2], norm_weight.shape[0]
-    return weight.new_empty((rows, channels)), weight.new_empty((rows if rest[-1] else 0, channels))
+def _cells_made(x: Tensor, like: Tensor, norm_first: bool, outputs: int, with_grad: bool) -> Any:
+    rows = x.shape[0] * x.shape[1] * x.shape[2]
+    return like.new_empty((rows, outputs)), like.new_empty((rows if with_grad and not norm_first else 0, outputs))
 
 
-def _cells_fake_backward(grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, *rest: Any) -> Any:
+def _cells_fake_forward_cpp(x: Tensor, *rest: Any) -> Any:
+    return _cells_made(x, x, *rest[-3:])
+
+
+def _cells_fake_forward_triton(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    return _cells_made(x, weight, *rest[-3:])
+
+
+def _cells_fake_backward(
+    grad_y: Tensor, x: Tensor, branch: Tensor, weight: Tensor, norm_weight: Tensor, *rest: Any
+) -> Any:
     wants_x, wants_layer = rest[-2:]
     grad_x = torch.empty_like(x) if wants_x else x.new_empty((0,) * 6)
-    vectors = [weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3)]
+    like = (weight[:, 0], norm_weight, norm_weight)
+    vectors = [vector.new_empty(vector.shape, dtype=torch.float32) for vector in like]
     return (grad_x, *_empty_unless(wants_layer, weight, vectors[0]), *vectors[1:])
 
 
 def _cells_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, norm_bias, cu_seqlens, ctx.eps, ctx.with_grad = inputs
+    x, weight, bias, norm_weight, norm_bias, cu_seqlens, ctx.eps, ctx.norm_first, _, ctx.with_grad = inputs
     ctx.dtypes = [None if vector is None else vector.dtype for vector in (bias, norm_weight, norm_bias)]
     ctx.mark_non_differentiable(output[1])
-    narrow = x if x.dtype == output[1].dtype else x.to(output[1].dtype)
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(narrow, output[1], weight, norm_weight, cu_seqlens)
+    read = _read_by_backward(x, output[1], ctx.norm_first)
+    ctx.save_for_backward(read, output[1], weight, norm_weight, norm_bias, cu_seqlens)
 
 
 def _cells_gradient(bwd: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     _require_kept("project_cells", ctx.with_grad)
     wants_x, wants_layer = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, wants_x, wants_layer)
+    grad_x, grad_weight, *found = bwd(grads[0], *ctx.saved_tensors, ctx.eps, ctx.norm_first, wants_x, wants_layer)
     vectors = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
     layer = (grad_weight, vectors[0]) if wants_layer else (None, None)
     return (grad_x.to(ctx.x_dtype) if wants_x else None, *layer, *vectors[1:])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.reference.packed import counted
+from deepmsi.reference.residual_norm import layer_norm
 
 
 def project_cells(
@@ -14,13 +15,15 @@ def project_cells(
     norm_bias: Tensor,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool = False,
 ) -> Tensor:
     """Return LN(W x + b) [F, H, W, C] for cells x [F, H, W, A, B, c], each read in that order; 0 past the offsets.
 
-    It is in the widest type of its arguments.
+    It is in the widest type of its arguments. With ``norm_first`` W LN(x) + b, in the type of W.
     """
     rows = counted(cu_seqlens, x.flatten(3).flatten(0, 2))
-    y = torch.nn.functional.linear(rows, weight, bias)
-    wide = torch.promote_types(torch.promote_types(y.dtype, norm_weight.dtype), norm_bias.dtype)
-    y = torch.nn.functional.layer_norm(y.to(wide), norm_weight.shape, norm_weight.to(wide), norm_bias.to(wide), eps)
+    if norm_first:
+        y = torch.nn.functional.linear(layer_norm(rows, norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+    else:
+        y = layer_norm(torch.nn.functional.linear(rows, weight, bias), norm_weight, norm_bias, eps)
     return counted(cu_seqlens, y).unflatten(0, x.shape[:3])

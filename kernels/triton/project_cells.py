@@ -2,11 +2,22 @@
 
 One kernel forward: a program takes a block of cells through the product, a part of their numbers at a time, and norms
 whole rows. Backward goes through the norm (the kernel of `residual_norm`) and leaves the products to torch.
+
+Cells whose norm comes first are laid out and normed by that module's kernel, again backward, and all products are
+torch's.
 """
 
 import torch
 from deepmsi._triton.operands import in_two, narrowed, tile, upcasts, vector
-from deepmsi._triton.residual_norm import counted, gradient_through_norm, keep, statistics
+from deepmsi._triton.residual_norm import (
+    counted,
+    gradient_through_norm,
+    norm_rows,
+    normed,
+    scale_rows,
+    statistics,
+    write,
+)
 from torch import Tensor
 
 import triton
@@ -72,23 +83,13 @@ def _forward_kernel(
         branch += vector(bias_ptr, column, CHANNELS)[None, :]
         more += vector(bias_ptr, beyond, CHANNELS)[None, :]
     if KEPT:
-        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        keep(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+        write(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        write(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
     mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
-    norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
-    _write_part(y_ptr, branch, norm, row, rows, counts, column, CHANNELS)
-    _write_part(y_ptr, more, norm, row, rows, counts, beyond, CHANNELS)
-
-
-@triton.jit
-def _write_part(y_ptr, branch, norm, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write a part of w · unit(branch) + b; rows that do not count get 0."""
-    weight_ptr, bias_ptr, mean, inverse = norm
-    normed = (branch - mean[:, None]) * inverse[:, None] * vector(weight_ptr, column, CHANNELS)[None, :]
-    normed += vector(bias_ptr, column, CHANNELS)[None, :]
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    y = tl.where(counts[:, None], normed, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
+    y = normed(branch, mean, inverse, norm_weight_ptr, norm_bias_ptr, column, CHANNELS)
+    write(y_ptr, y, row, rows, counts, column, CHANNELS)
+    y = normed(more, mean, inverse, norm_weight_ptr, norm_bias_ptr, beyond, CHANNELS)
+    write(y_ptr, y, row, rows, counts, beyond, CHANNELS)
 
 
 def project_cells_fwd(
@@ -99,13 +100,20 @@ def project_cells_fwd(
     norm_bias: Tensor,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool,
+    outputs: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [R, C] and what the norm reads [R, C], or [0, C], both in the type of the weight."""
+    """Return y [R, C] and what a norm that comes last reads [R, C], or [0, C], both in the type of the weight."""
     with torch.cuda.device_of(x):
+        if norm_first:
+            norm = (norm_weight.contiguous(), norm_bias.contiguous())
+            offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+            y = torch.nn.functional.linear(norm_rows(_laid_out(x), *norm, offsets, eps, weight.dtype), weight, bias)
+            return scale_rows(y, None, offsets, weight.dtype), weight.new_empty((0, outputs))
         x = x if x.stride(5) == 1 or x.shape[5] == 1 else x.contiguous()
         frames, height, width, down, across, inner = x.shape
-        rows, channels = frames * height * width, weight.shape[0]
+        rows, channels = frames * height * width, outputs
         y = x.new_empty((rows, channels), dtype=weight.dtype)
         branch = x.new_empty((rows if with_grad else 0, channels), dtype=weight.dtype)
         if rows:
@@ -147,17 +155,23 @@ def project_cells_bwd(
     branch: Tensor,
     weight: Tensor,
     norm_weight: Tensor,
+    norm_bias: Tensor,
     cu_seqlens: Tensor | None,
     eps: float,
+    norm_first: bool,
     wants_x: bool,
     wants_layer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, as it lies, of the weight, and in float32 of the bias and the norm's vectors.
 
-    x is in the weight's type. What is not wanted is empty: that of x, those of weight and bias.
+    x is in the weight's type, unless the norm comes first. What is not wanted is empty: that of x, those of weight and
+    bias.
     """
     with torch.cuda.device_of(x):
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        if norm_first:
+            norm = (norm_weight.contiguous(), norm_bias.contiguous())
+            return _gradients_of_normed(grad_y, x, weight, *norm, offsets, eps, wants_x, wants_layer)
         types = [torch.float32] * (3 if wants_layer else 2)
         grad_branch, *vectors = gradient_through_norm(
             grad_y.contiguous(), branch.contiguous(), norm_weight.contiguous(), None, offsets, eps, *types
@@ -175,3 +189,34 @@ def project_cells_bwd(
             grad_x = torch.empty_like(x)
             grad_x.copy_((grad_branch @ weight).view(x.shape))
         return grad_x, grad_weight, grad_bias, *vectors[:2]
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Return the cells of x [F, H, W, A, B, c] as dense rows [R, A·B·c]."""
+    return x.reshape(x.shape[:3].numel(), x.shape[3:].numel()).contiguous()
+
+
+def _gradients_of_normed(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    wants_x: bool,
+    wants_layer: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what backward does where the norm comes first."""
+    cells, grad = _laid_out(x), scale_rows(grad_y.contiguous(), None, cu_seqlens, weight.dtype)
+    grad_weight, grad_bias = weight.new_empty((0,)), weight.new_empty((0,), dtype=torch.float32)
+    if wants_layer:
+        grad_weight = grad.t() @ norm_rows(cells, norm_weight, norm_bias, cu_seqlens, eps, weight.dtype)
+        grad_bias = grad.sum(0, dtype=torch.float32)
+    types = (torch.float32, torch.float32)
+    grad_cells, *of_norm = gradient_through_norm(grad @ weight, cells, norm_weight, None, cu_seqlens, eps, *types)
+    grad_x = x.new_empty((0,) * 6)
+    if wants_x:
+        grad_x = torch.empty_like(x)
+        grad_x.copy_(grad_cells.view(x.shape))
+    return grad_x, grad_weight, grad_bias, *of_norm

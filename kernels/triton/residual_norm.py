@@ -59,11 +59,11 @@ def statistics(branch, more, column, beyond, channels, eps):
 
 
 @triton.jit
-def keep(branch_ptr, branch, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write a part of what the norm reads, 0 in rows that do not count."""
+def write(x_ptr, x, row, rows, counts, column, CHANNELS: tl.constexpr):
+    """Write a part of the columns of rows, 0 in those that do not count."""
     at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    kept = tl.where(counts[:, None], branch, 0.0).to(branch_ptr.dtype.element_ty)
-    tl.store(branch_ptr + at, kept, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
+    x = tl.where(counts[:, None], x, 0.0).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + at, x, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
 
 
 @triton.jit
@@ -91,8 +91,8 @@ def add_projected(
     branch += vector(layer_bias_ptr, column, CHANNELS)[None, :]
     more += vector(layer_bias_ptr, beyond, CHANNELS)[None, :]
     if KEPT:
-        keep(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        keep(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+        write(branch_ptr, branch, row, rows, counts, column, CHANNELS)
+        write(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
     # A part is done with before the other is begun, which takes fewer registers.
     if not NORM_FIRST:
         mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)

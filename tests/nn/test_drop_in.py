@@ -86,7 +86,8 @@ def test_inference_and_gradients_are_timms(case: str) -> None:
 
 PADDED = {"window_attention", "residual_mlp"}
 HALVES = {"residual_window_attention", "residual_mlp"}
-# Which operations compute each case on the CPU: halves of blocks, but for the attention of grids that are padded.
+# Which operations compute each case on the CPU, with the merging: halves of blocks, but for the attention of grids that
+# are padded.
 COMPUTED = dict.fromkeys(CASES, HALVES) | {
     "swin, padded": PADDED,
     "swin, heads of another width": PADDED,
@@ -106,7 +107,7 @@ def test_the_kernels_of_the_cpu_give_what_timm_gives(case: str) -> None:
     with deepmsi.use_backend("cpp"), torch.profiler.profile() as profile:
         out, found = gradients(fused, frames)
     ran = operations(profile)
-    assert {f"{op}_cpp_{way}" for op in COMPUTED[case] for way in ("fwd", "bwd")} <= ran
+    assert {f"{op}_cpp_{way}" for op in (*COMPUTED[case], "project_cells") for way in ("fwd", "bwd")} <= ran
     wanted, grads = gradients(exact, frames.double())
     plain, own = gradients(low, frames)
     for key, value in {"output": wanted, **grads}.items():
@@ -526,7 +527,10 @@ def test_hooks_on_all_modules_see_timms(name: str) -> None:
         fused(frames)
     finally:
         hook.remove()
-    assert [kind.replace("FusedSwin", "SwinTransformer").removeprefix("Fused") for kind in seen] == wanted
+    names = {"FusedSwin": "SwinTransformer", "FusedPatchMergingV2": "PatchMerging", "FusedPatch": "Patch"}
+    for ours, theirs in names.items():
+        seen = [kind.replace(ours, theirs) for kind in seen]
+    assert seen == wanted
 
 
 @BOTH

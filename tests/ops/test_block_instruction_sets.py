@@ -35,23 +35,26 @@ def packed(run, inputs):
     return layers[0] if run is cells else layers
 
 c = 15
-cases = {
-    mlp: ((85, c), (77, c), (77,), (c, 77), (c,), (c,), (c,)),
-    cells: ((10, c), (37, c), (37,), (37,), (37,)),
-    attention: ((3, 5, 7, c), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (25, 3)),
-}
+cases = (
+    (mlp, False, ((85, c), (77, c), (77,), (c, 77), (c,), (c,), (c,))),
+    (mlp, True, ((85, c), (77, c), (77,), (c, 77), (c,), (c,), (c,))),
+    (cells, False, ((10, c), (37, c), (37,), (37,), (37,))),
+    (cells, True, ((10, c), (37, c), (37,), (c,), (c,))),
+    (attention, False, ((3, 5, 7, c), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (25, 3))),
+    (attention, True, ((3, 5, 7, c), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (25, 3))),
+)
 for dtype in (torch.float32, torch.bfloat16):
-    for run, sizes in cases.items():
+    for run, norm_first, sizes in cases:
         results = []
         for backend, exact in (("cpp", False), ("reference", False), ("reference", True)):
             inputs = [(t.double() if exact else t).requires_grad_() for t in draw(*sizes, dtype=dtype)]
-            y = run(inputs, backend=backend)
+            y = run(inputs, norm_first=norm_first, backend=backend)
             results.append((y, *torch.autograd.grad(y, inputs, randn(*y.shape, seed=9, dtype=dtype).to(y.dtype))))
         for n, (got, low, wanted) in enumerate(zip(*results, strict=True)):
             roundings = 8 if dtype == torch.float32 else roundings_of(dtype, got)
-            assert_within_budget(got, low, wanted, f"{run.__name__} {dtype} {n}", roundings)
-        inputs = draw(*sizes, dtype=dtype)
-        assert run(inputs, packed=packed(run, inputs), backend="cpp").equal(run(inputs, backend="cpp"))
+            assert_within_budget(got, low, wanted, f"{run.__name__} {norm_first} {dtype} {n}", roundings)
+        inputs, options = draw(*sizes, dtype=dtype), {"norm_first": norm_first, "backend": "cpp"}
+        assert run(inputs, packed=packed(run, inputs), **options).equal(run(inputs, **options))
 """
 
 

@@ -67,15 +67,18 @@ def test_the_attention_reads_them(frames: int, biased: bool, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
 @pytest.mark.parametrize("rows", [1, 25, 2500], ids=["one", "few", "many"])
-def test_project_cells_reads_them(rows: int, dtype: torch.dtype) -> None:
+def test_project_cells_reads_them(rows: int, norm_first: bool, dtype: torch.dtype) -> None:
     x, weight = randn(1, 1, rows + 5, 3, 3, 15, seed=1, dtype=dtype), randn(37, 135, seed=2, scale=0.1, dtype=dtype)
-    others = [weight[:, 0], weight[:, 1] + 1, weight[:, 2]]
+    norm = weight[:2] if norm_first else weight.T[:2]
+    others = [weight[:, 0], norm[0] + 1, norm[1]]
     offsets = torch.tensor([0, rows // 2, rows], dtype=torch.int32)
     cells = x.transpose(3, 4)
 
     def run(**options: Any) -> Tensor:
-        return ops.project_cells(cells, weight, *others, cu_seqlens=offsets, backend="cpp", **options)
+        options |= {"cu_seqlens": offsets, "norm_first": norm_first, "backend": "cpp"}
+        return ops.project_cells(cells, weight, *others, **options)
 
     assert run(packed=ops.pack_weight(weight)).equal(run())
     assert not run(packed=ops.pack_weight(-weight)).equal(run())
@@ -178,7 +181,7 @@ def test_the_operators_take_them_without_content() -> None:
     mlp = (x, first, weights[1], second, *weights[3:], None, None, 1e-5, False, False)
     torch.library.opcheck(operators.residual_mlp_cpp_fwd.default, mlp)
     cells = (randn(1, 2, 3, 2, 2, 10, seed=1), ops.pack_weight(randn(72, 40, seed=2)), None, *layers(72)[1:2] * 2)
-    torch.library.opcheck(operators.project_cells_cpp_fwd.default, (*cells, None, 1e-5, False))
+    torch.library.opcheck(operators.project_cells_cpp_fwd.default, (*cells, None, 1e-5, False, 72, False))
     qkv, proj = (ops.pack_weight(randn(n, CHANNELS, seed=n)) for n in (3 * CHANNELS, CHANNELS))
     vectors, table = [weights[3]] * 3, randn(9, 2, seed=3)
     attention = (x, qkv, None, proj, *vectors, None, 1e-5, False, table, None, 1.0, None, None, 2, 5, 6, 2, 0, False)
