@@ -1,7 +1,7 @@
 """Whether the input keeps up: batches out of a prepared folder, alone and under a training step.
 
 The utterances have 15 frames of 256 px as stored uint8, text and audio as features. `augmented` changes every frame
-(crop, shift, mirror, light); otherwise they come as they are stored.
+(crop, shift, mirror, light) on the device of the step; otherwise they come as they are stored.
 """
 
 import csv
@@ -19,6 +19,7 @@ import deepmsi
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.prepare import prepare
 from deepmsi.data.store import PreparedData
+from deepmsi.train.augment import to_device
 from deepmsi.train.dataset import Batch, Collator, EpochBatches, UtteranceDataset
 from deepmsi.train.recipe import AugmentSettings
 
@@ -82,15 +83,15 @@ def endless(source: DataLoader) -> Iterator[Batch]:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("augment", [False, True], ids=["stored", "augmented"])
 def bench_loader(compare: Any, device: str, data: PreparedData, augment: bool, workers: int) -> None:
-    """An epoch of batches and nothing else."""
+    """An epoch of batches, as a step on the CPU gets them, and nothing else."""
     if device == "cuda":
         pytest.skip("batches are made on the CPU whatever the device: --device cpu")
     source = loader(data, config_of("released"), augment, workers, batch=2)
     assert next(iter(source))["pixel_values"].shape == (2, FRAMES, 3, SIZE, SIZE)
 
     def run() -> None:
-        for _ in source:
-            pass
+        for batch in source:
+            to_device(batch, torch.device("cpu"))
 
     compare(
         run,
@@ -111,18 +112,18 @@ def bench_loader(compare: Any, device: str, data: PreparedData, augment: bool, w
 @pytest.mark.parametrize("workers", [0, 1])
 def bench_step_with_loader(compare: Any, smallest: bool, device: str, data: PreparedData, workers: int) -> None:
     """A training step that takes its batch from the loader, against one whose batch is at hand."""
-    config = config_of("small" if smallest else "released")
+    config, where = config_of("small" if smallest else "released"), torch.device(device)
     torch.manual_seed(0)
-    model = deepmsi.DeepMSI(config).to(device).train()
+    model = deepmsi.DeepMSI(config).to(where).train()
     batches = endless(loader(data, config, augment=True, workers=workers, batch=1, device=device))
-    batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
+    batch = to_device(next(batches), where)
 
     def step(batch: Batch) -> None:
-        model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}).loss.backward()
+        model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)
 
     compare(
-        lambda: step(next(batches)),
+        lambda: step(to_device(next(batches), where)),
         {"batch at hand": lambda: step(batch)},
         rounds=9,
         op="input",

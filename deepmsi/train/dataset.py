@@ -1,4 +1,4 @@
-"""Rows of a prepared folder as batches of the model: order, augmentation, modality dropout, padding.
+"""Rows of a prepared folder as batches of the model: order, modality dropout, what augmentation draws, padding.
 
 Every random draw comes from (seed, epoch, row id), and the sampler hands the epoch to the workers inside its
 keys. So a batch is the same whichever process makes it, with any number of workers, and after a resume.
@@ -22,6 +22,7 @@ from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, ModelSections
 from deepmsi.models.encoders import context_strings
+from deepmsi.train.augment import CHANGES, augment_audio, draw_change, reorder
 from deepmsi.train.recipe import AugmentSettings
 from deepmsi.train.seeding import derive_seed
 
@@ -102,12 +103,17 @@ def _place(encoder: str) -> str:
 
 @dataclass
 class Example:
-    """One row as the collator takes it; an absent or hidden modality is None."""
+    """One row as the collator takes it; an absent or hidden modality is None.
+
+    Attributes:
+        change: what the frames become on the device (`augment.draw_change`); None where they stay.
+    """
 
     frames: Tensor | None
     text: str | NDArray[np.float32] | None
     audio: NDArray[np.float32] | None
     label: int
+    change: Tensor | None = None
 
 
 class UtteranceDataset(Dataset[Example]):
@@ -188,12 +194,15 @@ class UtteranceDataset(Dataset[Example]):
         video, text, audio = self.present(position)
         if rng is not None:
             video, text, audio = hide_modalities((video, text, audio), config.fusion.modality_dropout, rng)
-        frames = sound = None
+        frames = sound = change = None
         words: str | NDArray[np.float32] | None = None
         if video:
             frames = self.frames(i) if self.stems is None else self.stems.read(i)
-            if rng is not None and self.augment is not None:  # of stems nothing changes, and as many numbers are drawn
-                frames = augment_frames(frames, self.augment, rng)
+            if rng is not None and self.augment is not None:
+                change = draw_change(self.augment, rng)
+                frames = reorder(frames, self.augment, rng)
+            if self.stems is not None:  # of which nothing changes; as many numbers were drawn
+                change = None
         if text:
             words = self._features("text", i) if config.text.encoder == "features" else self.texts[i]
         if audio and config.audio.encoder == "features":
@@ -202,7 +211,7 @@ class UtteranceDataset(Dataset[Example]):
             sound = self._waveform(i)
             if rng is not None and self.augment is not None:
                 sound = augment_audio(sound, self.augment, rng)
-        return Example(frames, words, sound, self.labels[position])
+        return Example(frames, words, sound, self.labels[position], change)
 
     def frames(self, i: int) -> Tensor:
         """The frames of row `i` of the folder, `[T, 3, S, S]` uint8, not augmented."""
@@ -238,72 +247,6 @@ def hide_modalities(present: tuple[bool, ...], chance: float, rng: np.random.Gen
     return left[0], left[1], left[2]
 
 
-def augment_frames(frames: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
-    """Augment one clip `[T, 3, S, S]` uint8: flip, crop and shift, light, loss of colour, order."""
-    size = frames.shape[-1]
-    flip, grey = rng.random() < settings.flip, rng.random() < settings.grey
-    scale = 1.0 - settings.crop * rng.random()
-    shift_y, shift_x = rng.uniform(-settings.shift, settings.shift, 2)
-    centre_y, centre_x = rng.uniform(-(1 - scale), 1 - scale, 2)
-    brightness = 1.0 + settings.brightness * rng.uniform(-1, 1)
-    contrast = 1.0 + settings.contrast * rng.uniform(-1, 1)
-
-    if settings.shuffle and rng.random() < settings.shuffle:
-        frames = frames[torch.from_numpy(rng.permutation(len(frames)))]
-    lit = bool(settings.brightness or settings.contrast)
-    if not (scale < 1 or settings.shift or grey or lit):
-        return frames.flip(-1) if flip else frames
-    pixels = frames.float()
-    if scale < 1 or settings.shift:
-        # In grid_sample's units the side is 2 long; "border" repeats the edge, as a shift needs.
-        theta = torch.tensor(
-            [[scale, 0, centre_x + 2 * shift_x], [0, scale, centre_y + 2 * shift_y]], dtype=torch.float32
-        )
-        shape = [1, 3, size, size]
-        grid = torch.nn.functional.affine_grid(theta[None], shape, align_corners=False)
-        pixels = torch.nn.functional.grid_sample(
-            pixels.flatten(0, 1)[None], grid, padding_mode="border", align_corners=False
-        )[0].view_as(frames)
-    if flip:
-        pixels = pixels.flip(-1)
-    if grey:
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        pixels = (pixels * luma).sum(1, keepdim=True).expand_as(pixels)
-    if lit:
-        mean = pixels.mean()
-        pixels = (pixels - mean) * (contrast * brightness) + mean * brightness
-    return pixels.round().clamp_(0, 255).to(torch.uint8)
-
-
-def augment_audio(
-    waveform: NDArray[np.float32], settings: AugmentSettings, rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """Augment one waveform `[n]`: speed, crop, shift (silence moves in), gain, noise."""
-    factor = 1.0 + settings.speed * rng.uniform(-1, 1)
-    cut, start = settings.audio_crop * rng.random(), rng.random()
-    shift = settings.time_shift * rng.uniform(-1, 1)
-    gain = 10.0 ** (settings.gain * rng.uniform(-1, 1) / 20.0)
-    noisy, depth = rng.random() < settings.noise, rng.uniform(15.0, 40.0)
-
-    x = waveform
-    if settings.speed and len(x) > 1:
-        places = np.arange(0, len(x) - 1, factor)
-        x = np.interp(places, np.arange(len(x)), x).astype(np.float32)
-    length = max(1, round(len(x) * (1 - cut)))
-    offset = round((len(x) - length) * start)
-    x = x[offset : offset + length]
-    move = round(len(x) * shift)
-    if move > 0:
-        x = np.concatenate([np.zeros(move, np.float32), x[:-move]])
-    elif move < 0:
-        x = np.concatenate([x[-move:], np.zeros(-move, np.float32)])
-    x = x * np.float32(gain)
-    if noisy and len(x):
-        level = float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) * 10.0 ** (-depth / 20.0)
-        x = x + rng.standard_normal(len(x), dtype=np.float32) * np.float32(level)
-    return np.clip(x, -1.0, 1.0)
-
-
 class Collator:
     """Turns examples into the keyword arguments of `DeepMSI.forward`.
 
@@ -331,9 +274,10 @@ class Collator:
 
         Returns:
             `modality_mask [U, 3]` bool; `pixel_values [U', T, 3, S, S]` uint8 of the rows that have video
-            (absent where none has), or what a stem made of them, `[U', T, H, W, C]`; `text_features [U, D]` or
-            the text processor's tensors; `audio_features [U, D]` or the audio processor's tensors
-            (`audio_attention_mask [U, S]`); `labels [U]` int64. Rows without a modality hold zeros or the empty
+            (absent where none has), or what a stem made of them, `[U', T, H, W, C]`; `frame_changes [U', 7]`
+            where they are augmented, for `augment.to_device`; `text_features [U, D]` or the text processor's
+            tensors; `audio_features [U, D]` or the audio processor's tensors (`audio_attention_mask [U, S]`);
+            `labels [U]` int64. Rows without a modality hold zeros or the empty
             text there, and the mask says so.
         """
         batch: Batch = {
@@ -346,6 +290,9 @@ class Collator:
         frames = [e.frames for e in examples if e.frames is not None]
         if frames:
             batch["pixel_values"] = torch.stack(frames)
+        changes = [e.change for e in examples if e.change is not None]
+        if changes:
+            batch[CHANGES] = torch.stack(changes)
         text, audio = self.config.text, self.config.audio
         if text.encoder == "features":
             batch["text_features"] = _stack_features([e.text for e in examples], text.dim)

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 from deepmsi.models.precision import autocast_for, float32_products
+from deepmsi.train.augment import to_device
 from deepmsi.train.dataset import Collator, UtteranceDataset
 from deepmsi.train.processes import process_rank
 from deepmsi.train.recipe import TrainSettings
+from deepmsi.train.workers import loader_workers
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -48,7 +50,7 @@ def predict_logits(
     loader: DataLoader[Any] = DataLoader(
         Subset(dataset, part),
         batch_size=settings.eval_batch_size or settings.batch_size,
-        num_workers=settings.workers,
+        num_workers=loader_workers(settings, dataset.config, device),
         collate_fn=Collator(model.config, model.text_processor, model.audio_processor, with_labels=False),
         pin_memory=device.type == "cuda",
     )
@@ -58,8 +60,7 @@ def predict_logits(
     try:
         with torch.inference_mode(), autocast_for(precision, device), float32_products(device, settings.tf32):
             for batch in loader:
-                moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                parts.append(model(**moved).logits.float().cpu())
+                parts.append(model(**to_device(batch, device)).logits.float().cpu())
                 if on_batch is not None:
                     on_batch(len(batch["modality_mask"]))
     finally:

@@ -133,7 +133,12 @@ class TrainSettings(Section):
     memory_limit: float | None = Field(
         None, gt=0, description="GB that a process may take, for --auto-batch; null takes what is free"
     )
-    workers: int = Field(0, ge=0, description="processes that load and augment; results do not depend on it")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that load; null: none where the CPU trains, and for a GPU one for each of its cores but "
+        "one, 8 at most; results do not depend on it",
+    )
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(1, ge=1, description="epochs")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps, beside the epochs")

@@ -31,6 +31,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.graphs import VideoGraphs, why_not_training
 from deepmsi.models.precision import float32_products
 from deepmsi.train import checkpoints
+from deepmsi.train.augment import to_device
 from deepmsi.train.average import WeightAverage
 from deepmsi.train.compression import CompressionLog
 from deepmsi.train.console import note
@@ -46,6 +47,7 @@ from deepmsi.train.recipe import Recipe, TrainSettings
 from deepmsi.train.record import HISTORY
 from deepmsi.train.seeding import derive_seed, seed_torch
 from deepmsi.train.stems import keep_stems
+from deepmsi.train.workers import loader_workers
 
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
@@ -249,7 +251,7 @@ class UtteranceTrainer(Trainer):
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        return to_device(inputs, self.args.device)
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """The micro-batches of a step; how much each of them counts is noted on the way."""
@@ -526,7 +528,7 @@ def _arguments(fit: Fit) -> TrainingArguments:
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_num_workers=settings.workers,
+            dataloader_num_workers=loader_workers(settings, fit.train.config, training_device(settings)),
             dataloader_pin_memory=not cpu,
             seed=fit.seed % 2**32,
             log_level="error",

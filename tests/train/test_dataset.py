@@ -3,25 +3,21 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from small_corpus import make_recipe, prepared_corpus
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from deepmsi.data.store import PreparedData
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
-from deepmsi.train.dataset import (
-    AugmentSettings,
-    Collator,
-    EpochBatches,
-    UtteranceDataset,
-    augment_audio,
-    augment_frames,
-    hide_modalities,
-)
+from deepmsi.train.augment import CHANGES, augment_audio, change_frames, draw_change, reorder, to_device
+from deepmsi.train.dataset import AugmentSettings, Collator, EpochBatches, UtteranceDataset, hide_modalities
 from deepmsi.train.seeding import derive_seed
+from deepmsi.train.workers import loader_workers
 
 VIDEO = {"vision": {"backbone": "small", "image_size": 64, "frames": 2}, "fusion": {"modality_dropout": 0.3}}
 
@@ -120,6 +116,12 @@ def settings(**changes: float) -> AugmentSettings:
     return AugmentSettings.none().model_copy(update=changes)
 
 
+def augment_frames(frames: torch.Tensor, settings: AugmentSettings, rng: np.random.Generator) -> torch.Tensor:
+    """Augment one clip as a batch of one."""
+    change = draw_change(settings, rng)
+    return change_frames(reorder(frames, settings, rng)[None], change[None])[0]
+
+
 def test_frames_are_left_alone_by_no_augmentation() -> None:
     frames = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     assert torch.equal(augment_frames(frames, settings(), np.random.default_rng(0)), frames)
@@ -147,6 +149,71 @@ def test_frame_augmentations_do_what_they_say() -> None:
     still = frames[:1].expand(3, -1, -1, -1)
     out = augment_frames(still, AugmentSettings(crop=0.2), rng)
     assert torch.equal(out[0], out[2])
+
+
+def test_clips_of_a_batch_are_changed_each_by_its_own_draw(video_corpus: Path) -> None:
+    """On the device that trains, by numbers that were drawn where the clip was loaded."""
+    rows = dataset(video_corpus)
+    changed = 0
+    for batch in epoch(rows, 0):
+        moved = to_device(batch, torch.device("cpu"))
+        assert moved.keys() == batch.keys() - {CHANGES}
+        for name in moved.keys() - {"pixel_values"}:
+            assert torch.equal(moved[name], batch[name])
+        for i, frames in enumerate(moved.get("pixel_values", [])):
+            alone = change_frames(batch["pixel_values"][i][None], batch[CHANGES][i][None])[0]
+            assert torch.equal(frames, alone)
+            changed += not torch.equal(frames, batch["pixel_values"][i])
+    assert changed > len(rows) / 3
+    plain = dataset(video_corpus)
+    plain.augment = None
+    assert all(CHANGES not in batch for batch in epoch(plain, 0))
+
+
+def test_changing_frames_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensors of a GPU hold is not there to be asked for."""
+    rng, all_of_it = np.random.default_rng(0), {"flip": 1.0, "grey": 1.0, "crop": 0.2, "shift": 0.1, "contrast": 0.2}
+    changes = torch.stack([draw_change(settings(**all_of_it), rng) for _ in range(2)])
+    numbers = changes.tolist()
+    with FakeTensorMode() as mode:
+        frames = torch.empty(2, 3, 3, 16, 16, dtype=torch.uint8, device="cuda")
+        here = mode.from_tensor(changes)
+        monkeypatch.setattr(type(here), "tolist", lambda self: numbers)  # of the CPU's memory
+        out = change_frames(frames, here)
+    assert (out.shape, out.dtype, out.device.type) == (frames.shape, torch.uint8, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "cores", "processes", "free", "wanted"),
+    [
+        (None, "cpu", 16, 1, 10**12, 0),
+        (None, "cuda", 16, 1, 10**12, 8),
+        (None, "cuda", 4, 1, 10**12, 3),
+        (None, "cuda", 16, 4, 10**12, 3),
+        (None, "cuda", 1, 1, 10**12, 0),
+        (None, "cuda", 16, 1, 24 << 20, 2),  # 16 clips of 15 frames of 64 px take 3 MB, thrice
+        (None, "cuda", 16, 1, 1 << 20, 0),
+        (5, "cpu", 16, 1, 10**12, 5),
+        (0, "cuda", 16, 1, 10**12, 0),
+    ],
+    ids=["cpu", "gpu", "few cores", "shared", "one core", "little memory", "no memory", "asked", "none"],
+)
+def test_as_many_processes_load_as_serve_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int | None,
+    device: str,
+    cores: int,
+    processes: int,
+    free: int,
+    wanted: int,
+) -> None:
+    monkeypatch.setattr("deepmsi.train.workers.usable_cpus", lambda: cores)
+    monkeypatch.setattr("deepmsi.train.workers._SHARED", Path("/"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    vision = {"backbone": "small", "image_size": 64, "frames": 15}
+    recipe = make_recipe(vision=vision, train={"workers": asked, "batch_size": 16})
+    assert loader_workers(recipe.train, recipe, torch.device(device)) == wanted
 
 
 def test_audio_augmentations_do_what_they_say() -> None:

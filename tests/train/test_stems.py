@@ -22,7 +22,7 @@ from deepmsi.nn import VSCSwin
 from deepmsi.train import stems as module
 from deepmsi.train import trainer as trainer_module
 from deepmsi.train.ablate import ablate, variants_of
-from deepmsi.train.dataset import augment_frames
+from deepmsi.train.augment import draw_change, reorder
 from deepmsi.train.recipe import AugmentSettings, Recipe, load_recipe
 from deepmsi.train.run import train
 
@@ -141,10 +141,10 @@ def test_the_steps_are_those_of_frames(changes: dict[str, Any], data: Path, tmp_
 
 def test_what_is_not_augmented_draws_as_many_numbers() -> None:
     """So that sound is augmented as it is beside frames."""
-    stem, drawn = torch.rand(2, 4, 4, 16), np.random.default_rng(0)
-    assert augment_frames(stem, recipe().augment, drawn) is stem
-    beside = np.random.default_rng(0)
-    augment_frames(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), AugmentSettings.none(), beside)
+    stem, drawn, beside = torch.rand(2, 4, 4, 16), np.random.default_rng(0), np.random.default_rng(0)
+    for settings, rng in ((recipe().augment, drawn), (AugmentSettings.none(), beside)):
+        draw_change(settings, rng)
+        assert reorder(stem, settings, rng) is stem
     assert drawn.random() == beside.random()
 
 

@@ -1,0 +1,101 @@
+"""Augmentation of training clips: drawn for a clip where it is loaded, its frames changed on the device that trains."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepmsi.train.recipe import AugmentSettings
+
+CHANGES = "frame_changes"
+"""What a batch calls the changes of its `pixel_values`, `[U', 7]`; they stay on the CPU."""
+
+
+def draw_change(settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
+    """Draw what one clip's frames become: `[7]` float64, the arguments of `_changed`."""
+    flip, grey = rng.random() < settings.flip, rng.random() < settings.grey
+    scale = 1.0 - settings.crop * rng.random()
+    shift_y, shift_x = rng.uniform(-settings.shift, settings.shift, 2)
+    centre_y, centre_x = rng.uniform(-(1 - scale), 1 - scale, 2)
+    brightness = 1.0 + settings.brightness * rng.uniform(-1, 1)
+    contrast = 1.0 + settings.contrast * rng.uniform(-1, 1)
+    x, y = centre_x + 2 * shift_x, centre_y + 2 * shift_y  # in grid_sample's units, where the side is 2 long
+    return torch.tensor([flip, grey, scale, x, y, contrast * brightness, brightness], dtype=torch.float64)
+
+
+def reorder(frames: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
+    """Return a clip `[T, ...]` in an order that is drawn, where it falls to it."""
+    if settings.shuffle and rng.random() < settings.shuffle:
+        return frames[torch.from_numpy(rng.permutation(len(frames)))]
+    return frames
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch on a device, its frames changed there; nothing waits for the device."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != CHANGES}
+    if CHANGES in batch:
+        moved["pixel_values"] = change_frames(moved["pixel_values"], batch[CHANGES])
+    return moved
+
+
+def change_frames(frames: Tensor, changes: Tensor) -> Tensor:
+    """Change clips `[U, T, 3, S, S]` uint8 each by its own row of changes `[U, 7]`, which `draw_change` drew."""
+    return torch.stack([_changed(clip, *change) for clip, change in zip(frames, changes.tolist(), strict=True)])
+
+
+def _changed(
+    frames: Tensor, flip: float, grey: float, scale: float, x: float, y: float, factor: float, brightness: float
+) -> Tensor:
+    """Flip a clip `[T, 3, S, S]`, crop and shift it, take its colours and change its light about the mean."""
+    moves, lit = (scale, x, y) != (1.0, 0.0, 0.0), (factor, brightness) != (1.0, 1.0)
+    if not (moves or grey or lit):
+        return frames.flip(-1) if flip else frames
+    size, device = frames.shape[-1], frames.device
+    pixels = frames.float()
+    if moves:
+        # "border" repeats the edge, as a shift needs.
+        theta = torch.tensor([[[scale, 0, x], [0, scale, y]]], dtype=torch.float32).to(device, non_blocking=True)
+        grid = torch.nn.functional.affine_grid(theta, [1, 3, size, size], align_corners=False)
+        pixels = torch.nn.functional.grid_sample(
+            pixels.flatten(0, 1)[None], grid, padding_mode="border", align_corners=False
+        )[0].view_as(frames)
+    if flip:
+        pixels = pixels.flip(-1)
+    if grey:
+        luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)
+        pixels = (pixels * luma.view(3, 1, 1)).sum(1, keepdim=True).expand_as(pixels)
+    if lit:
+        mean = pixels.mean()
+        pixels = (pixels - mean) * factor + mean * brightness
+    return pixels.round().clamp_(0, 255).to(torch.uint8)
+
+
+def augment_audio(
+    waveform: NDArray[np.float32], settings: AugmentSettings, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Augment one waveform `[n]`: speed, crop, shift (silence moves in), gain, noise."""
+    factor = 1.0 + settings.speed * rng.uniform(-1, 1)
+    cut, start = settings.audio_crop * rng.random(), rng.random()
+    shift = settings.time_shift * rng.uniform(-1, 1)
+    gain = 10.0 ** (settings.gain * rng.uniform(-1, 1) / 20.0)
+    noisy, depth = rng.random() < settings.noise, rng.uniform(15.0, 40.0)
+
+    x = waveform
+    if settings.speed and len(x) > 1:
+        places = np.arange(0, len(x) - 1, factor)
+        x = np.interp(places, np.arange(len(x)), x).astype(np.float32)
+    length = max(1, round(len(x) * (1 - cut)))
+    offset = round((len(x) - length) * start)
+    x = x[offset : offset + length]
+    move = round(len(x) * shift)
+    if move > 0:
+        x = np.concatenate([np.zeros(move, np.float32), x[:-move]])
+    elif move < 0:
+        x = np.concatenate([x[-move:], np.zeros(-move, np.float32)])
+    x = x * np.float32(gain)
+    if noisy and len(x):
+        level = float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) * 10.0 ** (-depth / 20.0)
+        x = x + rng.standard_normal(len(x), dtype=np.float32) * np.float32(level)
+    return np.clip(x, -1.0, 1.0)
