@@ -29,8 +29,8 @@ from deepmsi.errors import UserError
 
 MODALITIES = ("video", "text", "audio")
 Resize = Literal["crop", "squash", "pad"]
-Precision = Literal["fp32", "bf16", "fp16"]
 """How a picture becomes a square."""
+Precision = Literal["fp32", "bf16", "fp16"]
 OFFLINE_TEXT = "hashing"
 OFFLINE_AUDIO = "logmel"
 OWN_ENCODERS = ("none", "features", OFFLINE_TEXT, OFFLINE_AUDIO)
@@ -52,6 +52,15 @@ Modalities = Annotated[list[str], AfterValidator(_known_modalities)]
 
 # A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
 Width = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def _fixed_file(named: bool | str) -> bool | str:
+    """A file by its absolute path, which leads to it from everywhere."""
+    if isinstance(named, bool):
+        return named
+    if not named.endswith(".safetensors"):
+        raise ValueError(f"write true, false or the path of a .safetensors file (found {named!r})")
+    return os.path.abspath(os.path.expanduser(named))
 
 
 def fixed_place(name: str | None) -> str | None:
@@ -95,7 +104,11 @@ class VisionConfig(Section):
         min_length=1,
         description="any swinv2_* name of timm, 'small' (deepmsi's own, 64 px), or 'none'",
     )
-    pretrained: bool = Field(False, description="start from timm's weights (needs the model hub once)")
+    pretrained: bool | str = Field(
+        False,
+        description="start from timm's weights: true fetches them from the model hub once, a path names a .safetensors "
+        "file of them",
+    )
     freeze: bool | Literal["stem"] = Field(
         False,
         description="true keeps the backbone's weights, and its compression still learns; stem keeps those before the "
@@ -129,6 +142,8 @@ class VisionConfig(Section):
         description="in place of mean and std, standardise each position of the frame by its own mean and deviation "
         "over the training part: with few clips of aligned faces it leaves what changes and not the face itself",
     )
+    _find = field_validator("pretrained", mode="after")(_fixed_file)
+
     options: dict[
         Literal["patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio"], int | float | list[int]
     ] = Field(default_factory=dict, description="sizes of the 'small' backbone, by the names of VSCSwin's constructor")

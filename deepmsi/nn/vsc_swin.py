@@ -4,9 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -215,7 +219,7 @@ class VSCSwin(nn.Module):
     def from_timm(
         cls,
         name: str,
-        pretrained: bool = False,
+        pretrained: bool | str | PathLike[str] = False,
         schedule: str | Mapping[str, Any] | Schedule | None = "paper",
         *,
         img_size: int | None = None,
@@ -228,12 +232,14 @@ class VSCSwin(nn.Module):
 
         Args:
             name: Such as ``swinv2_tiny_window8_256``.
-            pretrained: Whether to load timm's weights (needs the model hub, or its cache).
+            pretrained: Whether to load timm's weights (needs the model hub, or its cache), or the path of a
+                ``.safetensors`` file of them, or of other weights by timm's names.
             schedule, guide_dim, compression, drop_path_rate, recompute: As in the constructor.
             img_size: Side of the frames where it is not the model's own.
 
         Raises:
-            UserError: timm has no Swin V2 of that name, its weights cannot be had, or the frames are not square.
+            UserError: timm has no Swin V2 of that name, its weights cannot be had or are another model's, or the frames
+                are not square.
         """
         source = _timm_model(name, pretrained, img_size)
         sizes = _sizes(source)
@@ -540,7 +546,7 @@ def regrid_window(side: int) -> int:
     return side if side <= 8 else max(w for w in range(1, 9) if side % w == 0)
 
 
-def _timm_model(name: str, pretrained: bool, img_size: int | None) -> Any:
+def _timm_model(name: str, pretrained: bool | str | PathLike[str], img_size: int | None) -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -554,15 +560,37 @@ def _timm_model(name: str, pretrained: bool, img_size: int | None) -> Any:
     if "." in name and name not in (tagged := timm.list_pretrained(f"{name.split('.')[0]}.*")):
         raise UserError(f"timm has no weights named {name!r}; such are: {', '.join(tagged)}")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if not isinstance(pretrained, bool):
+        model = timm.create_model(name, num_classes=0, **options)
+        _load_file(model, Path(pretrained), name)
+        return model
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise UserError(
-            f"the weights of {name} cannot be had ({str(error).splitlines()[0]}): fetch them while online, or set "
-            "pretrained to false"
+            f"the weights of {name} cannot be had ({str(error).splitlines()[0]}): fetch them while online, set "
+            "pretrained to the path of a .safetensors file of them, or to false"
         ) from error
+
+
+def _load_file(model: nn.Module, file: Path, name: str) -> None:
+    """Load a file of weights into a Swin V2 of timm, which has to find all of its own there."""
+    from timm.models.swin_transformer_v2 import checkpoint_filter_fn
+
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: weights are read from .safetensors files alone")
+    try:
+        left = model.load_state_dict(checkpoint_filter_fn(load_file(file), model), strict=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: there is no such file of weights") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines()  # of torch's the last one tells of a weight
+        raise UserError(f"{file}: the file does not hold weights of {name} ({lines[-1].strip()})") from error
+    missing = [key for key in left.missing_keys if not key.endswith(_DERIVED)]
+    if missing:
+        raise UserError(f"{file}: the file does not hold weights of {name} (it lacks {missing[0]})")
 
 
 def _sizes(source: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def test_modalities_follow_from_the_sections():
         ({"audio": {"max_seconds": 1e-9}}, ("audio.max_seconds", "0.025")),
         ({"vision": {"tcn_channels": [10**12]}}, ("vision.tcn_channels.0", "1048576")),
         ({"vision": {"tcn_kernel": 10**6}}, ("vision.tcn_kernel", "64")),
+        ({"vision": {"pretrained": "swin.bin"}}, ("vision.pretrained", ".safetensors", "swin.bin")),
         ({"text": {"encoder": "hashing", "finetune": False}}, ("hashing", "finetune")),
         ({"text": {"options": {"buckets": 3}}}, ("options", "features")),
         ({"text": {"encoder": "x", "features_from": "y"}}, ("features_from",)),
@@ -92,6 +93,12 @@ def test_a_mistake_earns_one_sentence_that_says_where(data, words):
 def test_a_mistake_in_code_is_a_validation_error():
     with pytest.raises(ValidationError):
         DeepMSIConfig(num_labels=2, vison={})
+
+
+def test_a_file_of_weights_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DeepMSIConfig(num_labels=2, vision={"pretrained": "swin.safetensors"})
+    assert config.vision.pretrained == str(tmp_path / "swin.safetensors")
 
 
 def test_data_that_is_no_mapping():

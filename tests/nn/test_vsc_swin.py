@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import deepmsi
@@ -500,6 +501,36 @@ def test_wrong_inputs_are_told() -> None:
         VSCSwin.from_timm("swinv2_cr_tiny_224")
     with pytest.raises(UserError, match=r"no weights named .* such are: swinv2_tiny_window8_256\.ms_in1k"):
         VSCSwin.from_timm("swinv2_tiny_window8_256.ms_in2k")
+
+
+def test_weights_are_read_from_a_file(tmp_path: Path) -> None:
+    source = timm.create_model(NAME, img_size=64).eval()
+    file = tmp_path / "swin.safetensors"
+    save_file(source.state_dict(), file)
+    frames = randn(1, 3, 64, 64, seed=1)
+    with torch.no_grad():
+        wanted = source.forward_head(source.forward_features(frames), pre_logits=True)
+        for path in (file, str(file)):
+            ours = VSCSwin.from_timm(NAME, path, None, img_size=64).eval()
+            torch.testing.assert_close(ours(frames), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["absent", "a folder", "pickle", "broken", "another model", "another size"])
+def test_a_file_without_the_weights_is_refused(tmp_path: Path, case: str) -> None:
+    file = tmp_path / ("swin.bin" if case == "pickle" else "swin.safetensors")
+    if case == "another model":
+        save_file({"patch_embed.proj.weight": torch.zeros(96, 3, 4, 4)}, file)
+    elif case == "another size":
+        save_file({"patch_embed.proj.bias": torch.zeros(128)}, file)
+    elif case == "a folder":
+        file.mkdir()
+    elif case != "absent":
+        file.write_bytes(b"\x80\x04 not weights")
+    words = {"absent": "there is no such file", "pickle": r"are read from \.safetensors files alone"}
+    with pytest.raises(UserError, match=words.get(case, f"the file does not hold weights of {NAME}")) as told:
+        VSCSwin.from_timm(NAME, file)
+    assert str(told.value).startswith(f"{file}: ")
+    assert "\n" not in str(told.value)
 
 
 def test_a_schedule_round_trips_through_plain_data() -> None:
