@@ -451,10 +451,17 @@ def _render_metrics(metrics: Mapping[str, Any]) -> str:
 @app.command()
 def predict(
     run: RunArg,
-    clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Video or sound files.", parser=_path)],
+    clips: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[CLIP...]", help="Video or sound files; none where a text is all.", parser=_path),
+    ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="TEXT", help="What is said: once for all clips, or once for each, in order."),
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="What is said: once for all clips, or once for each, in order. Without a clip each is read alone.",
+        ),
     ] = None,
     timeline: Annotated[
         float | None,
@@ -474,7 +481,11 @@ def predict(
     """Say what clips express: labels with probabilities, or a timeline of a long recording."""
     from deepmsi.report import text as render
 
-    if text and len(text) not in (1, len(clips)):
+    if not clips and not text:
+        raise UserError("there is nothing to predict from: give a CLIP, or --text where the model reads text")
+    if not clips and timeline is not None:
+        raise UserError("--timeline goes over a recording: give a CLIP")
+    if clips and text and len(text) not in (1, len(clips)):
         raise UserError(
             f"--text is given {len(text)} times for {len(clips)} clips; give it once, or once for each clip"
         )
@@ -496,7 +507,7 @@ def predict(
         known = ", ".join(f".{each}" for each in TimelineFormat)
         raise UserError(f"--out {out}: a timeline is written as {known}; name the file so, or give --format")
     subtitles = chosen in (TimelineFormat.srt, TimelineFormat.vtt)
-    if subtitles and len(clips) > 1:
+    if subtitles and clips and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
     with working() as result:
@@ -504,10 +515,11 @@ def predict(
         from deepmsi.models.predict import load_run
 
         model = load_run(run, _device(device), precision.value)
-        if text and "text" not in model.modalities:
+        if clips and text and "text" not in model.modalities:
             say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
-        texts = [text[0]] * len(clips) if text and len(text) == 1 else text
-        predictions = model.predict(clips, texts=texts, timeline=timeline, progress=True, precision=precision.value)
+        texts = [text[0]] * len(clips) if clips and text and len(text) == 1 else text
+        given: list[Path | None] = [*clips] if clips else [None] * len(text or ())
+        predictions = model.predict(given, texts=texts, timeline=timeline, progress=True, precision=precision.value)
         if chosen is TimelineFormat.json:
             document = json_text([p.to_dict() for p in predictions])
         elif timeline is None:

@@ -432,14 +432,14 @@ class DeepMSI(
 
     def predict(
         self,
-        clips: Sequence[str | Path],
+        clips: Sequence[str | Path | None],
         texts: Sequence[str | None] | None = None,
         timeline: float | None = None,
         batch_size: int = 8,
         progress: bool = False,
         precision: Precision = "fp32",
     ) -> list[Prediction]:
-        """Predict from media files; see `deepmsi.models.predict.predict`."""
+        """Predict from media files, or from texts alone; see `deepmsi.models.predict.predict`."""
         from deepmsi.models.predict import predict
 
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "precision": precision}

@@ -27,22 +27,24 @@ SHORTEST_WINDOW = 0.25
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a clip, or a window of it, expresses.
+    """What a clip, a window of it, or a text alone expresses.
 
     Attributes:
-        clip: path, as it was given.
+        clip: path, as it was given; None where a text stands alone.
         label: the likeliest label; None for a window of a timeline in which the model finds nothing to read.
         probabilities: of every label, in the order of the logits; they sum to 1. Empty where there is no label.
         start, end: seconds from the beginning of the file; end is None where a file does not say how long it is.
         modalities: what the prediction rests on.
+        text: what was said, where it was given.
     """
 
-    clip: str
+    clip: str | None
     label: str | None
     probabilities: dict[str, float]
     start: float
     end: float | None
     modalities: tuple[str, ...]
+    text: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -51,12 +53,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Window:
-    clip: str
+    clip: str | None
     start: float | None
     end: float | None
     text: str | None
-    has_video: bool
-    has_audio: bool
+    has_video: bool = False
+    has_audio: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls it."""
+        return f"the text {self.text!r}" if self.clip is None else self.clip
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu", precision: Pre
 
 def predict(
     model: DeepMSI,
-    clips: Sequence[str | Path],
+    clips: Sequence[str | Path | None],
     texts: Sequence[str | None] | None = None,
     *,
     timeline: float | None = None,
@@ -108,14 +115,14 @@ def predict(
     progress: bool = False,
     precision: Precision = "fp32",
 ) -> list[Prediction]:
-    """Predict from media files, clip by clip or window by window.
+    """Predict from media files, clip by clip or window by window, or from texts.
 
     The preprocessing is the one that the model's configuration records. A modality that a file lacks is treated
     as missing.
 
     Args:
         model: the model; it is put in eval mode for the time.
-        clips: video or sound files.
+        clips: video or sound files; None for a text that stands alone.
         texts: what is said in each clip; None or blank where that is not known. With `text.context = n` the string
             holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
@@ -146,7 +153,7 @@ def predict(
     encoders = _Encoders(model, any(texts))
     pairs = list(zip(clips, texts, strict=True))
     named = progress_bar(pairs, description="headers", unit="clip", shown=progress)
-    windows = [window for clip, text in named for window in _windows(model, str(clip), text, timeline)]
+    windows = [window for clip, text in named for window in _windows(model, clip, text, timeline)]
     _tell_what_is_cut(windows, model.config.audio.max_seconds)
     unit = "clip" if timeline is None else "window"
     shown = progress_bar(windows, description="predict", unit=unit, shown=progress)
@@ -160,16 +167,25 @@ def predict(
                 predictions += _run(model, encoders, batch)
     finally:
         model.train(training)
-    labelled = {prediction.clip for prediction in predictions if prediction.label is not None}
-    for prediction in predictions:
-        if prediction.clip not in labelled:
-            raise UserError(f"{prediction.clip}: nothing in it can be read by this model.")
+    labelled = {window.name for window, found in zip(windows, predictions, strict=True) if found.label is not None}
+    for window in windows:
+        if window.name not in labelled:
+            raise UserError(f"{window.name}: nothing in it can be read by this model.")
     return predictions
 
 
-def _windows(model: DeepMSI, clip: str, text: str | None, length: float | None) -> Iterator[_Window]:
+def _windows(model: DeepMSI, file: str | Path | None, text: str | None, length: float | None) -> Iterator[_Window]:
     from deepmsi.data.media import probe
 
+    if file is None:
+        if length is not None:
+            raise UserError("a timeline goes over the windows of a recording: give a clip.")
+        if text is None or "text" not in model.modalities:
+            need = "give a clip" if "text" not in model.modalities else "give a clip or a text that is not blank"
+            raise UserError(f"this model reads {', '.join(model.modalities)}: {need}.")
+        yield _Window(None, None, None, text)
+        return
+    clip = str(file)
     info = probe(clip)
     has_video = info.has_video and "video" in model.modalities
     has_audio = info.audio_streams > 0 and "audio" in model.modalities
@@ -228,6 +244,9 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
             return None
 
     frames = waveform = None
+    clip = window.clip
+    if clip is None:
+        return _Item(window, None, None)
     if window.has_video:
         face = vision.face and shared_detector(vision.face_model)  # missing for one, missing for all
 
@@ -235,14 +254,14 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
             size = vision.stored_size or vision.image_size
             start, end = cut
             frames = decode_frames(
-                window.clip, vision.frames, start=start, end=end, size=size, resize=vision.resize, face=face
+                clip, vision.frames, start=start, end=end, size=size, resize=vision.resize, face=face
             )
             return scale(frames, vision.image_size)
 
         frames = attempt(cut_frames)
     if window.has_audio:
         waveform = attempt(
-            lambda: as_waveform(decode_pcm(window.clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
+            lambda: as_waveform(decode_pcm(clip, start=cut[0], end=cut[1], sample_rate=audio.sample_rate))
         )
     damaged = [error for error in errors if not isinstance(error, EmptyCutError)]
     if (errors and not tolerant) or (damaged and frames is None and waveform is None):
@@ -313,12 +332,13 @@ def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Pr
     logits = model(modality_mask=mask, **inputs).logits.cpu()
     for item, row in zip(items, logits, strict=True):
         if not row.isfinite().all():
-            raise UserError(f"{item.window.clip}: the model's logits are not finite, so there is no prediction.")
+            raise UserError(f"{item.window.name}: the model's logits are not finite, so there is no prediction.")
     predictions = []
     for item, row, p in zip(items, mask.tolist(), logits.double().softmax(1).tolist(), strict=True):
         probabilities = dict(zip(model.config.names, p, strict=True)) if any(row) else {}
         label = max(probabilities, key=probabilities.__getitem__, default=None)
         present = tuple(name for name, there in zip(MODALITIES, row, strict=True) if there)
         window = item.window
-        predictions.append(Prediction(window.clip, label, probabilities, window.start or 0.0, window.end, present))
+        place = (window.start or 0.0, window.end)
+        predictions.append(Prediction(window.clip, label, probabilities, *place, present, window.text))
     return predictions

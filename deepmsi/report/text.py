@@ -88,12 +88,13 @@ def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
 
 
 def render_predictions(predictions: Sequence["Prediction"]) -> str:
-    """One line a clip: the label, and the three likeliest with their probabilities."""
+    """One line a clip, or a text that stands alone: the label, and the three likeliest with their probabilities."""
     lines = []
     for item in predictions:
         ranked = sorted(item.probabilities.items(), key=lambda pair: -pair[1])[:3]
         likeliest = ", ".join(f"{label} {value:.2f}" for label, value in ranked)
-        lines.append(f"{item.clip}: {item.label} ({likeliest})")
+        name = " ".join((item.text or "").split()) if item.clip is None else item.clip
+        lines.append(f"{name}: {item.label} ({likeliest})")
     return "\n".join(lines) + "\n"
 
 

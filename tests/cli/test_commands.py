@@ -106,6 +106,18 @@ def test_predict(deepmsi, trained, clip) -> None:
     assert label[1] in LABELS
 
 
+def test_predict_from_texts_alone(deepmsi, trained) -> None:
+    words = ["predict", trained, "--text", "this is the best day", "--text", "leave me alone"]
+    outcome = deepmsi(*words)
+    assert outcome.code == 0, outcome
+    assert [line.split(":")[0] for line in outcome.out.splitlines()] == ["this is the best day", "leave me alone"]
+    items = json.loads(deepmsi(*words, "--json").out)
+    assert [(item["clip"], item["text"], item["modalities"]) for item in items] == [
+        (None, "this is the best day", ["text"]),
+        (None, "leave me alone", ["text"]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("asked", "there", "device"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "")],

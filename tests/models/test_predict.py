@@ -15,7 +15,7 @@ from deepmsi.data.prepare import prepare
 from deepmsi.data.store import as_waveform
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction, load_run
-from deepmsi.report.text import render_subtitles, render_timeline
+from deepmsi.report.text import render_predictions, render_subtitles, render_timeline
 from deepmsi.train.dataset import UtteranceDataset
 
 RATE = 16000
@@ -79,6 +79,35 @@ def test_a_clip_is_predicted_as_its_arrays_are(model, tmp_path):
     assert found.end == pytest.approx(2.0, abs=0.2)
     assert found.modalities == ("video", "text", "audio")
     assert found.to_dict()["label"] == found.label
+
+
+def test_a_text_that_stands_alone_is_predicted_as_it_is_beside_a_clip_of_nothing_else(model, tmp_path):
+    silent = write_clip(tmp_path / "voice.wav", video=False)
+    texts = ["such joy", "such joy", " so  angry\n"]
+    found = model.predict([None, silent, None], texts, batch_size=2)
+    assert [(p.clip, p.text, p.modalities) for p in found] == [
+        (None, "such joy", ("text",)),
+        (str(silent), "such joy", ("text", "audio")),
+        (None, "so  angry", ("text",)),
+    ]
+    for item, text in ((found[0], "such joy"), (found[2], "so  angry")):
+        mask = torch.tensor([[False, True, False]])
+        out = model.eval()(modality_mask=mask, **model.text_processor([text])).logits.double().softmax(1)[0]
+        assert list(item.probabilities.values()) == pytest.approx(out.tolist(), abs=1e-6)
+        assert (item.start, item.end) == (0.0, None)
+    assert render_predictions(found[2:]).startswith(f"so angry: {found[2].label} (")
+
+
+def test_what_no_text_alone_can_be_is_refused(model, tiny):
+    with pytest.raises(UserError, match="give a clip or a text that is not blank"):
+        model.predict([None], ["  "])
+    with pytest.raises(UserError, match="a text belongs to a whole clip"):
+        model.predict([None], ["joy"], timeline=1.0)
+    with pytest.raises(UserError, match="goes over the windows of a recording: give a clip"):
+        model.predict([None], timeline=1.0)
+    deaf = tiny(text={"encoder": "none"}, audio={"encoder": "none"})
+    with pytest.raises(UserError, match="this model reads video: give a clip"):
+        deaf.predict([None], ["joy"])
 
 
 def test_frames_that_were_stored_larger_are_predicted_alike(tiny, tmp_path):
