@@ -47,7 +47,7 @@ struct Cells {
 
   // Numbers that the norm reads of a row.
   int64_t normed() const { return norm_first ? depth : channels; }
-  // That of cells.
+  // What makes operands of cells.
   Norm norm() const { return norm_first ? Norm{norm_weight.data(), norm_bias.data(), eps} : Norm{}; }
 
   // y of some rows from z, which is W times them and which y may take the place of; z with the bias is kept,
@@ -170,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_cells_bwd_cpu(
   const Tensor held = stored(branch, k, norm_first ? 0 : cells.rows * channels, kOp, "the branch");
   const Rows dy = rows_of(grad_y, channels), z = rows_of(held, channels);
   Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0, 0, 0, 0, 0, 0});
+  if (wants_x) in_runs(grad_x);
   if (wants_x && cells.valid < cells.rows)
     std::memset(grad_x.data_ptr(), 0, grad_x.numel() * static_cast<int64_t>(grad_x.element_size()));
   const WeightGradient grad_weight(k, wants_layer, cells.weight, channels, depth);

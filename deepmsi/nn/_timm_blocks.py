@@ -396,7 +396,7 @@ class _FusedMerging(HoldsConstants):
 
     def forward(self, x: Tensor) -> Tensor:
         merging: Any = self
-        if not isinstance(x, Tensor) or not merging._is_one_operation(x):
+        if not isinstance(x, Tensor) or not self._is_one_operation(x):
             return cast(Tensor, super().forward(x))
         reduction, norm = merging.reduction, merging.norm
         cells = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5)

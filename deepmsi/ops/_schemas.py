@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepmsi.backend import host_info
+from deepmsi.ops._arguments import without_autocast
 
 LIBRARY = torch.library.Library("deepmsi", "FRAGMENT")
 COMPILED_BACKENDS = ("cpp", "triton")
@@ -114,10 +115,15 @@ def _differentiable(
 
 
 def _launcher(op: str, function: str) -> Callable[..., Any]:
-    """Return a function that imports ``deepmsi._triton.<op>`` when it is first called."""
+    """Return a function that imports ``deepmsi._triton.<op>`` when it is first called.
+
+    What it calls of torch is in the types of its tensors, whatever autocast is around a backward pass.
+    """
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"deepmsi._triton.{op}"), function)(*args)
+        device = next(tensor for tensor in args if isinstance(tensor, Tensor)).device.type
+        with without_autocast(device):
+            return getattr(importlib.import_module(f"deepmsi._triton.{op}"), function)(*args)
 
     return launch
 
@@ -131,6 +137,11 @@ def _require_kept(op: str, kept: bool) -> None:
     """Raise where backward comes to a call that kept nothing for it."""
     if not kept:
         raise RuntimeError(f"{op}: this call was recorded without gradients: record it with gradients enabled")
+
+
+def _read_by_backward(x: Tensor, branch: Tensor, norm_first: bool) -> Tensor:
+    """Return x as backward reads it: rounded to the type of the products, unless the norm is of x."""
+    return x if norm_first or x.dtype == branch.dtype else x.to(branch.dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -374,11 +385,6 @@ _CELLS_BACKWARD = (
     "Tensor? cu_seqlens, float eps, bool norm_first, bool wants_x, bool wants_layer) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _read_by_backward(x: Tensor, branch: Tensor, norm_first: bool) -> Tensor:
-    """Return x as backward reads it: rounded to the type of the products, unless the norm is of x."""
-    return x if norm_first or x.dtype == branch.dtype else x.to(branch.dtype)
 
 
 def _cells_made(x: Tensor, like: Tensor, norm_first: bool, outputs: int, with_grad: bool) -> Any:

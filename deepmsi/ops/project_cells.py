@@ -41,7 +41,8 @@ def project_cells(
 
     With ``norm_first``, as Swin V1 merges tokens: y = W LN(cell) + b.
 
-    x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first.
+    x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first (but by
+    ``triton`` with ``norm_first``).
 
     The product is in the type of x and the weight, under autocast in its type, and so is y; the norm is in the widest
     type of its arguments. A norm that comes first reads x as it is, which may be of another type than the weight.
@@ -105,7 +106,9 @@ def project_cells(
         if packed is not None and not with_grad:
             check_packed(_OP, (packed,), 1)
             weight = packed
-        if x.stride(5) != 1:
+        # Its gradient lies as x does, in runs of c, which numbers that overlap would not be in.
+        overlaps = any(x.stride(d) == 1 and x.shape[d] > 1 for d in range(5))
+        if x.stride(5) != 1 or overlaps:
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")
     y, _ = forward(x, weight, bias, norm_weight, norm_bias, cu_seqlens, eps, norm_first, channels, with_grad)

@@ -41,9 +41,9 @@ def narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def add_gradient(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write grad x = grad y + grad for a part of the columns; rows that do not count stay grad y.
+    """Write grad x = grad y + grad for a part of the columns; rows that do not count get grad y alone.
 
-    Or grad x = grad, which is 0 in these, where there is no grad y.
+    Where there is no grad y, it is taken as 0.
     """
     at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
     written = (row < rows)[:, None] & (column < CHANNELS)[None, :]

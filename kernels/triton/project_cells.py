@@ -1,4 +1,4 @@
-"""The projection of cells in Triton: y = LN(W cell + b), whose cells are read where they lie.
+"""The projection of cells in Triton: y = LN(W cell + b), whose cells are read where they lie, or W LN(cell) + b.
 
 One kernel forward: a program takes a block of cells through the product, a part of their numbers at a time, and norms
 whole rows. Backward goes through the norm (the kernel of `residual_norm`) and leaves the products to torch.

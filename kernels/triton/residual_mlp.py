@@ -547,24 +547,24 @@ def residual_mlp_bwd(
     """
     with torch.cuda.device_of(x):
         half = ResidualBackward(
-            grad_y,
-            x,
-            branch,
-            norm_weight,
-            norm_bias,
-            fc2_bias,
-            row_scale,
-            cu_seqlens,
-            eps,
-            norm_first,
-            wants_layers,
+            grad_y=grad_y,
+            x=x,
+            branch=branch,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            layer_bias=fc2_bias,
+            row_scale=row_scale,
+            cu_seqlens=cu_seqlens,
+            eps=eps,
+            norm_first=norm_first,
+            wants_layers=wants_layers,
         )
         layer = _Layer(fc1_weight, fc1_bias, fc2_weight, cu_seqlens)
-        grad_read = torch.empty_like(half.grad_branch if half.added is None else half.added)
+        grad_read = torch.empty_like(half.grad_branch if half.skip is None else half.skip)
         layers = [torch.zeros_like(weight) for weight in (layer.fc1, layer.fc1_bias, layer.fc2)]
         if x.shape[0]:
             through = _fused_gradients if layer.fused else _wide_gradients
-            layers = through(layer, half.added, half.grad_branch, half.read, grad_read, wants_layers)
+            layers = through(layer, half.skip, half.grad_branch, half.read, grad_read, wants_layers)
         grad_x, grad_weight, grad_bias, *of_layer = half.finish(grad_read)
         if not wants_layers:
             layers = [weight.new_empty((0,)) for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
@@ -572,25 +572,25 @@ def residual_mlp_bwd(
 
 
 def _fused_gradients(
-    layer: _Layer, grad_y: Tensor | None, grad_branch: Tensor, x: Tensor, grad_x: Tensor, wants_layers: bool
+    layer: _Layer, skip: Tensor | None, grad_branch: Tensor, read: Tensor, grad_read: Tensor, wants_layers: bool
 ) -> list[Tensor]:
-    """Write the gradient of x, added to grad_y where there is one; return those of fc1's weight and bias, fc2's weight.
+    """Write the gradient of the rows read, and add skip where there is one.
 
-    These where they are wanted.
+    Return those of fc1's weight and bias and of fc2's weight, where they are wanted.
     """
-    rows, channels = x.shape
-    operands = (x, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
+    rows, channels = read.shape
+    operands = (read, layer.fc1, layer.fc1_bias, layer.fc2, layer.cu_seqlens)
     constants = layer.constants(layer.rows, _UNITS)
     programs = (triton.cdiv(rows, layer.rows),)
-    _fused_grad_x_kernel[programs](grad_y, grad_branch, *operands, grad_x, rows, layer.frames, **constants)
+    _fused_grad_x_kernel[programs](skip, grad_branch, *operands, grad_read, rows, layer.frames, **constants)
     if not wants_layers:
         return []
     blocks, units = triton.cdiv(rows, _SUMMED_ROWS), layer.summed_units
     chunks = min(blocks, triton.cdiv(_SUMMING_PROGRAMS, triton.cdiv(layer.hidden, units)))
     if channels > 128 and operands_in_registers():
         units = 32  # the sums of 64 would not fit beside them; the chunks stay as they are
-    sums = x.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
-    bias_sums = x.new_empty((chunks, layer.hidden), dtype=torch.float32)
+    sums = read.new_empty((2, chunks, layer.hidden, channels), dtype=torch.float32)
+    bias_sums = read.new_empty((chunks, layer.hidden), dtype=torch.float32)
     _fused_grad_weights_kernel[(chunks * triton.cdiv(layer.hidden, units),)](
         grad_branch,
         *operands,
@@ -608,20 +608,20 @@ def _fused_gradients(
 
 
 def _wide_gradients(
-    layer: _Layer, grad_y: Tensor | None, grad_branch: Tensor, x: Tensor, grad_x: Tensor, wants_layers: bool
+    layer: _Layer, skip: Tensor | None, grad_branch: Tensor, read: Tensor, grad_read: Tensor, wants_layers: bool
 ) -> list[Tensor]:
-    """Write the gradient of x, added to grad_y where there is one; return those of fc1's weight and bias, fc2's weight.
+    """Write the gradient of the rows read, and add skip where there is one.
 
-    These where they are wanted.
+    Return those of fc1's weight and bias and of fc2's weight, where they are wanted.
     """
     grad_fc1 = grad_bias = grad_fc2 = None
     if layer.cu_seqlens is not None:
         # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights, and
         # spoil the gradient that they pass on.
-        counts = torch.arange(x.shape[0], device=x.device) < layer.cu_seqlens[-1]
-        x = torch.where(counts[:, None], x, 0)
-    for part in layer.parts(x.shape[0]):
-        rows, grad = x[part], grad_branch[part]
+        counts = torch.arange(read.shape[0], device=read.device) < layer.cu_seqlens[-1]
+        read = torch.where(counts[:, None], read, 0)
+    for part in layer.parts(read.shape[0]):
+        rows, grad = read[part], grad_branch[part]
         hidden = torch.addmm(layer.fc1_bias, rows, layer.fc1.t())
         grad_hidden = grad @ layer.fc2
         of_bias = layer.gelu_backward(hidden, grad_hidden, wants_layers)
@@ -629,8 +629,8 @@ def _wide_gradients(
             grad_fc1 = added(grad_fc1, grad_hidden.t() @ rows)
             grad_bias = added(grad_bias, of_bias)
             grad_fc2 = added(grad_fc2, grad.t() @ hidden)
-        if grad_y is None:
-            torch.mm(grad_hidden, layer.fc1, out=grad_x[part])
+        if skip is None:
+            torch.mm(grad_hidden, layer.fc1, out=grad_read[part])
         else:
-            torch.add(grad_y[part], grad_hidden @ layer.fc1, out=grad_x[part])
+            torch.add(skip[part], grad_hidden @ layer.fc1, out=grad_read[part])
     return [total.to(layer.dtype) for total in (grad_fc1, grad_bias, grad_fc2) if total is not None]

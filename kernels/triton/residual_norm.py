@@ -1,6 +1,6 @@
 """The residual layer norm in Triton: y = x + s · LN(branch), a few whole rows per program, forward and backward.
 
-And its parts, LN(x) and x + s · branch, of which blocks are made whose norm comes before their layers.
+And its parts, LN(x), x + s · branch and s · x, of which blocks are made whose norm comes before their layers.
 
 Sums over rows are partial sums of a fixed number of chunks, added up in fixed order: no atomics. The statistics are
 made again in the backward pass, which reads the rows anyway.
@@ -168,7 +168,7 @@ def _backward_kernel(
     weight_ptr,
     scale_ptr,
     offset_ptr,
-    added_ptr,
+    skip_ptr,
     grad_branch_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
@@ -218,8 +218,8 @@ def _backward_kernel(
         if grad_layer_ptr is not None:
             grad_layer += grad
         written = (row < rows)[:, None] & inside[None, :]
-        if added_ptr is not None:
-            grad += tl.load(added_ptr + at, mask=written, other=0.0).to(tl.float32)
+        if skip_ptr is not None:
+            grad += tl.load(skip_ptr + at, mask=written, other=0.0).to(tl.float32)
         tl.store(grad_branch_ptr + at, grad.to(grad_branch_ptr.dtype.element_ty), mask=written)
     at = chunk * channels + column
     tl.store(grad_weight_ptr + at, tl.sum(grad_weight, 0), mask=inside)
@@ -273,29 +273,29 @@ def add_normed(
     eps: float,
 ) -> Tensor:
     """Return y [R, C] in the type of x; x and branch are contiguous. Rows past the last offset stay x."""
-    return _rows(torch.empty_like(x), x, branch, (norm_weight, norm_bias), row_scale, cu_seqlens, eps)
+    return _filled(torch.empty_like(x), x, branch, (norm_weight, norm_bias), row_scale, cu_seqlens, eps)
 
 
 def add_scaled(x: Tensor, branch: Tensor, row_scale: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Return x + s · branch [R, C] in the type of x; both are contiguous. Rows past the last offset stay x."""
-    return _rows(torch.empty_like(x), x, branch, (None, None), row_scale, cu_seqlens)
+    return _filled(torch.empty_like(x), x, branch, (None, None), row_scale, cu_seqlens)
 
 
 def norm_rows(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, cu_seqlens: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """Return LN(x) [R, C] in a type, 0 in rows past the last offset; x is contiguous."""
-    return _rows(torch.empty_like(x, dtype=dtype), None, x, (norm_weight, norm_bias), None, cu_seqlens, eps)
+    return _filled(torch.empty_like(x, dtype=dtype), None, x, (norm_weight, norm_bias), None, cu_seqlens, eps)
 
 
 def scale_rows(x: Tensor, row_scale: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return s · x [R, C] in a type, 0 in rows past the last offset: x itself where it is that; x is contiguous."""
     if row_scale is None and cu_seqlens is None and x.dtype == dtype:
         return x
-    return _rows(torch.empty_like(x, dtype=dtype), None, x, (None, None), row_scale, cu_seqlens)
+    return _filled(torch.empty_like(x, dtype=dtype), None, x, (None, None), row_scale, cu_seqlens)
 
 
-def _rows(
+def _filled(
     y: Tensor,
     x: Tensor | None,
     branch: Tensor,
@@ -334,12 +334,12 @@ def gradient_through_norm(
     cu_seqlens: Tensor | None,
     eps: float,
     *types: torch.dtype,
-    added: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of branch [R, C], norm_weight and norm_bias [C], these in the first two of the types.
 
     And, where a third type is given, that of the bias [C] of the layer that gave the branch: the sum over rows. grad_y
-    and branch are contiguous, and so is what is added to the gradient of branch [R, C] in the end.
+    and branch are contiguous, and so is skip [R, C], which is added to the gradient of branch in the end.
     """
     rows, channels = branch.shape
     grad_branch = torch.empty_like(branch)
@@ -358,7 +358,7 @@ def gradient_through_norm(
         norm_weight,
         row_scale,
         cu_seqlens,
-        added,
+        skip,
         grad_branch,
         sums[0],
         sums[1],
@@ -385,11 +385,12 @@ class ResidualBackward:
     Attributes:
         grad_branch: The gradient of what the layers gave [R, C], in their type.
         read: The rows that they read [R, C]: x, or with norm_first LN(x), which is in their type.
-        added: What the gradient of these rows is added to: that of y, or nothing with norm_first.
+        skip: What the gradient of these rows is added to: that of y, or with norm_first nothing, until :meth:`finish`.
     """
 
     def __init__(
         self,
+        *,
         grad_y: Tensor,
         x: Tensor,
         branch: Tensor,
@@ -408,7 +409,7 @@ class ResidualBackward:
         self._cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self._types, self._of_layer = (norm_weight.dtype, norm_bias.dtype), [layer_bias.dtype] * wants_layers
         scale = None if row_scale is None else row_scale.contiguous()
-        self.read, self.added = self._x, None if norm_first else self._grad_y
+        self.read, self.skip = self._x, None if norm_first else self._grad_y
         if norm_first:
             norm = (self._weight, norm_bias.contiguous())
             self.read = norm_rows(self._x, *norm, self._cu_seqlens, eps, branch.dtype)
@@ -426,7 +427,7 @@ class ResidualBackward:
             return grad_read, *self._found
         through = (grad_read, self._x, self._weight, None, self._cu_seqlens, self._eps, *self._types)
         of_layer = (self.grad_branch.sum(0, dtype=torch.float32).to(dtype) for dtype in self._of_layer)
-        return *gradient_through_norm(*through, added=self._grad_y), *of_layer
+        return *gradient_through_norm(*through, skip=self._grad_y), *of_layer
 
 
 def residual_norm_fwd(

@@ -329,24 +329,24 @@ def residual_window_attention_bwd(
     """
     with torch.cuda.device_of(x):
         half = ResidualBackward(
-            grad_y,
-            x,
-            branch,
-            norm_weight,
-            norm_bias,
-            proj_bias,
-            row_scale,
-            cu_seqlens,
-            eps,
-            norm_first,
-            wants_layers,
+            grad_y=grad_y,
+            x=x,
+            branch=branch,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            layer_bias=proj_bias,
+            row_scale=row_scale,
+            cu_seqlens=cu_seqlens,
+            eps=eps,
+            norm_first=norm_first,
+            wants_layers=wants_layers,
         )
         rows, channels = x.shape
         grad_branch, read = half.grad_branch, half.read
         if cu_seqlens is not None:
             # Else rows past the last offset that are not finite, times their gradient of 0, would reach the weights.
             read = torch.where((torch.arange(rows, device=x.device) < cu_seqlens[-1])[:, None], read, 0)
-        grad_read = torch.empty_like(grad_branch if half.added is None else half.added)
+        grad_read = torch.empty_like(grad_branch if half.skip is None else half.skip)
         grad_table = grad_scale = grad_qkv_weight = grad_qkv_bias = grad_proj = None
         for part in _parts(rows, 3 * channels, None if cu_seqlens is not None else height * width):
             q_k_v = torch.nn.functional.linear(read[part], qkv_weight, qkv_bias)
@@ -355,8 +355,8 @@ def residual_window_attention_bwd(
             layout = (positions, cu_seqlens, heads, height, width, window, shift)
             grad_qkv, of_table, of_scale = window_attention_bwd(*through, bias_table, head_scale, scale, *layout)
             grad_table, grad_scale = added(grad_table, of_table), added(grad_scale, of_scale)
-            before = None if half.added is None else half.added[part]
-            of_bias = _pass_to_x(before, grad_qkv, qkv_weight, grad_read[part], wants_layers)
+            skip = None if half.skip is None else half.skip[part]
+            of_bias = _pass_to_rows(skip, grad_qkv, qkv_weight, grad_read[part], wants_layers)
             if wants_layers:
                 grad_qkv_weight = added(grad_qkv_weight, grad_qkv.t() @ read[part])
                 grad_qkv_bias = added(grad_qkv_bias, of_bias)
@@ -369,22 +369,22 @@ def residual_window_attention_bwd(
         return grad_x, *layers, grad_weight, grad_bias, grad_table, grad_scale
 
 
-def _pass_to_x(
-    grad_y: Tensor | None, grad_qkv: Tensor, qkv_weight: Tensor, grad_x: Tensor, wants_bias: bool
+def _pass_to_rows(
+    skip: Tensor | None, grad_qkv: Tensor, qkv_weight: Tensor, grad_read: Tensor, wants_bias: bool
 ) -> Tensor | None:
-    """Write grad x [R, C] = grad y, where there is one, + grad qkv Q.
+    """Write the gradient of the rows read [R, C]: skip, where there is one, + grad qkv Q.
 
     Return the sum of grad qkv over rows [3C] in float32, where wanted.
     """
-    rows, channels = grad_x.shape
+    rows, channels = grad_read.shape
     blocks = triton.cdiv(rows, 2 * _ROWS)
     sums = grad_qkv.new_empty((blocks, 3 * channels), dtype=torch.float32) if wants_bias else None
     if rows:
         _grad_x_kernel[(blocks,)](
-            grad_y,
+            skip,
             grad_qkv,
             qkv_weight.contiguous(),
-            grad_x,
+            grad_read,
             sums,
             rows,
             CHANNELS=channels,

@@ -168,6 +168,21 @@ def test_a_second_derivative_is_refused(op: str, backend: str, device: str) -> N
             torch.autograd.grad(loss + sum(grad.square().sum() for grad in grads), leaves)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=["-".join(k) for k in KERNELS])
+def test_autocast_around_backward_alone_changes_no_bit(op: str, backend: str, device: str) -> None:
+    """A kernel's gradients are in the types of its forward pass, though torch's products within take part."""
+    testing.need(op, backend, device)
+    inputs, run = call(op, backend, device)
+    wanted = step(run, inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = run(*leaves)
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, torch.cos(out.detach()))
+    for value, other in zip(found, wanted[1:], strict=True):
+        assert torch.equal(value, other)
+
+
 @pytest.mark.parametrize("op", ["residual_norm", "residual_mlp", "residual_window_attention"])
 @pytest.mark.parametrize(("backend", "device"), [*REFERENCES, *PLACES])
 def test_the_factor_of_a_row_gets_no_gradient(op: str, backend: str, device: str) -> None:

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[tuple[int, ...], Any, int]] = {
     "a_part": ((2, 9, 8, 12), lambda x: merged(x[:, 1:, :, 2:10]), 16),
     "every_other": ((2, 4, 4, 12), lambda x: merged(x[..., ::2]), 16),
     "repeated": ((1, 4, 4, 6), lambda x: merged(x.expand(3, 4, 4, 6)), 8),
+    "overlapping": ((3, 17), lambda x: x.unfold(1, 16, 1)[:, None, :, None, None, :], 5),
     "no_frames": ((0, 4, 4, 8), merged, 16),
     "no_frames_apart": ((0, 2, 2, 2, 2, 16), lambda x: x[..., ::2], 16),
 }

@@ -277,6 +277,22 @@ def test_the_stream_keeps_its_type_under_autocast(backend: str, device: str, cha
     assert narrow[0].dtype == narrow[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["norm last", "norm first"])
+@pytest.mark.parametrize(("channels", "dtype"), [(300, torch.float16), (40, torch.float32)], ids=str)
+@pytest.mark.parametrize(("backend", "device"), [place for place in PLACES if place[0] == "triton"])
+def test_autocast_around_backward_changes_no_bit_of_wide_layers(
+    backend: str, device: str, channels: int, dtype: torch.dtype, norm_first: bool
+) -> None:
+    testing.need("residual_mlp", backend, device, dtype)
+    sizes = ((9, channels), (20, channels), (20,), (channels, 20), *((channels,),) * 3)
+    leaves = [randn(*n, seed=i, dtype=dtype, device=device).requires_grad_() for i, n in enumerate(sizes)]
+    y = residual_mlp(*leaves, norm_first=norm_first, backend=backend)
+    wanted = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), leaves)
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_repeats_give_the_same_bits(backend: str, device: str) -> None:
     testing.need("residual_mlp", backend, device)
