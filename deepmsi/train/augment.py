@@ -42,13 +42,19 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 def change_frames(frames: Tensor, changes: Tensor) -> Tensor:
     """Change clips `[U, T, 3, S, S]` uint8 each by its own row of changes `[U, 7]`, which `draw_change` drew."""
-    return torch.stack([_changed(clip, *change) for clip, change in zip(frames, changes.tolist(), strict=True)])
+    changed = torch.empty_like(frames)
+    for out, clip, change in zip(changed, frames, changes.tolist(), strict=True):
+        out.copy_(_changed(clip, *change))
+    return changed
 
 
 def _changed(
     frames: Tensor, flip: float, grey: float, scale: float, x: float, y: float, factor: float, brightness: float
 ) -> Tensor:
-    """Flip a clip `[T, 3, S, S]`, crop and shift it, take its colours and change its light about the mean."""
+    """Crop and shift a clip `[T, 3, S, S]`, flip it, take its colours and change its light about the mean.
+
+    What comes back is whole numbers from 0 to 255 of any type, and of one channel where colours are gone.
+    """
     moves, lit = (scale, x, y) != (1.0, 0.0, 0.0), (factor, brightness) != (1.0, 1.0)
     if not (moves or grey or lit):
         return frames.flip(-1) if flip else frames
@@ -56,20 +62,20 @@ def _changed(
     pixels = frames.float()
     if moves:
         # "border" repeats the edge, as a shift needs.
-        theta = torch.tensor([[[scale, 0, x], [0, scale, y]]], dtype=torch.float32).to(device, non_blocking=True)
+        across = -scale if flip else scale
+        theta = torch.tensor([[[across, 0, x], [0, scale, y]]], dtype=torch.float32).to(device, non_blocking=True)
         grid = torch.nn.functional.affine_grid(theta, [1, 3, size, size], align_corners=False)
-        pixels = torch.nn.functional.grid_sample(
-            pixels.flatten(0, 1)[None], grid, padding_mode="border", align_corners=False
-        )[0].view_as(frames)
-    if flip:
+        grids = grid.expand(len(frames), -1, -1, -1)
+        pixels = torch.nn.functional.grid_sample(pixels, grids, padding_mode="border", align_corners=False)
+    elif flip:
         pixels = pixels.flip(-1)
     if grey:
         luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)
-        pixels = (pixels * luma.view(3, 1, 1)).sum(1, keepdim=True).expand_as(pixels)
+        pixels = pixels.mul_(luma.view(3, 1, 1)).sum(1, keepdim=True)
     if lit:
-        mean = pixels.mean()
-        pixels = (pixels - mean) * factor + mean * brightness
-    return pixels.round().clamp_(0, 255).to(torch.uint8)
+        mean = pixels.expand_as(frames).mean()
+        pixels.sub_(mean).mul_(factor).add_(mean * brightness)
+    return pixels.round_().clamp_(0, 255)
 
 
 def augment_audio(
