@@ -40,19 +40,16 @@ def narrowed(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def add_gradient(grad_y_ptr, grad_x_ptr, grad, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write grad x = grad y + grad for a part of the columns; rows that do not count get grad y alone.
-
-    Where there is no grad y, it is taken as 0.
-    """
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
-    if grad_y_ptr is not None:
-        grad_y = tl.load(grad_y_ptr + at, mask=written, other=0.0)
-        grad = tl.where(counts[:, None], (grad_y.to(tl.float32) + grad).to(grad_y.dtype), grad_y)
+def write_rows(out_ptr, values, skip_ptr, row, rows, counts, column, channels):
+    """Write skip + values, or these alone, for a part of the columns; rows that do not count get skip, or 0."""
+    at = row.to(tl.int64)[:, None] * channels + column[None, :]
+    written = (row < rows)[:, None] & (column < channels)[None, :]
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + at, mask=written, other=0.0)
+        values = tl.where(counts[:, None], (skip.to(tl.float32) + values).to(skip.dtype), skip)
     else:
-        grad = tl.where(counts[:, None], grad, 0.0).to(grad_x_ptr.dtype.element_ty)
-    tl.store(grad_x_ptr + at, grad, mask=written)
+        values = tl.where(counts[:, None], values, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, values, mask=written)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ torch's.
 """
 
 import torch
-from deepmsi._triton.operands import in_two, narrowed, tile, upcasts, vector
+from deepmsi._triton.operands import in_two, narrowed, tile, upcasts, vector, write_rows
 from deepmsi._triton.residual_norm import (
     counted,
     gradient_through_norm,
@@ -16,7 +16,6 @@ from deepmsi._triton.residual_norm import (
     normed,
     scale_rows,
     statistics,
-    write,
 )
 from torch import Tensor
 
@@ -83,13 +82,13 @@ def _forward_kernel(
         branch += vector(bias_ptr, column, CHANNELS)[None, :]
         more += vector(bias_ptr, beyond, CHANNELS)[None, :]
     if KEPT:
-        write(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        write(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+        write_rows(branch_ptr, branch, None, row, rows, counts, column, CHANNELS)
+        write_rows(branch_ptr, more, None, row, rows, counts, beyond, CHANNELS)
     mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
     y = normed(branch, mean, inverse, norm_weight_ptr, norm_bias_ptr, column, CHANNELS)
-    write(y_ptr, y, row, rows, counts, column, CHANNELS)
+    write_rows(y_ptr, y, None, row, rows, counts, column, CHANNELS)
     y = normed(more, mean, inverse, norm_weight_ptr, norm_bias_ptr, beyond, CHANNELS)
-    write(y_ptr, y, row, rows, counts, beyond, CHANNELS)
+    write_rows(y_ptr, y, None, row, rows, counts, beyond, CHANNELS)
 
 
 def project_cells_fwd(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from deepmsi._triton.operands import (
-    add_gradient,
     added,
     chunk_of,
     in_two,
@@ -26,6 +25,7 @@ from deepmsi._triton.operands import (
     tile,
     upcasts,
     vector,
+    write_rows,
 )
 from deepmsi._triton.residual_norm import (
     ResidualBackward,
@@ -214,8 +214,8 @@ def _fused_grad_x_kernel(
         grad_hidden = narrowed(grad_hidden * slope, DTYPE, UPCAST)
         grad_x = tl.dot(grad_hidden, fc1, grad_x, input_precision="ieee")
         grad_x_more = tl.dot(grad_hidden, fc1_more, grad_x_more, input_precision="ieee")
-    add_gradient(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
-    add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
+    write_rows(grad_x_ptr, grad_x, grad_y_ptr, row, rows, counts, column, CHANNELS)
+    write_rows(grad_x_ptr, grad_x_more, grad_y_ptr, row, rows, counts, beyond, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["frames", "blocks", "chunks"])

@@ -7,7 +7,7 @@ made again in the backward pass, which reads the rows anyway.
 """
 
 import torch
-from deepmsi._triton.operands import chunk_of, vector
+from deepmsi._triton.operands import chunk_of, vector, write_rows
 from torch import Tensor
 
 import triton
@@ -59,14 +59,6 @@ def statistics(branch, more, column, beyond, channels, eps):
 
 
 @triton.jit
-def write(x_ptr, x, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write a part of the columns of rows, 0 in those that do not count."""
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    x = tl.where(counts[:, None], x, 0.0).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + at, x, mask=(row < rows)[:, None] & (column < CHANNELS)[None, :])
-
-
-@triton.jit
 def add_projected(
     x_ptr,
     y_ptr,
@@ -91,16 +83,16 @@ def add_projected(
     branch += vector(layer_bias_ptr, column, CHANNELS)[None, :]
     more += vector(layer_bias_ptr, beyond, CHANNELS)[None, :]
     if KEPT:
-        write(branch_ptr, branch, row, rows, counts, column, CHANNELS)
-        write(branch_ptr, more, row, rows, counts, beyond, CHANNELS)
+        write_rows(branch_ptr, branch, None, row, rows, counts, column, CHANNELS)
+        write_rows(branch_ptr, more, None, row, rows, counts, beyond, CHANNELS)
     # A part is done with before the other is begun, which takes fewer registers.
     if not NORM_FIRST:
         mean, inverse = statistics(branch, more, column, beyond, CHANNELS, eps)
         branch = normed(branch, mean, inverse, weight_ptr, bias_ptr, column, CHANNELS)
-    _add_part(x_ptr, y_ptr, branch, scale, row, rows, counts, column, CHANNELS)
+    write_rows(y_ptr, branch * scale[:, None], x_ptr, row, rows, counts, column, CHANNELS)
     if not NORM_FIRST:
         more = normed(more, mean, inverse, weight_ptr, bias_ptr, beyond, CHANNELS)
-    _add_part(x_ptr, y_ptr, more, scale, row, rows, counts, beyond, CHANNELS)
+    write_rows(y_ptr, more * scale[:, None], x_ptr, row, rows, counts, beyond, CHANNELS)
 
 
 @triton.jit
@@ -108,16 +100,6 @@ def normed(x, mean, inverse, weight_ptr, bias_ptr, column, CHANNELS: tl.constexp
     """Return w · unit(x) + b of a part of the columns of rows, 0 past the channels."""
     weight, bias = vector(weight_ptr, column, CHANNELS), vector(bias_ptr, column, CHANNELS)
     return (x - mean[:, None]) * inverse[:, None] * weight[None, :] + bias[None, :]
-
-
-@triton.jit
-def _add_part(x_ptr, y_ptr, branch, scale, row, rows, counts, column, CHANNELS: tl.constexpr):
-    """Write a part of y = x + s · branch; rows that do not count stay x."""
-    at = row.to(tl.int64)[:, None] * CHANNELS + column[None, :]
-    written = (row < rows)[:, None] & (column < CHANNELS)[None, :]
-    x = tl.load(x_ptr + at, mask=written, other=0.0)
-    y = x.to(tl.float32) + branch * scale[:, None]
-    tl.store(y_ptr + at, tl.where(counts[:, None], y.to(x.dtype), x), mask=written)
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -146,19 +128,13 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
     at = row.to(tl.int64)[:, None] * channels + column[None, :]
-    written = (row < rows)[:, None] & inside[None, :]
     counts = row < counted(offset_ptr, frames, rows, PACKED)
     y = tl.load(branch_ptr + at, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if weight_ptr is not None:
         unit, _ = unit_rows(y, column, channels, eps)
         y = unit * vector(weight_ptr, column, channels)[None, :] + vector(bias_ptr, column, channels)[None, :]
     y *= row_scale_of(scale_ptr, row, counts, SCALED)[:, None]
-    if x_ptr is not None:
-        x = tl.load(x_ptr + at, mask=written, other=0.0)
-        y = tl.where(counts[:, None], (x.to(tl.float32) + y).to(x.dtype), x)
-    else:
-        y = tl.where(counts[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=written)
+    write_rows(y_ptr, y, x_ptr, row, rows, counts, column, channels)
 
 
 @triton.jit(do_not_specialize=["frames", "blocks", "chunks"])

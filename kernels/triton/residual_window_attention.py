@@ -12,7 +12,7 @@ for it would read and norm them for every head; backward goes through it at last
 """
 
 import torch
-from deepmsi._triton.operands import add_gradient, added, chunk_of, in_two, narrowed, stages, tile, upcasts
+from deepmsi._triton.operands import added, chunk_of, in_two, narrowed, stages, tile, upcasts, write_rows
 from deepmsi._triton.residual_norm import (
     ResidualBackward,
     add_projected,
@@ -200,8 +200,8 @@ def _grad_x_kernel(
         if grad_bias_ptr is not None:
             at = tl.program_id(0) * 3 * CHANNELS + unit
             tl.store(grad_bias_ptr + at, tl.sum(grad_qkv.to(tl.float32), 0), mask=unit < 3 * CHANNELS)
-    add_gradient(grad_y_ptr, grad_x_ptr, grad_x, row, rows, counts, column, CHANNELS)
-    add_gradient(grad_y_ptr, grad_x_ptr, grad_x_more, row, rows, counts, beyond, CHANNELS)
+    write_rows(grad_x_ptr, grad_x, grad_y_ptr, row, rows, counts, column, CHANNELS)
+    write_rows(grad_x_ptr, grad_x_more, grad_y_ptr, row, rows, counts, beyond, CHANNELS)
 
 
 def residual_window_attention_fwd(
