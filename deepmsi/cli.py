@@ -453,7 +453,7 @@ def predict(
     run: RunArg,
     clips: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[CLIP...]", help="Video or sound files; none where a text is all.", parser=_path),
+        typer.Argument(metavar="CLIP...", help="Video or sound files; none where a text is all.", parser=_path),
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -478,7 +478,7 @@ def predict(
     precision: PrecisionOpt = PrecisionName.fp32,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what clips express: labels with probabilities, or a timeline of a long recording."""
+    """Say what clips, or texts, express: labels with probabilities, or a timeline of a long recording."""
     from deepmsi.report import text as render
 
     if not clips and not text:
@@ -815,6 +815,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"deepmsi: {_resume_hint(words)}")
         return TERMINATED
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            say(
+                f"deepmsi: a process that loads was lost ({_one_line(str(error))}): set train.workers=0, or give "
+                "/dev/shm more room"
+            )
+            return 2
         # Python 3.11 makes one of what is raised while a class is made, as the many late imports do.
         if not isinstance(error.__cause__, KeyboardInterrupt | Terminated):
             raise

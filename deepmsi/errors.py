@@ -6,6 +6,13 @@ import errno
 class UserError(Exception):
     """One sentence that says what is wrong, where, and what to do about it."""
 
+    def __str__(self) -> str:
+        said = super().__str__()
+        if said.startswith("Caught ") and "Traceback (most recent call last)" in said:
+            # torch's DataLoader raises a worker's error anew, with the worker's traceback before it.
+            said = said.rpartition("deepmsi.errors.")[2].partition(": ")[2].strip()
+        return said
+
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

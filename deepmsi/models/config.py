@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -52,15 +53,6 @@ Modalities = Annotated[list[str], AfterValidator(_known_modalities)]
 
 # A wider layer than this is a slip of the hand, and what the allocator says of it helps nobody.
 Width = Annotated[int, Field(ge=1, le=2**20)]
-
-
-def _fixed_file(named: bool | str) -> bool | str:
-    """A file by its absolute path, which leads to it from everywhere."""
-    if isinstance(named, bool):
-        return named
-    if not named.endswith(".safetensors"):
-        raise ValueError(f"write true, false or the path of a .safetensors file (found {named!r})")
-    return os.path.abspath(os.path.expanduser(named))
 
 
 def fixed_place(name: str | None) -> str | None:
@@ -142,8 +134,6 @@ class VisionConfig(Section):
         description="in place of mean and std, standardise each position of the frame by its own mean and deviation "
         "over the training part: with few clips of aligned faces it leaves what changes and not the face itself",
     )
-    _find = field_validator("pretrained", mode="after")(_fixed_file)
-
     options: dict[
         Literal["patch_size", "embed_dim", "depths", "heads", "window", "mlp_ratio"], int | float | list[int]
     ] = Field(default_factory=dict, description="sizes of the 'small' backbone, by the names of VSCSwin's constructor")
@@ -206,6 +196,15 @@ class VisionConfig(Section):
                 many = "one number for each stage" if name in ("depths", "heads") else "one number"
                 raise ValueError(f"options: {name} takes {many}, not {value}")
         return self
+
+    @field_validator("pretrained", mode="before")
+    @classmethod
+    def _a_file_by_its_absolute_path(cls, named: Any) -> bool | str:
+        if isinstance(named, bool):
+            return named
+        if not isinstance(named, str | Path) or Path(named).suffix != ".safetensors":
+            raise ValueError(f"write true, false or the path of a .safetensors file (found {named!r})")
+        return os.path.abspath(os.path.expanduser(named))
 
     @field_validator("std")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ class Prediction:
         probabilities: of every label, in the order of the logits; they sum to 1. Empty where there is no label.
         start, end: seconds from the beginning of the file; end is None where a file does not say how long it is.
         modalities: what the prediction rests on.
-        text: what was said, where it was given.
+        text: what was said, where it was given and the model reads it.
     """
 
     clip: str | None
@@ -63,7 +64,7 @@ class _Window:
     @property
     def name(self) -> str:
         """What a sentence calls it."""
-        return f"the text {self.text!r}" if self.clip is None else self.clip
+        return f"the text {textwrap.shorten(self.text or '', 60)!r}" if self.clip is None else self.clip
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,16 @@ def predict(
     if isinstance(clips, str | Path):
         clips = [clips]
     if texts is not None and len(texts) != len(clips):
-        raise UserError(f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none.")
+        raise UserError(
+            f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none, and None for the clip "
+            "of a text that stands alone."
+        )
     if timeline is not None and not (math.isfinite(timeline) and timeline >= 0.01):
         raise UserError(f"timeline is {timeline}: give the length of a window in seconds, at least 0.01.")
     texts = [(text or "").strip() or None for text in texts or [None] * len(clips)]  # as a manifest's cells
     if timeline is not None and any(texts):
         raise UserError("a text belongs to a whole clip: leave it out of a timeline, whose windows it would not fit.")
-    encoders = _Encoders(model, any(texts))
+    encoders = _Encoders(model, any(texts), any(clip is not None for clip in clips))
     pairs = list(zip(clips, texts, strict=True))
     named = progress_bar(pairs, description="headers", unit="clip", shown=progress)
     windows = [window for clip, text in named for window in _windows(model, clip, text, timeline)]
@@ -272,12 +276,12 @@ def _decode(model: DeepMSI, window: _Window, tolerant: bool) -> _Item:
 class _Encoders:
     """Turns texts and waveforms into the model's inputs: its own encoders, or those its features came from."""
 
-    def __init__(self, model: DeepMSI, has_text: bool) -> None:
+    def __init__(self, model: DeepMSI, has_text: bool, has_clip: bool) -> None:
         self.model = model
         self.features: dict[str, tuple[nn.Module, Any]] = {}
-        for name in ("text", "audio"):
+        for name, given in (("text", has_text), ("audio", has_clip)):
             section = getattr(model.config, name)
-            if section.encoder != "features" or (name == "text" and not has_text):
+            if section.encoder != "features" or not given:
                 continue
             if section.features_from is not None:
                 module, processor = build_feature_encoder(name, section.features_from, model.config.audio.sample_rate)
@@ -285,7 +289,7 @@ class _Encoders:
             elif name == "text":
                 raise UserError(
                     "this model reads text features, and its configuration does not say which encoder computed "
-                    "them (text.features_from): leave the text out."
+                    "them (text.features_from): it cannot read a text, so leave it out."
                 )
             else:
                 warnings.warn(

@@ -172,12 +172,17 @@ class VideoBranch(nn.Module):
 def check_vision(config: VisionConfig) -> None:
     """Build the backbone without memory or weights, to find out early whether it can be built.
 
+    And once more with its weights, where these come from a file.
+
     Raises:
-        UserError: sizes or the schedule do not fit one another, in one sentence.
+        UserError: sizes or the schedule do not fit one another, or the file is not there or holds others, in one
+            sentence.
     """
     if config.backbone != "none":
         with torch.device("meta"):
             _build_backbone(config, weights=False)
+        if isinstance(config.pretrained, str):
+            _build_backbone(config, weights=True)
 
 
 def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
@@ -199,7 +204,7 @@ def _build_backbone(config: VisionConfig, weights: bool) -> VSCSwin:
         )
     return VSCSwin.from_timm(
         config.backbone,
-        pretrained=config.pretrained and weights,
+        pretrained=config.pretrained if weights else False,
         schedule=config.schedule,
         img_size=config.image_size,
         drop_path_rate=config.drop_path,

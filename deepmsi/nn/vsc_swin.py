@@ -562,7 +562,7 @@ def _timm_model(name: str, pretrained: bool | str | PathLike[str], img_size: int
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if not isinstance(pretrained, bool):
         model = timm.create_model(name, num_classes=0, **options)
-        _load_file(model, Path(pretrained), name)
+        _load_file(model, Path(pretrained).expanduser(), name)
         return model
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
@@ -576,21 +576,33 @@ def _timm_model(name: str, pretrained: bool | str | PathLike[str], img_size: int
 
 
 def _load_file(model: nn.Module, file: Path, name: str) -> None:
-    """Load a file of weights into a Swin V2 of timm, which has to find all of its own there."""
+    """Load a file of weights into a Swin V2 of timm, which has to find all of its own there, and no others."""
     from timm.models.swin_transformer_v2 import checkpoint_filter_fn
 
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: weights are read from .safetensors files alone")
     try:
-        left = model.load_state_dict(checkpoint_filter_fn(load_file(file), model), strict=False)
+        found = load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"{file}: there is no such file of weights") from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines()  # of torch's the last one tells of a weight
-        raise UserError(f"{file}: the file does not hold weights of {name} ({lines[-1].strip()})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: the file cannot be read ({error})") from error
+    others = f"{file}: the file does not hold weights of {name}"
+    embedding = "patch_embed.proj.weight"
+    if embedding not in found or found[embedding].dim() != 4:
+        raise UserError(f"{others} (it lacks {embedding})")
+    for key, weight in found.items():
+        if not key.endswith(_DERIVED) and not (weight.is_floating_point() and weight.float().isfinite().all()):
+            raise UserError(f"{others} ({key} is {weight.dtype}, or not finite)")
+    try:
+        left = model.load_state_dict(checkpoint_filter_fn(found, model), strict=False)
+    except RuntimeError as error:
+        *_, why = str(error).strip().splitlines()  # which tells of a weight
+        raise UserError(f"{others} ({why.strip()})") from error
     missing = [key for key in left.missing_keys if not key.endswith(_DERIVED)]
-    if missing:
-        raise UserError(f"{file}: the file does not hold weights of {name} (it lacks {missing[0]})")
+    beyond = [key for key in left.unexpected_keys if not key.startswith("head.") and not key.endswith(_DERIVED)]
+    if missing or beyond:
+        raise UserError(f"{others} ({f'it lacks {missing[0]}' if missing else f'nor has that {beyond[0]}'})")
 
 
 def _sizes(source: Any) -> dict[str, Any]:

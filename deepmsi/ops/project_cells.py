@@ -41,8 +41,8 @@ def project_cells(
 
     With ``norm_first``, as Swin V1 merges tokens: y = W LN(cell) + b.
 
-    x is a view, in whose order a cell's numbers meet the columns of W; nothing is laid out in memory first (but by
-    ``triton`` with ``norm_first``).
+    x is a view, in whose order a cell's numbers meet the columns of W; runs of c are read where they
+    lie (``triton`` lays them out with ``norm_first``).
 
     The product is in the type of x and the weight, under autocast in its type, and so is y; the norm is in the widest
     type of its arguments. A norm that comes first reads x as it is, which may be of another type than the weight.
@@ -107,7 +107,7 @@ def project_cells(
             check_packed(_OP, (packed,), 1)
             weight = packed
         # Its gradient lies as x does, in runs of c, which numbers that overlap would not be in.
-        overlaps = any(x.stride(d) == 1 and x.shape[d] > 1 for d in range(5))
+        overlaps = with_grad and any(x.stride(d) == 1 and x.shape[d] > 1 for d in range(5))
         if x.stride(5) != 1 or overlaps:
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty x as it lies
     forward = getattr(torch.ops.deepmsi, f"{_OP}_{chosen}_fwd")

@@ -1,28 +1,49 @@
 """Augmentation of training clips: drawn for a clip where it is loaded, its frames changed on the device that trains."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deepmsi.models.precision import float32_products
 from deepmsi.train.recipe import AugmentSettings
 
 CHANGES = "frame_changes"
-"""What a batch calls the changes of its `pixel_values`, `[U', 7]`; they stay on the CPU."""
+"""What a batch calls the changes of its `pixel_values`, a `Change` each, `[U', 7]`; they stay on the CPU."""
+
+
+class Change(NamedTuple):
+    """What one clip's frames become; as they are where all is 0, and scale, factor and brightness are 1.
+
+    Attributes:
+        flip, grey: whether they are mirrored, and lose their colours: 0 or 1.
+        scale, x, y: the part of the side that is seen, and where its middle is, the side being 2 long.
+        factor, brightness: of what a number differs from the mean, and of the mean.
+    """
+
+    flip: float
+    grey: float
+    scale: float
+    x: float
+    y: float
+    factor: float
+    brightness: float
 
 
 def draw_change(settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
-    """Draw what one clip's frames become: `[7]` float64, the arguments of `_changed`."""
+    """Draw one clip's `Change`, `[7]` float64."""
     flip, grey = rng.random() < settings.flip, rng.random() < settings.grey
     scale = 1.0 - settings.crop * rng.random()
     shift_y, shift_x = rng.uniform(-settings.shift, settings.shift, 2)
     centre_y, centre_x = rng.uniform(-(1 - scale), 1 - scale, 2)
     brightness = 1.0 + settings.brightness * rng.uniform(-1, 1)
     contrast = 1.0 + settings.contrast * rng.uniform(-1, 1)
-    x, y = centre_x + 2 * shift_x, centre_y + 2 * shift_y  # in grid_sample's units, where the side is 2 long
-    return torch.tensor([flip, grey, scale, x, y, contrast * brightness, brightness], dtype=torch.float64)
+    middle = (centre_x + 2 * shift_x, centre_y + 2 * shift_y)
+    change = Change(flip, grey, scale, *middle, contrast * brightness, brightness)
+    return torch.tensor(change, dtype=torch.float64)
 
 
 def reorder(frames: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
@@ -41,37 +62,37 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 def change_frames(frames: Tensor, changes: Tensor) -> Tensor:
-    """Change clips `[U, T, 3, S, S]` uint8 each by its own row of changes `[U, 7]`, which `draw_change` drew."""
+    """Make of clips `[U, T, 3, S, S]` uint8 what the rows of changes `[U, 7]` say, a `Change` each."""
     changed = torch.empty_like(frames)
-    for out, clip, change in zip(changed, frames, changes.tolist(), strict=True):
-        out.copy_(_changed(clip, *change))
+    with float32_products(frames.device):  # of which the places of the pixels are some
+        for out, clip, row in zip(changed, frames, changes.tolist(), strict=True):
+            out.copy_(_changed(clip, Change(*row)))
     return changed
 
 
-def _changed(
-    frames: Tensor, flip: float, grey: float, scale: float, x: float, y: float, factor: float, brightness: float
-) -> Tensor:
+def _changed(frames: Tensor, change: Change) -> Tensor:
     """Crop and shift a clip `[T, 3, S, S]`, flip it, take its colours and change its light about the mean.
 
     What comes back is whole numbers from 0 to 255 of any type, and of one channel where colours are gone.
     """
+    flip, grey, scale, x, y, factor, brightness = change
     moves, lit = (scale, x, y) != (1.0, 0.0, 0.0), (factor, brightness) != (1.0, 1.0)
     if not (moves or grey or lit):
         return frames.flip(-1) if flip else frames
-    size, device = frames.shape[-1], frames.device
     pixels = frames.float()
     if moves:
         # "border" repeats the edge, as a shift needs.
-        across = -scale if flip else scale
-        theta = torch.tensor([[[across, 0, x], [0, scale, y]]], dtype=torch.float32).to(device, non_blocking=True)
+        across, size = -scale if flip else scale, frames.shape[-1]
+        theta = torch.tensor([[[across, 0, x], [0, scale, y]]], dtype=torch.float32)
+        theta = theta.to(frames.device, non_blocking=True)
         grid = torch.nn.functional.affine_grid(theta, [1, 3, size, size], align_corners=False)
         grids = grid.expand(len(frames), -1, -1, -1)
         pixels = torch.nn.functional.grid_sample(pixels, grids, padding_mode="border", align_corners=False)
     elif flip:
         pixels = pixels.flip(-1)
     if grey:
-        luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)
-        pixels = pixels.mul_(luma.view(3, 1, 1)).sum(1, keepdim=True)
+        red, green, blue = pixels.split(1, 1)
+        pixels = (red * 0.299 + green * 0.587) + blue * 0.114
     if lit:
         mean = pixels.expand_as(frames).mean()
         pixels.sub_(mean).mul_(factor).add_(mean * brightness)

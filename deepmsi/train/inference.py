@@ -47,10 +47,11 @@ def predict_logits(
     rank, world = process_rank()
     part: Sequence[int] = range(rank, len(dataset), world)
     device = next(model.parameters()).device
+    batch_size = settings.eval_batch_size or settings.batch_size
     loader: DataLoader[Any] = DataLoader(
         Subset(dataset, part),
-        batch_size=settings.eval_batch_size or settings.batch_size,
-        num_workers=loader_workers(settings, dataset.config, device),
+        batch_size=batch_size,
+        num_workers=loader_workers(settings, dataset, device, batch_size),
         collate_fn=Collator(model.config, model.text_processor, model.audio_processor, with_labels=False),
         pin_memory=device.type == "cuda",
     )

@@ -136,8 +136,8 @@ class TrainSettings(Section):
     workers: int | None = Field(
         None,
         ge=0,
-        description="processes that load; null: none where the CPU trains, and for a GPU one for each of its cores but "
-        "one, 8 at most; results do not depend on it",
+        description="processes that load; null: none where the CPU trains, and for a GPU one for each core but one, 8 "
+        "at most; results do not depend on it",
     )
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(1, ge=1, description="epochs")

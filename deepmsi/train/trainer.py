@@ -528,7 +528,7 @@ def _arguments(fit: Fit) -> TrainingArguments:
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_num_workers=loader_workers(settings, fit.train.config, training_device(settings)),
+            dataloader_num_workers=loader_workers(settings, fit.train, training_device(settings), settings.batch_size),
             dataloader_pin_memory=not cpu,
             seed=fit.seed % 2**32,
             log_level="error",

@@ -366,3 +366,15 @@ def test_numbers_that_json_lacks_become_null() -> None:
 
     value = plain({"a": float("nan"), "b": np.float32(0.5), "c": (Path("x"), np.arange(2)), 3: True})
     assert value == {"a": None, "b": 0.5, "c": ["x", [0, 1]], "3": True}
+
+
+def test_a_process_that_loads_and_is_lost_is_one_sentence(monkeypatch, capsys) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that\nit is full.")
+
+    monkeypatch.setattr(cli, "app", lost)
+    assert cli.main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "worker (pid 7) is killed by signal: Bus error. It is possible that it is full." in told
+    assert "set train.workers=0, or give /dev/shm more room" in told

@@ -98,6 +98,15 @@ def test_a_text_that_stands_alone_is_predicted_as_it_is_beside_a_clip_of_nothing
     assert render_predictions(found[2:]).startswith(f"so angry: {found[2].label} (")
 
 
+def test_a_text_alone_needs_no_encoder_of_sound(tiny, recwarn):
+    """Which is not there, or not known."""
+    for source in ("/nowhere/wav2vec", None):
+        model = tiny(text={"encoder": "hashing", "dim": 8}, audio={"encoder": "features", "features_from": source})
+        (found,) = model.predict([None], ["such joy"])
+        assert found.modalities == ("text",)
+    assert not recwarn.list
+
+
 def test_what_no_text_alone_can_be_is_refused(model, tiny):
     with pytest.raises(UserError, match="give a clip or a text that is not blank"):
         model.predict([None], ["  "])
@@ -105,6 +114,12 @@ def test_what_no_text_alone_can_be_is_refused(model, tiny):
         model.predict([None], ["joy"], timeline=1.0)
     with pytest.raises(UserError, match="goes over the windows of a recording: give a clip"):
         model.predict([None], timeline=1.0)
+    with pytest.raises(UserError, match="None for the clip of a text that stands alone"):
+        model.predict([], ["joy"])
+    torch.nn.init.constant_(model.classifier.output.bias, torch.nan)
+    with pytest.raises(UserError, match=r"^the text 'joy joy .*\[\.\.\.\]': the model's logits are not finite") as told:
+        model.predict([None], ["joy " * 1000])
+    assert len(str(told.value)) < 200
     deaf = tiny(text={"encoder": "none"}, audio={"encoder": "none"})
     with pytest.raises(UserError, match="this model reads video: give a clip"):
         deaf.predict([None], ["joy"])

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepmsi import DeepMSI, DeepMSIConfig
 from deepmsi.errors import UserError
 from deepmsi.models.config import VisionConfig
-from deepmsi.models.vision import VideoBranch
+from deepmsi.models.vision import VideoBranch, check_vision
 from deepmsi.testing import assert_within_budget, randn
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depths": [1, 1, 1], "heads": [1, 1, 1], "window": 4}
@@ -308,3 +309,19 @@ def test_the_stem_of_a_backbone_of_timm(schedule: str | None) -> None:
     assert schedule is None or {name.split(".")[4] for name in first} == {"compress", "mlp", "norm2"}
     assert not any(name.startswith(("patch_embed", "layers.0", "layers.1", "layers.2.downsample")) for name in learning)
     assert learning if schedule else learning == ["norm.weight", "norm.bias"]
+
+
+def test_pretrained_weights_come_from_the_file_that_is_named(tmp_path: Path) -> None:
+    timm, name = pytest.importorskip("timm"), "swinv2_tiny_window8_256"
+    source = timm.create_model(name, img_size=64)
+    save_file(source.state_dict(), file := tmp_path / "swin.safetensors")
+    config = VisionConfig(backbone=name, pretrained=str(file), image_size=64, frames=2)
+    check_vision(config)
+    found = VideoBranch(config).backbone.state_dict()
+    for key, value in source.state_dict().items():
+        if key in found and key.startswith("layers.3"):
+            assert torch.equal(found[key], value), key
+    file.unlink()
+    VideoBranch(config, weights=False)  # as where a checkpoint's weights follow
+    with pytest.raises(UserError, match="there is no such file of weights"):
+        check_vision(config)

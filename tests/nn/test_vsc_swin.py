@@ -515,19 +515,39 @@ def test_weights_are_read_from_a_file(tmp_path: Path) -> None:
             torch.testing.assert_close(ours(frames), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["absent", "a folder", "pickle", "broken", "another model", "another size"])
-def test_a_file_without_the_weights_is_refused(tmp_path: Path, case: str) -> None:
+EMBEDDING = "patch_embed.proj.weight"
+# What a file holds in place of the weights, or beside them, and what is said of it.
+OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "some": ({EMBEDDING: torch.zeros(96, 3, 4, 4)}, "it lacks "),
+    "none": ({"model": torch.zeros(3)}, f"it lacks {EMBEDDING}"),
+    "flat": ({EMBEDDING: torch.zeros(96, 48)}, f"it lacks {EMBEDDING}"),
+    "wide": ({"norm.weight": torch.zeros(8)}, "size mismatch for norm.weight"),
+    "deep": ({"layers.2.blocks.7.norm1.bias": torch.zeros(384)}, "nor has that layers.2.blocks.7.norm1.bias"),
+    "whole": ({"norm.weight": torch.zeros(768, dtype=torch.int8)}, "norm.weight is torch.int8"),
+    "lost": ({"norm.bias": torch.full((768,), torch.nan)}, "norm.bias is torch.float32, or not finite"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_file_of_other_weights_is_refused(tmp_path: Path, case: str) -> None:
+    changes, words = OTHERS[case]
+    held = {} if case in ("some", "none", "flat") else timm.create_model(NAME, num_classes=0).state_dict()
+    save_file({**held, **changes}, file := tmp_path / "swin.safetensors")
+    with pytest.raises(UserError) as told:
+        VSCSwin.from_timm(NAME, file)
+    assert str(told.value).startswith(f"{file}: the file does not hold weights of {NAME} ({words}")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("case", ["absent", "a folder", "pickle", "broken"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, case: str) -> None:
     file = tmp_path / ("swin.bin" if case == "pickle" else "swin.safetensors")
-    if case == "another model":
-        save_file({"patch_embed.proj.weight": torch.zeros(96, 3, 4, 4)}, file)
-    elif case == "another size":
-        save_file({"patch_embed.proj.bias": torch.zeros(128)}, file)
-    elif case == "a folder":
+    if case == "a folder":
         file.mkdir()
     elif case != "absent":
         file.write_bytes(b"\x80\x04 not weights")
     words = {"absent": "there is no such file", "pickle": r"are read from \.safetensors files alone"}
-    with pytest.raises(UserError, match=words.get(case, f"the file does not hold weights of {NAME}")) as told:
+    with pytest.raises(UserError, match=words.get(case, "the file cannot be read")) as told:
         VSCSwin.from_timm(NAME, file)
     assert str(told.value).startswith(f"{file}: ")
     assert "\n" not in str(told.value)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from small_corpus import make_recipe, prepared_corpus
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from deepmsi.data.store import PreparedData
+from deepmsi.errors import DiskFullError
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
 from deepmsi.train.augment import CHANGES, augment_audio, change_frames, draw_change, reorder, to_device
 from deepmsi.train.dataset import AugmentSettings, Collator, EpochBatches, UtteranceDataset, hide_modalities
 from deepmsi.train.seeding import derive_seed
-from deepmsi.train.workers import loader_workers
+from deepmsi.train.stems import Stems
+from deepmsi.train.workers import loader_workers, utterance_bytes
 
 VIDEO = {"vision": {"backbone": "small", "image_size": 64, "frames": 2}, "fusion": {"modality_dropout": 0.3}}
 
@@ -178,42 +180,81 @@ def test_changing_frames_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) ->
     with FakeTensorMode() as mode:
         frames = torch.empty(2, 3, 3, 16, 16, dtype=torch.uint8, device="cuda")
         here = mode.from_tensor(changes)
-        monkeypatch.setattr(type(here), "tolist", lambda self: numbers)  # of the CPU's memory
+        monkeypatch.setattr(here, "tolist", lambda: numbers, raising=False)  # of the CPU's memory
         out = change_frames(frames, here)
     assert (out.shape, out.dtype, out.device.type) == (frames.shape, torch.uint8, "cuda")
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "cores", "processes", "free", "wanted"),
+    ("asked", "device", "cores", "processes", "free", "size", "wanted"),
     [
-        (None, "cpu", 16, 1, 10**12, 0),
-        (None, "cuda", 16, 1, 10**12, 8),
-        (None, "cuda", 4, 1, 10**12, 3),
-        (None, "cuda", 16, 4, 10**12, 3),
-        (None, "cuda", 1, 1, 10**12, 0),
-        (None, "cuda", 16, 1, 24 << 20, 2),  # 16 clips of 15 frames of 64 px take 3 MB, thrice
-        (None, "cuda", 16, 1, 1 << 20, 0),
-        (5, "cpu", 16, 1, 10**12, 5),
-        (0, "cuda", 16, 1, 10**12, 0),
+        (None, "cpu", 16, 1, 10**12, 1, 0),
+        (None, "cuda", 16, 1, 10**12, 1, 8),
+        (None, "cuda", 4, 1, 10**12, 1, 3),
+        (None, "cuda", 16, 4, 10**12, 1, 3),
+        (None, "cuda", 1, 1, 10**12, 1, 0),
+        (None, "cuda", 16, 1, 10**12, 8, 2),
+        (None, "cuda", 16, 1, 8 * 24576, 1, 2),  # a clip of 2 frames of 64 px takes 24 kB, and there are 4 at a time
+        (None, "cuda", 16, 1, 1000, 1, 0),
+        (5, "cpu", 16, 1, 10**12, 1, 5),
+        (0, "cuda", 16, 1, 10**12, 1, 0),
     ],
-    ids=["cpu", "gpu", "few cores", "shared", "one core", "little memory", "no memory", "asked", "none"],
+    ids=[
+        "cpu",
+        "gpu",
+        "few cores",
+        "shared",
+        "one core",
+        "few batches",
+        "little memory",
+        "none",
+        "asked",
+        "asked none",
+    ],
 )
 def test_as_many_processes_load_as_serve_the_device(
+    video_corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
     asked: int | None,
     device: str,
     cores: int,
     processes: int,
     free: int,
+    size: int,
     wanted: int,
 ) -> None:
     monkeypatch.setattr("deepmsi.train.workers.usable_cpus", lambda: cores)
     monkeypatch.setattr("deepmsi.train.workers._SHARED", Path("/"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    vision = {"backbone": "small", "image_size": 64, "frames": 15}
-    recipe = make_recipe(vision=vision, train={"workers": asked, "batch_size": 16})
-    assert loader_workers(recipe.train, recipe, torch.device(device)) == wanted
+    rows, recipe = dataset(video_corpus), make_recipe(train={"workers": asked})
+    assert loader_workers(recipe.train, rows, torch.device(device), size) == wanted
+
+
+def test_no_process_loads_what_is_no_load(video_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = dataset(video_corpus, vision={"backbone": "none"})
+    monkeypatch.setattr("deepmsi.train.workers.usable_cpus", lambda: 16)
+    assert utterance_bytes(rows) == 0  # features alone
+    assert loader_workers(make_recipe().train, rows, torch.device("cuda"), 1) == 0
+    rows = dataset(video_corpus, audio={"encoder": "logmel", "max_seconds": 2.0, "sample_rate": 8000})
+    assert utterance_bytes(rows) == 2 * 3 * 64 * 64 + 5 * 16000
+    rows.stems = Stems(Path(), (2, 4, 4, 16), torch.float32)
+    assert utterance_bytes(rows) == 2 * 4 * 4 * 16 * 4 + 5 * 16000
+
+
+class Failing(Dataset[int]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> int:
+        raise DiskFullError(f"the frames of row {i} are gone (OSError: no such file); prepare it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_in_a_process_that_loads_is_one_sentence(workers: int) -> None:
+    with pytest.raises(DiskFullError) as told:
+        list(DataLoader(Failing(), num_workers=workers))
+    assert str(told.value) == "the frames of row 0 are gone (OSError: no such file); prepare it again"
 
 
 def test_audio_augmentations_do_what_they_say() -> None:
