@@ -83,15 +83,14 @@ def endless(source: DataLoader) -> Iterator[Batch]:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("augment", [False, True], ids=["stored", "augmented"])
 def bench_loader(compare: Any, device: str, data: PreparedData, augment: bool, workers: int) -> None:
-    """An epoch of batches, as a step on the CPU gets them, and nothing else."""
-    if device == "cuda":
-        pytest.skip("batches are made on the CPU whatever the device: --device cpu")
-    source = loader(data, config_of("released"), augment, workers, batch=2)
+    """An epoch of batches, as a step on the device gets them, and nothing else."""
+    where = torch.device(device)
+    source = loader(data, config_of("released"), augment, workers, batch=2, device=device)
     assert next(iter(source))["pixel_values"].shape == (2, FRAMES, 3, SIZE, SIZE)
 
     def run() -> None:
         for batch in source:
-            to_device(batch, torch.device("cpu"))
+            to_device(batch, where)
 
     compare(
         run,

@@ -240,14 +240,15 @@ class UtteranceTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Loader of this process's share; the keys carry the epoch, so workers may outlive it."""
-        args = self.args
+        settings = self.fit.recipe.train
+        workers = loader_workers(settings, self.fit.train, self.args.device, settings.batch_size)
         return DataLoader(
             self.fit.train,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            persistent_workers=args.dataloader_num_workers > 0,
-            pin_memory=args.dataloader_pin_memory,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -528,7 +529,6 @@ def _arguments(fit: Fit) -> TrainingArguments:
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_num_workers=loader_workers(settings, fit.train, training_device(settings), settings.batch_size),
             dataloader_pin_memory=not cpu,
             seed=fit.seed % 2**32,
             log_level="error",

@@ -25,6 +25,7 @@ from deepmsi.train.ablate import ablate, variants_of
 from deepmsi.train.augment import draw_change, reorder
 from deepmsi.train.recipe import AugmentSettings, Recipe, load_recipe
 from deepmsi.train.run import train
+from deepmsi.train.workers import utterance_bytes
 
 VISION: dict[str, Any] = {
     "backbone": "swinv2_tiny_window8_256",
@@ -137,6 +138,21 @@ def test_the_steps_are_those_of_frames(changes: dict[str, Any], data: Path, tmp_
     stored = load_file(files(data)[0])["stem"]
     assert stored.dtype == (torch.bfloat16 if narrow else torch.float32)
     assert stored.shape == (2, 4, 4, 16)
+
+
+def test_processes_that_load_are_counted_for_what_they_load(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stems, where these take the frames' place."""
+    sizes: list[int] = []
+
+    def counted(settings: Any, dataset: Any, *_: Any) -> int:
+        sizes.append(utterance_bytes(dataset))
+        return 0
+
+    monkeypatch.setattr(trainer_module, "loader_workers", counted)
+    train(recipe(), data, tmp_path / "run")
+    assert set(sizes) == {2 * 4 * 4 * 16 * 4}
 
 
 def test_what_is_not_augmented_draws_as_many_numbers() -> None:
