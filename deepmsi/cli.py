@@ -455,6 +455,19 @@ def predict(
         list[Path] | None,
         typer.Argument(metavar="CLIP...", help="Video or sound files; none where a text is all.", parser=_path),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="MANIFEST_OR_DIR",
+            help="Read every row of a manifest, or of what `deepmsi prepare` wrote; labels need not be there.",
+            parser=_path,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="PART", help="With --data: only train, dev or test, by the data's column split."),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -468,7 +481,8 @@ def predict(
         typer.Option(metavar="SECONDS", help="Go over long recordings in windows of this length."),
     ] = None,
     fmt: Annotated[
-        TimelineFormat | None, typer.Option("--format", help="Of the timeline; csv, or by the name of --out.")
+        TimelineFormat | None,
+        typer.Option("--format", help="Of a timeline or of the rows of --data; csv, or by the name of --out."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -478,11 +492,14 @@ def predict(
     precision: PrecisionOpt = PrecisionName.fp32,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what clips, or texts, express: labels with probabilities, or a timeline of a long recording."""
-    from deepmsi.report import text as render
-
-    if not clips and not text:
-        raise UserError("there is nothing to predict from: give a CLIP, or --text where the model reads text")
+    """Say what clips, texts or the rows of a manifest express: labels with probabilities, or a timeline."""
+    if data is not None and (clips or text or timeline is not None):
+        other = "a CLIP" if clips else "--text" if text else "--timeline"
+        raise UserError(f"--data names all that is to be read: leave {other} out, or --data")
+    if split is not None and data is None:
+        raise UserError("--split is a part of the rows of --data: give both")
+    if data is None and not clips and not text:
+        raise UserError("there is nothing to predict from: give a CLIP, --data, or --text where the model reads text")
     if not clips and timeline is not None:
         raise UserError("--timeline goes over a recording: give a CLIP")
     if clips and text and len(text) not in (1, len(clips)):
@@ -491,6 +508,53 @@ def predict(
         )
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
+    chosen = _prediction_format(fmt, out, as_json, rows=data is not None, windows=timeline is not None)
+    subtitles = chosen in (TimelineFormat.srt, TimelineFormat.vtt)
+    if subtitles and clips and len(clips) > 1:
+        raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
+
+    with working() as result:
+        from deepmsi.data.files import write_text
+        from deepmsi.report import text as render
+
+        if data is not None:
+            from deepmsi.train.predict import predict_rows
+
+            rows = predict_rows(run, data, split, _device(device), precision.value)
+            as_table = chosen is TimelineFormat.csv
+            document = render.render_rows(rows) if as_table else json_text([row.to_dict() for row in rows])
+        else:
+            from deepmsi.models.predict import load_run
+
+            model = load_run(run, _device(device), precision.value)
+            if clips and text and "text" not in model.modalities:
+                say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
+            texts = [text[0]] * len(clips) if clips and text and len(text) == 1 else text
+            given: list[Path | None] = [*clips] if clips else [None] * len(text or ())
+            predictions = model.predict(given, texts=texts, timeline=timeline, progress=True, precision=precision.value)
+            if chosen is TimelineFormat.json:
+                document = json_text([p.to_dict() for p in predictions])
+            elif timeline is None:
+                document = render.render_predictions(predictions)
+            elif subtitles:
+                document = render.render_subtitles(predictions, web=chosen is TimelineFormat.vtt)
+            else:
+                document = render.render_timeline(predictions)
+        if out is None:
+            result.write(document)
+        elif os.environ.get("RANK", "0") == "0":
+            write_text(out, document)
+            say(f"written to {out}")
+
+
+def _prediction_format(
+    fmt: TimelineFormat | None, out: Path | None, as_json: bool, *, rows: bool, windows: bool
+) -> TimelineFormat:
+    """How predictions of rows, of windows, or of clips are written: as asked, by the name of --out, or as CSV.
+
+    Raises:
+        UserError: there is no such form of them, or --out is no place for a file.
+    """
     if as_json and fmt not in (None, TimelineFormat.json):
         raise UserError(f"--json and --format {fmt.value} exclude each other; give one of them")
     if out is not None and not out.parent.is_dir():
@@ -499,40 +563,16 @@ def predict(
         raise UserError(f"--out {out} is a folder; name a file in it")
     by_name = {f".{each}": each for each in TimelineFormat}.get(out.suffix.lower() if out else "")
     asked = TimelineFormat.json if as_json else fmt or by_name
-    if timeline is None and asked not in (None, TimelineFormat.json):
-        what = f"--format {fmt}" if fmt else f"--out {out}"
+    what = f"--format {fmt}" if fmt else f"--out {out}"
+    if rows and asked not in (None, TimelineFormat.csv, TimelineFormat.json):
+        raise UserError(f"{what} is for a timeline; the rows of --data are written as csv or json")
+    if not rows and not windows and asked not in (None, TimelineFormat.json):
         raise UserError(f"{what} is for a timeline; add --timeline SECONDS, or give --json")
-    chosen = asked or TimelineFormat.csv
-    if timeline is not None and out is not None and out.suffix and not by_name and fmt is None and not as_json:
-        known = ", ".join(f".{each}" for each in TimelineFormat)
-        raise UserError(f"--out {out}: a timeline is written as {known}; name the file so, or give --format")
-    subtitles = chosen in (TimelineFormat.srt, TimelineFormat.vtt)
-    if subtitles and clips and len(clips) > 1:
-        raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
-
-    with working() as result:
-        from deepmsi.data.files import write_text
-        from deepmsi.models.predict import load_run
-
-        model = load_run(run, _device(device), precision.value)
-        if clips and text and "text" not in model.modalities:
-            say(f"This model reads {' and '.join(model.modalities)} alone: --text changes nothing.")
-        texts = [text[0]] * len(clips) if clips and text and len(text) == 1 else text
-        given: list[Path | None] = [*clips] if clips else [None] * len(text or ())
-        predictions = model.predict(given, texts=texts, timeline=timeline, progress=True, precision=precision.value)
-        if chosen is TimelineFormat.json:
-            document = json_text([p.to_dict() for p in predictions])
-        elif timeline is None:
-            document = render.render_predictions(predictions)
-        elif subtitles:
-            document = render.render_subtitles(predictions, web=chosen is TimelineFormat.vtt)
-        else:
-            document = render.render_timeline(predictions)
-        if out is None:
-            result.write(document)
-        else:
-            write_text(out, document)
-            say(f"written to {out}")
+    if (rows or windows) and out is not None and out.suffix and not by_name and fmt is None and not as_json:
+        known = "csv or .json" if rows else ", .".join(TimelineFormat)
+        kind = "rows are" if rows else "a timeline is"
+        raise UserError(f"--out {out}: {kind} written as .{known}; name the file so, or give --format")
+    return asked or TimelineFormat.csv
 
 
 def _device(asked: Device) -> str:

@@ -5,10 +5,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deepmsi.train.record import label_columns
+from deepmsi.train.record import label_columns, predictions_table
 
 if TYPE_CHECKING:
     from deepmsi.models.predict import Prediction
+    from deepmsi.train.predict import RowPrediction
 
 NAMES = {"accuracy": "accuracy", "uar": "UAR", "weighted_f1": "weighted F1", "macro_f1": "macro F1"}
 
@@ -96,6 +97,16 @@ def render_predictions(predictions: Sequence["Prediction"]) -> str:
         name = " ".join((item.text or "").split()) if item.clip is None else item.clip
         lines.append(f"{name}: {item.label} ({likeliest})")
     return "\n".join(lines) + "\n"
+
+
+def render_rows(predictions: Sequence["RowPrediction"]) -> str:
+    """CSV as `predictions.csv` has it: id, label, predicted, and a probability column per label."""
+    labels = list(predictions[0].probabilities) if predictions else []
+    table = [
+        [row.id, row.label or "", row.predicted, *(f"{value:.6f}" for value in row.probabilities.values())]
+        for row in predictions
+    ]
+    return predictions_table(table, labels)
 
 
 def render_timeline(predictions: Sequence["Prediction"]) -> str:

@@ -25,6 +25,7 @@ from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, wr
 from deepmsi.train.rows import Selection, in_words, open_shared, readable, select_rows
 
 if TYPE_CHECKING:
+    from deepmsi.data.options import PrepareOptions
     from deepmsi.data.store import PreparedData, PreparedRow
     from deepmsi.models.config import DeepMSIConfig
     from deepmsi.models.deepmsi import DeepMSI
@@ -67,29 +68,17 @@ def evaluate(
     if out is not None and (Path(out) / RUN).exists():
         raise UserError(f"{out} is a run, whose own scores would be lost: give another folder, such as {out}/scores.")
     facts = read_run(run)
-    recipe = load_recipe(run / RECIPE)
-    if device is not None:
-        there = recipe.train.model_copy(update={"device": device, "precision": "fp32"})
-        check_device(there)
-        recipe = recipe.model_copy(update={"train": there})
-    where = training_device(recipe.train)
-    check_precision(precision, where)
-    start_processes(where)
-    model = _load_model(run).to(where)
+    recipe, model = load_trained(run, device, precision)
     _check_left(model.config.modalities, drop)
     with TemporaryDirectory() as temporary, leaving_no_empty(Path(out or temporary)):
         if out is not None:
             _make_folder(Path(out))
         folder = Path(out or temporary) / "prepared"
-        # Each fold may have had features of its own encoder: these are of the one that the kept model reads.
-        encoders = {
-            f"{name}_encoder": section.features_from
-            for name in ("text", "audio")
-            if (section := getattr(model.config, name)).encoder == "features"
-        }
-        options = recipe.prepare.model_copy(update=encoders)
         prepared = open_shared(
-            data, options, folder, lambda rows: _select(rows, model.config, recipe, drop, split=split)
+            data,
+            options_of(model.config, recipe),
+            folder,
+            lambda rows: _select(rows, model.config, recipe, drop, split=split),
         )
         result, predictions = evaluate_model(model, recipe, prepared, drop, split, precision)
     trained = set(facts.get("trained_ids", ()))
@@ -155,6 +144,15 @@ def _select(
     split: str | None = None,
 ) -> Selection:
     selection = select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures)
+    return of_part(selection, rows, split)
+
+
+def of_part(selection: Selection, rows: Sequence[PreparedRow], split: str | None) -> Selection:
+    """Leave out the rows that are not of a part by the column `split`; None leaves all.
+
+    Raises:
+        UserError: no row is of it.
+    """
     if split is None:
         return selection
     inside = np.array([rows[i].split == split for i in selection.indices])
@@ -167,6 +165,17 @@ def _select(
     return selection
 
 
+def options_of(config: DeepMSIConfig, recipe: Recipe) -> PrepareOptions:
+    """How a manifest is prepared for the model of a run."""
+    # Each fold may have had features of its own encoder: these are of the one that the kept model reads.
+    encoders = {
+        f"{name}_encoder": section.features_from
+        for name in ("text", "audio")
+        if (section := getattr(config, name)).encoder == "features"
+    }
+    return recipe.prepare.model_copy(update=encoders)
+
+
 def prediction_rows(
     ids: Sequence[str], classes: NDArray[np.int64], logits: NDArray[np.float32], names: Sequence[str]
 ) -> list[list[str]]:
@@ -176,6 +185,23 @@ def prediction_rows(
         [row_id, names[label], names[int(p.argmax())], *(f"{value:.6f}" for value in p)]
         for row_id, label, p in zip(ids, classes, probabilities, strict=True)
     ]
+
+
+def load_trained(run: Path, device: str | None, precision: Precision) -> tuple[Recipe, DeepMSI]:
+    """Load what a run trained to the device on which it is to be scored, and start the processes of a launcher.
+
+    Raises:
+        UserError: no such run, no such device or precision on it.
+    """
+    recipe = load_recipe(run / RECIPE)
+    if device is not None:
+        there = recipe.train.model_copy(update={"device": device, "precision": "fp32"})
+        check_device(there)
+        recipe = recipe.model_copy(update={"train": there})
+    where = training_device(recipe.train)
+    check_precision(precision, where)
+    start_processes(where)
+    return recipe, _load_model(run).to(where)
 
 
 def _load_model(run: Path) -> DeepMSI:

@@ -53,11 +53,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_predictions(path: Path, rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """Write `predictions.csv`, whose columns `label_columns` names."""
+    """Write `predictions.csv`."""
+    write_text(path, predictions_table(rows, names))
+
+
+def predictions_table(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """What `predictions.csv` holds, whose columns `label_columns` names."""
     header = label_columns(("id", "label", "predicted"), names)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def label_columns(own: Sequence[str], labels: Sequence[str]) -> list[str]:

@@ -69,6 +69,7 @@ def open_data(
     prepared: Path,
     check: Callable[[Sequence[PreparedRow]], object],
     begun: str | None = None,
+    labelled: bool = True,
 ) -> PreparedData:
     """Open a prepared folder, or prepare a manifest first.
 
@@ -80,9 +81,11 @@ def open_data(
             decoded what would be refused after.
         begun: fingerprint of the data of the run that is continued: a manifest whose rows differ from what was
             prepared for it is refused before its clips are decoded, too.
+        labelled: whether a manifest has to have labels.
 
     Raises:
-        UserError: neither, no label at all, other rows, what `check` refuses, or nothing in it could be prepared.
+        UserError: neither, no label at all where there has to be one, other rows, what `check` refuses, or nothing in
+            it could be prepared.
     """
     if not path.exists():
         raise UserError(f"There is no data at {path}: give a manifest or a prepared folder.")
@@ -92,8 +95,11 @@ def open_data(
     from deepmsi.data.prepare import expected_rows, prepare
 
     manifest = read_manifest(path)
-    if all(row.label is None for row in manifest.rows):
-        raise UserError(f"{path}: no row has a label: training and evaluation read them from the column 'label'.")
+    if labelled and all(row.label is None for row in manifest.rows):
+        raise UserError(
+            f"{path}: no row has a label: training and evaluation read them from the column 'label', and deepmsi "
+            "predict RUN --data does without."
+        )
     if begun is not None and (change := _first_change(manifest.rows, prepared, begun)):
         raise UserError(
             f"{prepared.parent} was begun with other data ({change} {path}): resume it with the same, or give another "
@@ -109,12 +115,13 @@ def open_shared(
     prepared: Path,
     check: Callable[[Sequence[PreparedRow]], object],
     begun: str | None = None,
+    labelled: bool = True,
 ) -> PreparedData:
     """`open_data` for the processes of a group: what the first has prepared the others open, where they see it."""
     own: list[PreparedData] = []
 
     def opened() -> tuple[Path, str]:
-        own.append(open_data(path, options, prepared, check, begun))
+        own.append(open_data(path, options, prepared, check, begun, labelled))
         return prepared, own[0].fingerprint
 
     folder, fingerprint = from_main(opened)
@@ -161,8 +168,9 @@ def select_rows(
     exclude: Sequence[str],
     hidden: Sequence[str] = (),
     failures: Sequence[Mapping[str, str]] = (),
+    labelled: bool = True,
 ) -> Selection:
-    """Choose the labelled rows that a model can read.
+    """Choose the rows that a model can read, and of these the labelled ones.
 
     Args:
         rows: of the prepared folder.
@@ -171,6 +179,7 @@ def select_rows(
         exclude: labels whose rows are left out.
         hidden: modalities that do not count as present.
         failures: what could not be prepared, as `PreparedData.failures` lists it, so that it is told.
+        labelled: whether a row without a label is left out; else no label is looked at, and all classes are -1.
 
     Raises:
         UserError: no row is left, fewer than two classes, or a row has a label that is not among the classes.
@@ -188,13 +197,13 @@ def select_rows(
         there = present_modalities(row, config)
         if row.label in exclude and row.label is not None:
             left_out[f"the label {row.label!r} is excluded by the recipe"] += 1
-        elif row.label is None:
+        elif row.label is None and labelled:
             left_out["they have no label"] += 1
         elif not any(has and name not in hidden for has, name in zip(there, MODALITIES, strict=True)):
             left_out[f"they have none of {', '.join(in_words(config, read))}"] += 1
         else:
             indices.append(i)
-            labels.append(row.label)
+            labels.append(row.label or "")
             missing = {name for has, name in zip(there, MODALITIES, strict=True) if not has and name in read}
             poorer += [loss["reason"] for loss in losses.get(row.id, ()) if missing & _COSTS[loss["modality"]]][:1]
     if not indices:
@@ -204,12 +213,13 @@ def select_rows(
     if len(classes) < 2:
         raise UserError(f"The data have one class only ({classes[0]!r}): a classifier needs two or more.")
     position = {name: k for k, name in enumerate(classes)}
-    for i, label in zip(indices, labels, strict=True):
-        check_label(rows[i].id, label, classes)
+    if labelled:
+        for i, label in zip(indices, labels, strict=True):
+            check_label(rows[i].id, label, classes)
     return Selection(
         classes,
         np.array(indices, dtype=np.int64),
-        np.array([position[label] for label in labels], dtype=np.int64),
+        np.array([position[label] if labelled else -1 for label in labels], dtype=np.int64),
         dict(left_out),
         poorer,
         sorted(set(exclude) - {row.label for row in rows}),

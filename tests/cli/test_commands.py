@@ -118,6 +118,76 @@ def test_predict_from_texts_alone(deepmsi, trained) -> None:
     ]
 
 
+def _table(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def _manifest_without(clips: Path, column: str, folder: Path, changes: dict[str, dict[str, str]] | None = None) -> Path:
+    """Write the manifest of a set without a column, with absolute paths, and with other cells in some rows."""
+    rows = _table((clips / "manifest.csv").read_text())
+    for row in rows:
+        row["video"] = str(clips / row["video"])
+        row |= (changes or {}).get(row["id"], {})
+    file = folder / "new.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [name for name in rows[0] if name != column], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def test_rows_without_labels_are_predicted_as_labelled_ones(deepmsi, trained, clips, prepared, tmp_path) -> None:
+    scores, unlabelled = tmp_path / "scores", _manifest_without(clips, "label", tmp_path)
+    assert deepmsi("evaluate", trained, "--data", prepared, "--out", scores).code == 0
+    known = _table((scores / "predictions.csv").read_text())
+    outcome = deepmsi("predict", trained, "--data", unlabelled, "--out", tmp_path / "new-predictions.csv")
+    assert (outcome.code, outcome.out) == (0, ""), outcome
+    found = _table((tmp_path / "new-predictions.csv").read_text())
+    assert found == [row | {"label": ""} for row in known]
+
+    # Of what is prepared, with its labels, as JSON; and a part of it.
+    items = json.loads(deepmsi("predict", trained, "--data", prepared, "--json").out)
+    assert [[item["id"], item["label"], item["predicted"]] for item in items] == [
+        [row["id"], row["label"], row["predicted"]] for row in known
+    ]
+    assert [f"{item['probabilities']['joy']:.6f}" for item in items] == [row["joy"] for row in known]
+    part = _table(deepmsi("predict", trained, "--data", prepared, "--split", "test").out)
+    assert part == [row for row in known if row["id"].startswith("s03")]
+    assert "no row has a label" in deepmsi("evaluate", trained, "--data", unlabelled).err
+
+
+def test_rows_of_other_labels_and_unreadable_ones_are_told_apart(deepmsi, trained, clips, tmp_path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    bad = {"video": str(tmp_path / "bad.mp4"), "text": ""}
+    data = _manifest_without(clips, "speaker", tmp_path, {"s00-joy-0": bad, "s01-joy-0": {"label": "no emotion"}})
+    outcome = deepmsi("predict", trained, "--data", data)
+    assert outcome.code == 0, outcome
+    rows = {row["id"]: row for row in _table(outcome.out)}
+    assert len(rows) == 23
+    assert rows["s01-joy-0"]["label"] == "no emotion"
+    assert rows["s01-joy-0"]["predicted"] in LABELS
+    assert "1 row left out: nothing of them could be read" in outcome.err
+    assert "bad.mp4" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "{data}", "clip.mp4"], "leave a CLIP out, or --data"),
+        (["--data", "{data}", "--text", "no"], "leave --text out, or --data"),
+        (["--data", "{data}", "--timeline", "2"], "leave --timeline out, or --data"),
+        (["clip.mp4", "--split", "test"], "--split is a part of the rows of --data"),
+        (["--data", "{data}", "--format", "srt"], "--format srt is for a timeline; the rows of --data are written as"),
+        (["--data", "{data}", "--out", "rows.vtt"], "--out rows.vtt is for a timeline; the rows of --data are"),
+        (["--data", "{data}", "--out", "rows.txt"], "rows are written as .csv or .json; name the file so"),
+        (["--data", "{data}", "--split", "dev"], "No row is of the part 'dev': the column split holds test, train"),
+        (["--data", "nowhere.csv"], "There is no data at nowhere.csv"),
+    ],
+)
+def test_what_goes_with_data_in_predict(mistake, trained, prepared, words, sentence) -> None:
+    assert sentence in mistake("predict", trained, *(word.format(data=prepared) for word in words))
+
+
 @pytest.mark.parametrize(
     ("asked", "there", "device"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "")],

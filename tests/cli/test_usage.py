@@ -92,7 +92,7 @@ def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
         (["train"], "RECIPE"),
         (["train", "demo", "--out", "run"], "--data"),
         (["train", "demo", "--data", "x"], "--out"),
-        (["predict", "run"], "give a CLIP, or --text"),
+        (["predict", "run"], "give a CLIP, --data, or --text"),
         (["predict", "run", "--text", "so", "--timeline", "3"], "goes over a recording: give a CLIP"),
         (["report", "run", "--shiny"], "--shiny"),
         (["prepare", "m.csv", "--out", "d", "--frames", "0"], "frames"),
