@@ -20,10 +20,10 @@ from deepmsi.errors import DiskFullError, UserError
 
 
 def usable_cpus() -> int:
-    """Return how many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many processors this process may use, by its affinity and by the quota of its container."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
 
 
 def run_tasks(tasks: Sequence[Task], workers: int, advance: Callable[[int], None]) -> None:

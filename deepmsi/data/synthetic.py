@@ -8,7 +8,6 @@ score on this set says that the software works from end to end; it says nothing 
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepmsi.data.files import write_bytes, write_text
+from deepmsi.data.pool import usable_cpus
 from deepmsi.errors import UserError
 
 LABELS = ("neutral", "joy", "sadness", "anger", "surprise", "fear")
@@ -485,7 +485,7 @@ def write_synthetic_set(
     plans = plan_clips(seed, speakers, takes)
     jobs = [(plan, clips) for plan in plans]
     texts: list[str] = []
-    workers = min(workers or os.cpu_count() or 1, 4)
+    workers = min(workers or usable_cpus(), 4)
     if workers == 1:
         for job in jobs:
             texts.append(_write_clip(job))

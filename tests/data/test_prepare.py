@@ -21,6 +21,7 @@ import torch
 from deepmsi.data import features, store
 from deepmsi.data.decode import decode_audio, decode_frames
 from deepmsi.data.options import PrepareOptions
+from deepmsi.data.pool import usable_cpus
 from deepmsi.data.prepare import _start, prepare
 from deepmsi.data.store import FORMAT, STARTED, VERSION, PreparedData
 from deepmsi.errors import UserError
@@ -642,3 +643,15 @@ def test_few_files_are_open_at_a_time(prepared, monkeypatch):
         data.frames(i), data.waveform(i)
     assert len(data._maps) == 1
     assert np.array_equal(first, kept), "a view outlives its map's place in the cache"
+
+
+def test_no_more_processors_than_a_container_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    real = open
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("os.path.exists", lambda name: str(name).endswith("cpu.max"))
+    monkeypatch.setattr("builtins.open", lambda name, *more, **words: real(quota, *more, **words))
+    for written, usable in (("300000 100000", 3), ("250000 100000", 3), ("max 100000", 64)):
+        quota.write_text(written)
+        assert usable_cpus() == usable
