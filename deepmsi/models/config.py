@@ -324,7 +324,12 @@ class LossConfig(Section):
         "number",
     )
     text_audio_pair: bool = Field(False, description="contrast text with audio, too, beside video with either")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that goes to all classes alike")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the target that goes to all classes: alike, or by their shares where these adjust logits",
+    )
     class_weights: Literal["balanced"] | list[float] | None = Field(
         None,
         description="one of each class, in their order, or balanced: by the training part's counts; null weighs all "

@@ -16,6 +16,7 @@ from deepmsi.models import checkpoint
 from deepmsi.models.config import MODALITIES, DeepMSIConfig, Precision, building
 from deepmsi.models.encoders import build_audio_encoder, build_text_encoder
 from deepmsi.models.fusion import Classifier, ProjectionHead, SemanticGuide
+from deepmsi.models.losses import UNKNOWN, classification_loss
 from deepmsi.models.vision import VideoBranch
 from deepmsi.nn import TCN, CrossModalContrastiveLoss, KeptTokens, VSCSwin
 
@@ -163,7 +164,7 @@ class DeepMSI(
             input_values, audio_attention_mask: `[U, S]` float and bool, for the audio encoder.
             modality_mask: `[U, 3]` bool, true where video, text, audio is present; None: what is passed is
                 present in every row. What an absent row holds has no influence.
-            labels: `[U]` int64; a loss takes an utterance or more.
+            labels: `[U]` int64; a loss takes an utterance or more. -100 for an utterance that no loss counts.
             return_kept: whether to return which tokens of each frame were kept, too.
 
         Returns:
@@ -379,29 +380,11 @@ class DeepMSI(
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in float32 or wider, by class weights where configured, over all processes' batch."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        joined = world > 1 and self.training
+        joined = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if labels.shape[0] == 0 and not joined:  # NaN would spread to every weight; a process without rows adds zero
             raise UserError("the batch holds no utterance, and a mean over none is no loss: leave it out.")
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        weights = None if self.class_weights is None else self.class_weights.to(wide)
-        loss = nn.functional.cross_entropy(
-            logits.to(wide),
-            labels,
-            weight=weights,
-            reduction="sum",
-            label_smoothing=self.config.loss.label_smoothing,
-        )
-        total = (
-            weights[labels].sum()
-            if weights is not None
-            else torch.full((), labels.shape[0], dtype=loss.dtype, device=loss.device)
-        )
-        if joined:
-            # Data parallelism takes the mean over the processes: the joined batch wants their sum.
-            dist.all_reduce(total)
-            loss = loss * world
-        return loss / total
+        smoothing = self.config.loss.label_smoothing
+        return classification_loss(logits, labels, weights=self.class_weights, label_smoothing=smoothing, joined=joined)
 
     def _contrastive(self, projected: dict[str, Tensor], present: dict[str, Tensor | None], labels: Tensor) -> Tensor:
         """Mean of the pairs' losses: ½ (L(video, text) + L(video, audio)) where all three are configured."""
@@ -414,12 +397,13 @@ class DeepMSI(
             return labels.new_zeros((), dtype=torch.float32)
         count = sum(len(others) for _, others in pairs)
         total = torch.zeros((), device=labels.device)
+        known = labels != UNKNOWN
         for name, others in pairs:
             loss = self.contrast(
                 projected[name],
                 [projected[other] for other in others],
                 labels,
-                valid_a=present[name],
+                valid_a=known if (there := present[name]) is None else there & known,
                 valid_b=[present[other] for other in others],
             )
             total = total + loss * (len(others) / count)

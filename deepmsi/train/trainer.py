@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from deepmsi.errors import UserError
 from deepmsi.models.graphs import VideoGraphs, why_not_training
+from deepmsi.models.losses import classification_loss
 from deepmsi.models.precision import float32_products
 from deepmsi.train import checkpoints
 from deepmsi.train.augment import to_device
@@ -39,7 +40,7 @@ from deepmsi.train.curve import Point, best_point, curve_of, watched_scores
 from deepmsi.train.dataset import Collator, EpochBatches, UtteranceDataset, partial_rows
 from deepmsi.train.history import Records, truncate_history
 from deepmsi.train.inference import predict_logits
-from deepmsi.train.losses import classification_loss, log_prior
+from deepmsi.train.losses import log_prior
 from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.optimizer import build_optimizer
 from deepmsi.train.processes import barrier, from_main, process_rank
@@ -189,6 +190,7 @@ class _Step(nn.Module):
                 focal_gamma=self.focal_gamma,
                 log_prior=self.log_prior,
                 label_smoothing=self.core.config.loss.label_smoothing,
+                joined=True,
             )
         if share is not None:
             cross_entropy = cross_entropy * share
@@ -204,7 +206,8 @@ class UtteranceTrainer(Trainer):
     def __init__(self, model: DeepMSI, fit: Fit, arguments: TrainingArguments) -> None:
         settings = fit.recipe.train
         counts = np.bincount(fit.train.labels, minlength=len(model.config.names)).tolist()
-        prior = log_prior(counts, settings.logit_adjustment) if settings.logit_adjustment else None
+        names, tau = model.config.names, settings.logit_adjustment
+        prior = log_prior(counts, names, tau) if tau else None
         self.fit = fit
         self.core = model
         self.rank, self.world = arguments.process_index, arguments.world_size

@@ -197,14 +197,25 @@ def test_uint8_is_normalised_as_the_configuration_says(tiny, batch):
     torch.testing.assert_close(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 3.0]])
+def test_an_utterance_of_no_known_label_is_in_no_loss(tiny, batch, weights):
+    model = tiny(loss={"class_weights": weights}).eval()
+    unknown = torch.arange(len(LABELS)) == 1
+    out = model(**batch, labels=torch.where(unknown, -100, LABELS))
+    expected = model(**{name: x[~unknown] for name, x in batch.items()}, labels=LABELS[~unknown])
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.contrastive, expected.contrastive)
+
+
 def test_loss_is_the_sum_of_spec_6(tiny, batch):
     from deepmsi.ops import cross_modal_contrastive
 
     weights = [0.5, 1.0, 3.0]
     model = tiny(loss={"class_weights": weights, "contrastive": 0.7, "cross_entropy": 2.0, "label_smoothing": 0.1})
     out = model(**batch, labels=LABELS)
-    expected = nn.functional.cross_entropy(out.logits, LABELS, weight=torch.tensor(weights), label_smoothing=0.1)
-    torch.testing.assert_close(out.cross_entropy, expected)
+    smoothed = nn.functional.cross_entropy(out.logits, LABELS, label_smoothing=0.1, reduction="none")
+    share = torch.tensor(weights)[LABELS]
+    torch.testing.assert_close(out.cross_entropy, (share * smoothed).sum() / share.sum())
     pairs = [cross_modal_contrastive(out.video, other, LABELS) for other in (out.text, out.audio)]
     torch.testing.assert_close(out.contrastive, sum(pairs) / 2)
     torch.testing.assert_close(out.loss, 2 * out.cross_entropy + 0.7 * out.contrastive)

@@ -1,5 +1,7 @@
 """The classification loss against torch and closed forms."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from deepmsi.errors import UserError
-from deepmsi.train.losses import class_weights, classification_loss, log_prior
+from deepmsi.models.losses import classification_loss
+from deepmsi.train.losses import class_weights, log_prior
 
 torch.manual_seed(0)
 LOGITS, LABELS = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 4
@@ -18,7 +21,43 @@ WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["alike", "weighted"])
 def test_it_is_cross_entropy(weights: torch.Tensor | None, smoothing: float) -> None:
     got = classification_loss(LOGITS, LABELS, weights=weights, label_smoothing=smoothing)
-    torch.testing.assert_close(got, F.cross_entropy(LOGITS, LABELS, weights, label_smoothing=smoothing))
+    alike = F.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing, reduction="none")
+    share = torch.ones(9, dtype=torch.float64) if weights is None else weights[LABELS]
+    torch.testing.assert_close(got, (share * alike).sum() / share.sum())
+    if weights is None or not smoothing:
+        torch.testing.assert_close(got, F.cross_entropy(LOGITS, LABELS, weights, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": WEIGHTS}, {"log_prior": WEIGHTS.log(), "focal_gamma": 1.0}])
+def test_rows_of_no_known_label_do_not_count(options: dict[str, Any]) -> None:
+    labels = torch.where(torch.arange(9) % 3 == 0, -100, LABELS)
+    options = {**options, "label_smoothing": 0.1}
+    logits = LOGITS.clone().requires_grad_()
+    got = classification_loss(logits, labels, **options)
+    torch.testing.assert_close(got, classification_loss(LOGITS[labels >= 0], labels[labels >= 0], **options))
+    got.backward()
+    assert logits.grad is not None
+    assert not logits.grad[labels < 0].any()
+
+
+@pytest.mark.parametrize("imbalance", ["weights", "log_prior"])
+def test_smoothing_draws_nothing_to_the_rare_class(imbalance: str) -> None:
+    """Logits that know the row's class best leave a row of the common class there, whatever is smoothed."""
+    counts, names = [1500, 25], ["common", "rare"]
+    made = {"weights": class_weights(counts, names), "log_prior": log_prior(counts, names, 1.0)}[imbalance]
+    logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    labels, options = torch.tensor([0, 1]), {imbalance: torch.tensor(made, dtype=torch.float64)}
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = classification_loss(logits, labels, label_smoothing=0.1, **options)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert logits[0, 0] - logits[0, 1] > 1
+    assert logits[1, 1] - logits[1, 0] > 1
 
 
 def test_focal_loss() -> None:
@@ -42,13 +81,15 @@ def test_focal_gradient_is_finite_at_certainty(gamma: float) -> None:
 
 
 def test_logit_adjustment_adds_the_prior() -> None:
-    prior = torch.tensor(log_prior([80, 15, 4, 1], 1.0), dtype=torch.float64)
+    names = ["a", "b", "c", "d"]
+    prior = torch.tensor(log_prior([80, 15, 4, 1], names, 1.0), dtype=torch.float64)
     assert prior.exp().sum() == pytest.approx(1.0)
     assert prior.exp()[0] == pytest.approx(80.5 / 102)
     got = classification_loss(LOGITS, LABELS, log_prior=prior)
     torch.testing.assert_close(got, F.cross_entropy(LOGITS + prior, LABELS))
-    assert torch.isfinite(torch.tensor(log_prior([5, 0], 1.0))).all()
-    assert log_prior([3, 1], 0.0) == [0.0, 0.0]
+    assert log_prior([3, 1], names[:2], 0.0) == [0.0, 0.0]
+    with pytest.raises(UserError, match="'b' has no row in the training part, so the logits cannot be adjusted"):
+        log_prior([5, 0], names[:2], 1.0)
 
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
