@@ -94,7 +94,11 @@ class CrossModalContrastiveLoss(nn.Module):
             columns.append(both if mask_b is None else both & mask_b)
         facts = _pad(torch.stack([column.long() for column in columns], 1), size)
         facts = _gather(facts, self.group)
-        everything = _GatherRows.apply(_pad(torch.cat(others, 1), size), self.group)
+        own = _pad(torch.cat(others, 1), size)
+        if torch.is_grad_enabled() and not own.requires_grad:
+            # Its backward is a collective, which every process has to call though its own rows need no gradient.
+            own.requires_grad_()
+        everything = _GatherRows.apply(own, self.group)
         part = cross_modal_contrastive(
             _pad(a, size),
             list(everything.split([other.shape[1] for other in others], 1)),

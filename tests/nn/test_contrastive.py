@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,65 @@ torch.save({"results": results, "threads": threads}, folder / f"result{rank}.pt"
 """
 
 
+# One process has texts alone, the other one videos alone besides, as placeholders that no gradient goes to.
+UNEVEN = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from deepmsi.nn import CrossModalContrastiveLoss
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+store = f"file://{folder}/rendezvous"
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+case = torch.load(folder / "case.pt", weights_only=True)
+part = slice(0, case["rows"]) if rank == 0 else slice(case["rows"], None)
+a = case["a"][part].requires_grad_()
+b = case["b"][part].requires_grad_(rank == 1)
+CrossModalContrastiveLoss()(a, b, case["labels"][part], valid_b=case["has_b"][part]).backward()
+dist.barrier()
+torch.save({"a": a.grad, "b": b.grad}, folder / f"result{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def of_two_processes(script: str, folder: Path) -> list[Any]:
+    """What two processes saved."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=240)
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("rows", [4, 0], ids=["no row with the other side", "no row"])
+def test_a_process_whose_other_side_needs_no_gradient_takes_part_in_backward(rows: int, tmp_path: Path) -> None:
+    a, b = randn(rows + 4, 6, seed=0, dtype=torch.float64), randn(rows + 4, 6, seed=1, dtype=torch.float64)
+    labels = torch.arange(rows + 4) % 2
+    has_b = torch.arange(rows + 4) >= rows
+    torch.save({"rows": rows, "a": a, "b": b, "labels": labels, "has_b": has_b}, tmp_path / "case.pt")
+    first, second = of_two_processes(UNEVEN, tmp_path)
+    a.requires_grad_()
+    b.requires_grad_()
+    cross_modal_contrastive(a, b, labels, valid_b=has_b).backward()
+    assert first["b"] is None
+    # Each process's loss is its part of the mean, times their number.
+    torch.testing.assert_close(torch.cat([first["a"], second["a"]]) / 2, a.grad)
+    torch.testing.assert_close(second["b"] / 2, b.grad[rows:])
+
+
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
     """Batches of 5 and 3 rows, the sizes asked for (with `batch`) and given (with `positives`)."""
     torch.manual_seed(3)
@@ -71,24 +131,7 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
     has_b = torch.tensor([True, False] + [True] * 6)
     case = {"inputs": inputs, "labels": labels, "has_a": has_a, "has_b": has_b}
     torch.save({**case, "weights": heads.state_dict()}, tmp_path / "case.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=240)
-            assert worker.returncode == 0, errors
-    finally:
-        for worker in workers:
-            worker.kill()
-    saved = [torch.load(tmp_path / f"result{rank}.pt", weights_only=True) for rank in range(2)]
+    saved = of_two_processes(WORKER, tmp_path)
     results = [each["results"] for each in saved]
     assert not [name for each in saved for name in each["threads"] if "gloo" in name]
     for n, normalize in enumerate(("batch", "positives")):
