@@ -153,6 +153,10 @@ def test_rows_without_labels_are_predicted_as_labelled_ones(deepmsi, trained, cl
     assert [f"{item['probabilities']['joy']:.6f}" for item in items] == [row["joy"] for row in known]
     part = _table(deepmsi("predict", trained, "--data", prepared, "--split", "test").out)
     assert part == [row for row in known if row["id"].startswith("s03")]
+    spelled = _manifest_without(clips, "label", tmp_path, {row["id"]: {"split": "Test"} for row in part[:2]})
+    assert _table(deepmsi("predict", trained, "--data", spelled, "--split", "TEST").out)[:2] == [
+        row | {"label": ""} for row in part[:2]
+    ]
     assert "no row has a label" in deepmsi("evaluate", trained, "--data", unlabelled).err
 
 
