@@ -1,12 +1,15 @@
 """What follows from weights alone, kept for inference while they stay."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from deepmsi import backend
@@ -23,12 +26,14 @@ class Content:
     """What tells whether parameters hold what they held before.
 
     A change in place shows in the version, another tensor in their place in the storage (while this refers to one, no
-    other can lie where it lay) or in how it lies there. What torch does not count as a change stays unseen: what is
-    done to ``parameter.data``, by numpy, by a collective and by another process, and by the step of a fused optimizer
-    whose gradients a compiled call asked for. A copy is of no parameters, and holds for none.
+    other can lie where it lay) or in how it lies there, and an optimizer's step that leaves no version is counted
+    (:func:`_count_steps`). What torch does not count as a change stays unseen: what is done to ``parameter.data``, by
+    numpy, by a collective, by another process, and by the replay of a CUDA graph. A copy is of no parameters, and holds
+    for none.
     """
 
     def __init__(self, *parameters: Tensor) -> None:
+        _watch_steps()
         self._storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
         self._facts = [_facts(p) for p in parameters]
 
@@ -41,7 +46,26 @@ class Content:
 
 
 def _facts(p: Tensor) -> tuple[Any, ...]:
-    return p.untyped_storage()._cdata, p.data_ptr(), p._version, p.dtype, p.shape, p.stride()
+    storage = p.untyped_storage()._cdata
+    return storage, p.data_ptr(), p._version, _steps[storage], p.dtype, p.shape, p.stride()
+
+
+_steps: Counter[int] = Counter()
+"""How often a step that leaves no version has changed what lies in a storage."""
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count a step of a fused optimizer, or of one that is not torch's, which may be fused, too."""
+    own = type(optimizer).__module__.startswith("torch.optim.")
+    for group in optimizer.param_groups:
+        if group.get("fused") or not own:
+            _steps.update({p.untyped_storage()._cdata for p in group["params"] if p.grad is not None})
+
+
+@cache
+def _watch_steps() -> None:
+    """Count the steps of all optimizers from now on."""
+    register_optimizer_step_post_hook(_count_steps)
 
 
 def shows_changes(*parameters: Tensor) -> bool:
@@ -97,43 +121,50 @@ def stands(content: Content | None, *parameters: Tensor) -> bool:
 class Fixed(Generic[Value]):
     """What follows from parameters alone, for as long as they stay and no gradient of them is wanted.
 
-    It holds under the autocast, or without one, under which it was computed. It belongs to the parameters at hand: a
-    copy of a module, or what is loaded of one, holds nothing.
+    It holds under the autocast, or without one, under which it was computed, and is kept for each apart: threads may
+    call a module under unlike ones. It belongs to the parameters at hand: a copy of a module, or what is loaded of one,
+    holds nothing.
     """
 
     def __init__(self) -> None:
-        self._value: Value | None = None
-        self._content: Content | None = None
-        self._dtype: torch.dtype | None = None
+        self._held: dict[torch.dtype, tuple[Content, Value]] = {}
 
     def __reduce__(self) -> tuple[type["Fixed[Value]"], tuple[()]]:
         return type(self), ()
 
     def fix(self, compute: Callable[[], Value | None], *parameters: Tensor) -> None:
         """Keep what is computed of the parameters of now, where anything tells when they change."""
-        self._content, self._dtype = content_of(*parameters), autocast_type(parameters[0])
-        self._value = compute() if self._content is not None else None
+        content, dtype = content_of(*parameters), autocast_type(parameters[0])
+        value = compute() if content is not None else None
+        if content is None or value is None:
+            self._held.pop(dtype, None)
+        else:
+            self._held[dtype] = content, value
 
     def forget(self) -> None:
         """Keep nothing."""
-        self._value = None
+        self._held = {}
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are kept."""
-        return [leaf for leaf in tree_leaves(self._value) if isinstance(leaf, Tensor)]
+        values = [value for _, value in self._held.values()]
+        return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
     def of(self, *parameters: Tensor) -> Value | None:
         """Return what stands for these parameters, or None where nothing does.
 
         It is dropped when they change, and when a gradient of them is wanted: what follows may change them unseen.
         """
-        if self._value is None or recorded() or self._dtype != autocast_type(parameters[0]):
+        if not self._held or recorded():
             return None
-        if not shows_changes(*parameters):
+        held = self._held.get(autocast_type(parameters[0]))
+        if held is None or not shows_changes(*parameters):
             return None
-        if self._content is None or not self._content.holds(*parameters) or needs_grad(*parameters):
+        content, value = held
+        if not content.holds(*parameters) or needs_grad(*parameters):
             self.forget()
-        return self._value
+            return None
+        return value
 
 
 class LaidOut(Fixed[tuple[Tensor, ...]]):
@@ -149,7 +180,7 @@ class LaidOut(Fixed[tuple[Tensor, ...]]):
 
     def of_layers(self, *layers: Any) -> tuple[Tensor, ...] | None:
         """Return what stands for the weights of these layers, as :meth:`of` does."""
-        return None if self._value is None else self.of(*(layer.weight for layer in layers))
+        return self.of(*(layer.weight for layer in layers)) if self._held else None
 
 
 def _by_cpp(op: str, weight: Tensor) -> bool:
@@ -169,7 +200,7 @@ class HoldsConstants(nn.Module):
             held.forget()
 
     def kept(self) -> list[Tensor]:
-        """Return the tensors that :meth:`fix` computed, but for buffers."""
+        """Return the tensors that :meth:`fix` computed."""
         return [tensor for held in self._fixed() for tensor in held.tensors()]
 
     def _fixed(self) -> list[Fixed[Any]]:
@@ -189,7 +220,8 @@ def fix_constants(model: Model) -> Model:
     with their norms folded in. The fewer images a call has, the more it saves. Call it under the autocast that the
     model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they have
     changed otherwise, in place or by another tensor in their place, these are computed in every call again. What torch
-    does not count as a change stays unseen (``parameter.data``, numpy's views, collectives): call it again then. Of
+    does not count as a change stays unseen (``parameter.data``, numpy's views, collectives, CUDA graphs that are
+    replayed): call it again then. Of
     weights that still have gradients nothing is kept, since a step may follow: ``zero_grad()`` first. Nor is anything
     of shards (FSDP).
     In a graph of ``torch.compile`` everything is computed in every call.

@@ -131,7 +131,6 @@ class WindowAttention(HoldsConstants):
         recompute: Whether backward computes q, k, v and the attention again in place of keeping them.
     """
 
-    fixed_table: Tensor | None
     coordinate_bits: Tensor
 
     def __init__(self, dim: int, heads: int, window: int, shift: int, reference_window: int) -> None:
@@ -146,8 +145,8 @@ class WindowAttention(HoldsConstants):
         self.proj = nn.Linear(dim, dim)
         # As integers, so that a change of the module's type cannot round them.
         self.register_buffer("coordinate_bits", self._coordinates().view(torch.int32), persistent=False)
-        # A buffer, which an exported program keeps as a constant.
-        self.register_buffer("fixed_table", None, persistent=False)
+        # No buffer, for what averages those of a model finds them by their order.
+        self.fixed_table: Tensor | None = None
         self._fixed_from: Content | None = None
         self._laid_out = LaidOut()
         self._qkv_bias: Fixed[Tensor] = Fixed()
@@ -195,6 +194,9 @@ class WindowAttention(HoldsConstants):
     def forget(self) -> None:
         self.fixed_table = self._fixed_from = None
         super().forget()
+
+    def kept(self) -> list[Tensor]:
+        return super().kept() + ([] if self.fixed_table is None else [self.fixed_table])
 
     def laid_out(self) -> tuple[Tensor, ...] | None:
         """Return the layers' weights as :meth:`fix` laid them out, while these stay."""
@@ -475,22 +477,23 @@ class PatchEmbed(HoldsConstants):
         pixel_mean, pixel_std: What was folded in.
     """
 
-    pixel_weight: Tensor | None
-    pixel_bias: Tensor | None
-    pixel_mean: Tensor | None
-    pixel_std: Tensor | None
-
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
-        for name in ("pixel_weight", "pixel_bias", "pixel_mean", "pixel_std"):
-            self.register_buffer(name, None, persistent=False)
+        self.pixel_weight: Tensor | None = None
+        self.pixel_bias: Tensor | None = None
+        self.pixel_mean: Tensor | None = None
+        self.pixel_std: Tensor | None = None
         self._folded_from: Content | None = None
         self._folded_for: torch.dtype | None = None
 
     def forget(self) -> None:
         self.pixel_weight = self.pixel_bias = self.pixel_mean = self.pixel_std = self._folded_from = None
+
+    def kept(self) -> list[Tensor]:
+        folded = (self.pixel_weight, self.pixel_bias, self.pixel_mean, self.pixel_std)
+        return [tensor for tensor in folded if tensor is not None]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -537,7 +540,8 @@ class PatchEmbed(HoldsConstants):
     def _normalised(self, frames: Tensor) -> Tensor:
         assert self.pixel_mean is not None
         assert self.pixel_std is not None
-        return normalised(frames, self.pixel_mean, self.pixel_std).to(self.proj.weight.dtype)
+        mean, std = self.pixel_mean.to(frames.device), self.pixel_std.to(frames.device)
+        return normalised(frames, mean, std).to(self.proj.weight.dtype)
 
     def _holds(self) -> bool:
         weights = (self.proj.weight, cast(Tensor, self.proj.bias))

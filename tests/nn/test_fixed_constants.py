@@ -59,17 +59,17 @@ def bias_of(model: nn.Module, block: str) -> nn.Parameter:
 
 
 def held(model: nn.Module) -> list[Fixed[Any]]:
-    """Return what is kept of weights, but for the tables of a VSCSwin, which are buffers."""
+    """Return what is kept of weights, but for the tables of a VSCSwin."""
     found: list[Fixed[Any]] = []
     for part in model.modules():
         constants = vars(part).get("constants")
         every = (*vars(part).values(), *(constants if isinstance(constants, tuple) else ()))
-        found += [value for value in every if isinstance(value, Fixed) and value._value is not None]
+        found += [value for value in every if isinstance(value, Fixed) and value.tensors()]
     return found
 
 
 def unfixed(model: nn.Module) -> Any:
-    """Return a copy, which holds nothing but buffers."""
+    """Return a copy, which holds nothing."""
     other = copy.deepcopy(model)
     assert not held(other)
     return other.train().eval()
@@ -100,10 +100,10 @@ def test_each_is_read(make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch)
     # Of eight blocks and two reductions, of four blocks with their tables, or two halves of four, and one reduction.
     assert len(every) == {compressing: 8 * 4 + 2, fused: 4 * 5 + 1, fused_v1: 4 * 2 + 1}[make]
     for fixed in every:
-        value = fixed._value
+        ((kind, (content, value)),) = fixed._held.items()
         changed = 2 * value if isinstance(value, Tensor) else tuple(torch.zeros_like(weight) for weight in value)
         with monkeypatch.context() as patched:
-            patched.setattr(fixed, "_value", changed)
+            patched.setitem(fixed._held, kind, (content, changed))
             assert not model(*inputs).equal(expected)
     tables = [part for part in model.modules() if isinstance(getattr(part, "fixed_table", None), Tensor)]
     assert len(tables) == (8 if isinstance(model, VSCSwin) else 0)
@@ -149,7 +149,8 @@ def test_weights_of_another_type_in_between_are_seen(make: Callable[[], Made]) -
     model, inputs = make()
     fix_constants(model).bfloat16().float()
     assert model(*inputs).equal(unfixed(model)(*inputs))
-    assert all(isinstance(fixed._value, Tensor) for fixed in held(model))  # a table that waits for its coordinates
+    # A table that waits for its coordinates.
+    assert all(isinstance(value, Tensor) for fixed in held(model) for _, value in fixed._held.values())
 
 
 @MODELS
@@ -164,6 +165,50 @@ def test_a_view_in_the_place_of_a_weight_is_seen(make: Callable[[], Made]) -> No
     mlp.fc1.weight, mlp.fc1.bias = (nn.Parameter(p.detach()[:some]) for p in (mlp.fc1.weight, mlp.fc1.bias))
     mlp.fc2.weight = nn.Parameter(mlp.fc2.weight.detach()[:, :some])
     assert model(*inputs).equal(unfixed(model)(*inputs))
+
+
+class Foreign(torch.optim.Optimizer):
+    """One that is not torch's and changes weights so that nothing counts it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.sub_(0.1 * p.grad.sign())
+
+
+@MODELS
+@pytest.mark.parametrize("kind", [lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), Foreign], ids=["fused", "other"])
+def test_a_step_is_seen_whatever_gave_the_gradients(make: Callable[[], Made], kind: Callable[[Any], Any]) -> None:
+    """Those of a transform or of a compiled call want no gradient of the module's own parameters here."""
+    model, inputs = make()
+    optimizer = kind(model.parameters())
+    with torch.no_grad():
+        fix_constants(model)(*inputs)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        assert model(*inputs).equal(unfixed(model)(*inputs))
+
+
+@MODELS
+@torch.no_grad()
+def test_buffers_stay_what_they_were(make: Callable[[], Made]) -> None:
+    """What averages a model with its buffers pairs them by their order."""
+    model, inputs = make()
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda a, p, n: 0.9 * a + 0.1 * p, use_buffers=True)
+    average.update_parameters(model)
+    names = [name for name, _ in model.named_buffers()]
+    for each in (model, average):
+        fix_constants(each)(*inputs)
+    assert [name for name, _ in model.named_buffers()] == names
+    average.update_parameters(model)
+    torch.testing.assert_close(average(*inputs), model(*inputs))
 
 
 @MODELS
@@ -256,8 +301,9 @@ def test_they_are_not_read_where_a_gradient_is_wanted(make: Callable[[], Made]) 
     with torch.inference_mode():
         expected = fix_constants(model)(*inputs).clone()
     for fixed in held(model):
-        if isinstance(fixed._value, tuple):
-            fixed._value = tuple(torch.zeros_like(weight) for weight in fixed._value)
+        for kind, (content, value) in fixed._held.items():
+            if isinstance(value, tuple):
+                fixed._held[kind] = content, tuple(torch.zeros_like(weight) for weight in value)
     out = model(*inputs)
     assert out.equal(expected)
     out.square().sum().backward()

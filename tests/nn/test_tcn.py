@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -427,6 +428,25 @@ def test_autocast_folds_into_its_own_type() -> None:
         assert torch.equal(tcn.last(x), plain)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.05)
+
+
+def test_a_fold_is_kept_for_each_type_that_calls_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tcn, x = TCN(5, (16, 16)).eval(), randn(2, 5, 15, seed=9)
+    folds: list[int] = []
+    monkeypatch.setattr("deepmsi.nn.tcn.fold_weight_norm", lambda v, g: folds.append(1) or fold_weight_norm(v, g))
+    found: dict[bool, list[Tensor]] = {False: [], True: []}
+
+    def run(low: bool) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            found[low].extend(tcn.last(x) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, found))
+    for outputs in found.values():
+        assert len(outputs) == 200
+        assert all(torch.equal(y, outputs[0]) for y in outputs)
+    # Four convolutions in two types, which two threads may begin at once.
+    assert len(folds) <= 2 * 2 * 4
 
 
 @pytest.mark.parametrize("training", [False, True])
