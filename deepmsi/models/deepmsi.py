@@ -192,7 +192,7 @@ class DeepMSI(
             features["video"], kept = self._video(pixel_values, guide, present["video"], rows, return_kept)
         logits, projected = self.classify(features)
         if self.training and torch.is_grad_enabled():
-            logits = logits + self._idle(pixel_values, said, present)
+            logits = logits + self._idle(logits.new_zeros(()), pixel_values, said, present)
         shown = kept if return_kept else None
         if labels is None:
             return DeepMSIOutput(None, logits, kept=shown, **projected)
@@ -357,8 +357,14 @@ class DeepMSI(
         place = (present.cumsum(0) - 1).clamp(0, videos - 1)
         return torch.where(present[:, None], features[place], missing), kept
 
-    def _idle(self, pixel_values: Tensor | None, said: dict[str, _Said], present: dict[str, Tensor | None]) -> Tensor:
-        """Zero times the sum of the trainable parameters that this batch does not use.
+    def _idle(
+        self,
+        zero: Tensor,
+        pixel_values: Tensor | None,
+        said: dict[str, _Said],
+        present: dict[str, Tensor | None],
+    ) -> Tensor:
+        """Zero, plus zero times the sum of the trainable parameters that this batch does not use.
 
         So every parameter has a gradient in every step, and data parallelism need not search for unused ones.
         """
@@ -371,7 +377,6 @@ class DeepMSI(
             encoder = getattr(self, f"{name}_encoder")
             if encoder is not None and (one.features is not None or one.content is None):
                 parameters.append(encoder.parameters())
-        zero = self.classifier.output.bias.new_zeros(())
         for group in parameters:
             for parameter in group:
                 if parameter.requires_grad:

@@ -166,7 +166,7 @@ class VideoBranch(nn.Module):
             features, kept = self.backbone(x, guide, return_kept=True, prepare=self.normalize)
         else:
             features = self.backbone(x, guide, prepare=self.normalize)
-        return self.tcn.last(features.view(videos, frames, -1).transpose(1, 2)), kept
+        return self.tcn(features.view(videos, frames, -1).transpose(1, 2), last=True), kept
 
 
 def check_vision(config: VisionConfig) -> None:

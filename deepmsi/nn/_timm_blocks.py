@@ -347,7 +347,8 @@ class FusedSwinV2Block(_FusedBlock, SwinTransformerV2Block):
             fixed = held.qkv_bias.of(attn.q_bias, attn.v_bias)
             if fixed is not None:
                 return fixed
-        return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        # What casts parameters for a call, as FSDP does, leaves the zeros of the buffer as they are.
+        return torch.cat((attn.q_bias, attn.k_bias.to(attn.q_bias.dtype), attn.v_bias))
 
     def _head_scale(self) -> Tensor | None:
         attn: Any = self.attn

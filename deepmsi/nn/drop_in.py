@@ -1,6 +1,7 @@
 """``fuse``: timm's Swin models on deepmsi's operations, in place."""
 
 import importlib
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -29,7 +30,10 @@ def fuse(model: Model) -> Model:
         The same object.
 
     Raises:
-        UserError: It is no model, or the attention of none of its blocks can be fused; the model is then unchanged.
+        UserError: It is no model, or none of its blocks can be fused; the model is then unchanged.
+
+    Warns:
+        UserWarning: The attention of none of its blocks can be fused, as windows or shifts are not square.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"fuse takes a model, such as timm.create_model gives, not {model!r}")
@@ -53,9 +57,10 @@ def fuse(model: Model) -> Model:
         raise UserError(f"fuse: {type(model).__name__} has no block of timm's swin_*, swin_s3_* or swinv2_* to fuse")
     attending = [module for module, _ in chosen if hasattr(module, "window_size")]
     if attending and not any(map(blocks.square, attending)):
-        raise UserError(
+        warnings.warn(
             f"fuse: no block of {type(model).__name__} has windows and a shift that are square (the first has windows "
-            f"{tuple(attending[0].window_size)}), and only those are fused: use square windows"
+            f"{tuple(attending[0].window_size)}), so its attention stays timm's; the other layers are fused",
+            stacklevel=2,
         )
     for module, fused in chosen:
         module.__class__ = fused

@@ -174,8 +174,9 @@ class WindowAttention(HoldsConstants):
         """
         coordinates, weights = self.coordinate_bits.view(torch.float32), bias_weights(self.cpb_mlp)
         if weights is None:
+            dtypes = [p.dtype for p in self.cpb_mlp.parameters()]  # none where its layers were quantised
             with without_autocast(coordinates.device.type):
-                return 16 * self.cpb_mlp(coordinates.to(next(self.cpb_mlp.parameters()).dtype)).sigmoid()
+                return 16 * self.cpb_mlp(coordinates.to(dtypes[0]) if dtypes else coordinates).sigmoid()
         if self.fixed_table is not None and stands(self._fixed_from, *weights):
             return self.fixed_table
         if self._fixed_from is not None and needs_grad(*weights):
@@ -410,7 +411,7 @@ class Block(nn.Module):
             branch = attn(tokens)
             added = adding(norm, branch, scale)
             y = added(x, branch)
-            kept = attn.qkv.weight.requires_grad and norm.weight.requires_grad and unhooked(norm)
+            kept = _learns(attn.qkv) and _learns(norm) and unhooked(norm)
             # Under autocast it is a copy of y in fewer bits that is kept.
             if kept and autocast(y) is y:
                 source = Source(added, (x, branch))
@@ -467,6 +468,11 @@ class Block(nn.Module):
         # One number more, for the rows past the last frame.
         scale = x.new_empty(frames + 1).bernoulli_(keep).div_(keep)
         return scale[frame_of_row(tokens.cu_seqlens, x.shape[0])]
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Whether a layer, or an adapter in its place, keeps what it reads for a gradient of its own."""
+    return any(p.requires_grad for p in layer.parameters())
 
 
 class PatchEmbed(HoldsConstants):

@@ -218,8 +218,13 @@ class TCN(nn.Module):
         self.receptive_field = 1 + 2 * (kernel_size - 1) * (2 ** len(channels) - 1)
         self.register_load_state_dict_pre_hook(_accept_older_names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, Cin, T] to [B, Cout, T]."""
+    def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        """Map [B, Cin, T] to [B, Cout, T], or to its ``last`` time step [B, Cout] as :meth:`last` does.
+
+        A call is what hooks see, those of FSDP among them.
+        """
+        if last:
+            return self.last(x)
         self._check(x, "TCN")
         x = x.transpose(1, 2)
         for block, seeds in zip(self.blocks(), self._seeds(x), strict=True):

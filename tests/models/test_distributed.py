@@ -45,11 +45,12 @@ def build() -> DeepMSI:
     return model
 
 
-def part(rows: slice) -> dict[str, torch.Tensor]:
+def part(rows: slice, way: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     frames = torch.randint(0, 256, (5, 2, 3, 32, 32), dtype=torch.uint8)
     text, audio = torch.randn(5, 12), torch.randn(5, 10)
-    mask = MASK[rows]
+    # Parts are sharded where every process runs them.
+    mask = torch.ones_like(MASK[rows]) if way == "sharded in parts" else MASK[rows]
     return {
         "pixel_values": frames[rows][mask[:, 0]],
         "text_features": text[rows],
@@ -67,19 +68,22 @@ def worker(rank: int, folder: str, way: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     try:
         model = build()
-        if way == "sharded":
+        if way.startswith("sharded"):
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+            mesh = init_device_mesh("cpu", (2,))
+            for each in (model.video.backbone, model.video.tcn, model.classifier) if way != "sharded" else ():
+                fully_shard(each, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         else:
             model = DistributedDataParallel(model)
         rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 5)
-        out = model(**part(rows))
+        out = model(**part(rows, way))
         out.loss.backward()
         losses = torch.stack([out.loss.detach(), out.cross_entropy.detach(), out.contrastive.detach()])
         dist.all_reduce(losses)
-        if way == "sharded":
+        if way.startswith("sharded"):
             grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         else:
             grads = {name: p.grad for name, p in model.module.named_parameters()}
@@ -87,14 +91,14 @@ def worker(rank: int, folder: str, way: str) -> None:
             torch.save({"grads": grads, "losses": losses / 2}, Path(folder) / "result.pt")
         elif way == "replicated":
             # Alone in evaluation: nothing may wait for the other process.
-            model.module.eval()(**part(rows))
+            model.module.eval()(**part(rows, way))
     finally:
         model = None  # its reducer holds the group, whose threads must end before the interpreter does
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
-@pytest.mark.parametrize("way", ["replicated", "sharded"])
+@pytest.mark.parametrize("way", ["replicated", "sharded", "sharded in parts"])
 def test_two_processes_equal_one(way, tmp_path):
     # This file is its own script: a child finds it by its path, however the tests themselves were imported.
     commands = [[sys.executable, "-P", __file__, str(rank), str(tmp_path), way] for rank in range(2)]
@@ -107,7 +111,7 @@ def test_two_processes_equal_one(way, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     model = build()
-    out = model(**part(slice(0, 5)))
+    out = model(**part(slice(0, 5), way))
     out.loss.backward()
     assert out.contrastive > 0
     expected = torch.stack([out.loss, out.cross_entropy, out.contrastive]).detach()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deepmsi
 from deepmsi.errors import UserError
-from deepmsi.nn import KeptTokens, Schedule, VSCSwin
+from deepmsi.nn import KeptTokens, Schedule, VSCSwin, fix_constants
 from deepmsi.testing import PLACES, assert_within_budget, generator, need, randn, relative_error
 
 timm = pytest.importorskip("timm")
@@ -606,6 +606,40 @@ def test_an_adapter_in_the_place_of_a_layer_is_called(part: str) -> None:
         other.load_state_dict({key: value.flip(0) for key, value in layer.state_dict().items()})
         block.set_submodule(part, other)
         torch.testing.assert_close(model(frames), before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_a_weight_of_its_own_is_called() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down = base.requires_grad_(False), nn.Linear(base.in_features, 2, bias=False)
+            self.up = nn.Linear(2, base.out_features, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model = randomised(VSCSwin.small("released"))
+    inputs = randn(1, 3, 64, 64, seed=1), randn(1, 64, seed=2)
+    expected = model(*inputs)
+    for name, module in list(model.named_modules()):
+        if name.endswith("attn.qkv"):
+            model.set_submodule(name, adapted := Adapted(module))
+            nn.init.zeros_(adapted.up.weight)
+    found = model(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "attn.qkv.up" in name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_are_called() -> None:
+    model = randomised(VSCSwin.small("released")).eval()
+    inputs = randn(1, 3, 64, 64, seed=1), randn(1, 64, seed=2)
+    with torch.no_grad():
+        expected = model(*inputs)
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        found = fix_constants(quantised)(*inputs)
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9
 
 
 def test_every_block_is_called_as_a_module() -> None:
