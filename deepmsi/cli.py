@@ -86,8 +86,8 @@ class Modality(StrEnum):
     audio = "audio"
 
 
-class TimelineFormat(StrEnum):
-    """How a timeline is written."""
+class PredictionFormat(StrEnum):
+    """How predictions are written."""
 
     csv = "csv"
     srt = "srt"
@@ -481,8 +481,11 @@ def predict(
         typer.Option(metavar="SECONDS", help="Go over long recordings in windows of this length."),
     ] = None,
     fmt: Annotated[
-        TimelineFormat | None,
-        typer.Option("--format", help="Of a timeline or of the rows of --data; csv, or by the name of --out."),
+        PredictionFormat | None,
+        typer.Option(
+            "--format",
+            help="By the name of --out, or else csv; of clips and texts a line each. srt and vtt are for a timeline.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -509,7 +512,10 @@ def predict(
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
     chosen = _prediction_format(fmt, out, as_json, rows=data is not None, windows=timeline is not None)
-    subtitles = chosen in (TimelineFormat.srt, TimelineFormat.vtt)
+    read = [*(clips or ()), *([data] if data else ())]
+    if out is not None and out.exists() and any(path.exists() and path.samefile(out) for path in read):
+        raise UserError(f"--out {out} is what is to be read, and would be lost: name another file")
+    subtitles = chosen in (PredictionFormat.srt, PredictionFormat.vtt)
     if subtitles and clips and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
 
@@ -521,7 +527,7 @@ def predict(
             from deepmsi.train.predict import predict_rows
 
             rows = predict_rows(run, data, split, _device(device), precision.value)
-            as_table = chosen is TimelineFormat.csv
+            as_table = chosen is PredictionFormat.csv
             document = render.render_rows(rows) if as_table else json_text([row.to_dict() for row in rows])
         else:
             from deepmsi.models.predict import load_run
@@ -532,12 +538,14 @@ def predict(
             texts = [text[0]] * len(clips) if clips and text and len(text) == 1 else text
             given: list[Path | None] = [*clips] if clips else [None] * len(text or ())
             predictions = model.predict(given, texts=texts, timeline=timeline, progress=True, precision=precision.value)
-            if chosen is TimelineFormat.json:
+            if chosen is PredictionFormat.json:
                 document = json_text([p.to_dict() for p in predictions])
-            elif timeline is None:
+            elif chosen is None:
                 document = render.render_predictions(predictions)
+            elif timeline is None:
+                document = render.render_clips(predictions)
             elif subtitles:
-                document = render.render_subtitles(predictions, web=chosen is TimelineFormat.vtt)
+                document = render.render_subtitles(predictions, web=chosen is PredictionFormat.vtt)
             else:
                 document = render.render_timeline(predictions)
         if out is None:
@@ -548,31 +556,33 @@ def predict(
 
 
 def _prediction_format(
-    fmt: TimelineFormat | None, out: Path | None, as_json: bool, *, rows: bool, windows: bool
-) -> TimelineFormat:
-    """How predictions of rows, of windows, or of clips are written: as asked, by the name of --out, or as CSV.
+    fmt: PredictionFormat | None, out: Path | None, as_json: bool, *, rows: bool, windows: bool
+) -> PredictionFormat | None:
+    """How predictions of rows, of windows, or of clips are written: as asked, or by the name of --out.
+
+    Else as CSV, and of clips and texts a line each (None).
 
     Raises:
-        UserError: there is no such form of them, or --out is no place for a file.
+        UserError: there is no such form of them, two are asked for, or --out is no place for a file.
     """
-    if as_json and fmt not in (None, TimelineFormat.json):
-        raise UserError(f"--json and --format {fmt.value} exclude each other; give one of them")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"the folder of --out {out} does not exist; make it first")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
-    by_name = {f".{each}": each for each in TimelineFormat}.get(out.suffix.lower() if out else "")
-    asked = TimelineFormat.json if as_json else fmt or by_name
-    what = f"--format {fmt}" if fmt else f"--out {out}"
-    if rows and asked not in (None, TimelineFormat.csv, TimelineFormat.json):
-        raise UserError(f"{what} is for a timeline; the rows of --data are written as csv or json")
-    if not rows and not windows and asked not in (None, TimelineFormat.json):
-        raise UserError(f"{what} is for a timeline; add --timeline SECONDS, or give --json")
-    if (rows or windows) and out is not None and out.suffix and not by_name and fmt is None and not as_json:
-        known = "csv or .json" if rows else ", .".join(TimelineFormat)
+    named = {f".{each}": each for each in PredictionFormat}.get(out.suffix.lower() if out else "")
+    given = {"--json": PredictionFormat.json if as_json else None, f"--format {fmt}": fmt, f"--out {out}": named}
+    asked = {option: each for option, each in given.items() if each is not None}
+    if len(set(asked.values())) > 1:
+        raise UserError(f"{' and '.join(asked)} exclude each other; give one of them")
+    known = [each for each in PredictionFormat if windows or each in (PredictionFormat.csv, PredictionFormat.json)]
+    for option, each in asked.items():
+        if each not in known:
+            raise UserError(f"{option} is for a timeline; add --timeline SECONDS to a CLIP, or give csv or json")
+    if (rows or windows) and out is not None and out.suffix and not asked:
         kind = "rows are" if rows else "a timeline is"
-        raise UserError(f"--out {out}: {kind} written as .{known}; name the file so, or give --format")
-    return asked or TimelineFormat.csv
+        names = ", ".join(f".{each}" for each in known)
+        raise UserError(f"--out {out}: {kind} written as {names}; name the file so, or give --format")
+    return next(iter(asked.values()), PredictionFormat.csv if rows or windows else None)
 
 
 def _device(asked: Device) -> str:

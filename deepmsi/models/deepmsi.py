@@ -421,8 +421,8 @@ class DeepMSI(
 
     def predict(
         self,
-        clips: Sequence[str | Path | None],
-        texts: Sequence[str | None] | None = None,
+        clips: Sequence[str | Path | None] | str | Path,
+        texts: Sequence[str | None] | str | None = None,
         timeline: float | None = None,
         batch_size: int = 8,
         progress: bool = False,

@@ -108,8 +108,8 @@ def load_run(run: str | Path, device: str | torch.device = "cpu", precision: Pre
 
 def predict(
     model: DeepMSI,
-    clips: Sequence[str | Path | None],
-    texts: Sequence[str | None] | None = None,
+    clips: Sequence[str | Path | None] | str | Path,
+    texts: Sequence[str | None] | str | None = None,
     *,
     timeline: float | None = None,
     batch_size: int = 8,
@@ -123,9 +123,9 @@ def predict(
 
     Args:
         model: the model; it is put in eval mode for the time.
-        clips: video or sound files; None for a text that stands alone.
-        texts: what is said in each clip; None or blank where that is not known. With `text.context = n` the string
-            holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
+        clips: video or sound files, or one; None for a text that stands alone.
+        texts: what is said in each clip, or in the one; None or blank where that is not known. With `text.context = n`
+            the string holds the previous utterances too, as `deepmsi.models.encoders.context_strings` joins them.
         timeline: length in seconds of the windows to go over each recording with; None takes a clip as a whole.
         batch_size: utterances per forward pass; no more than that are decoded at a time.
         progress: show on standard error how far it is.
@@ -144,6 +144,8 @@ def predict(
         raise UserError(f"batch_size is {batch_size}: give at least 1.")
     if isinstance(clips, str | Path):
         clips = [clips]
+    if isinstance(texts, str):
+        texts = [texts]
     if texts is not None and len(texts) != len(clips):
         raise UserError(
             f"{len(texts)} texts were given for {len(clips)} clips: give one for each, or none, and None for the clip "

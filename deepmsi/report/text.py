@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from deepmsi.train.record import label_columns, predictions_table
@@ -99,6 +100,18 @@ def render_predictions(predictions: Sequence["Prediction"]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_clips(predictions: Sequence["Prediction"]) -> str:
+    """CSV: clip and text, of which one may be empty, label, and a probability column per label."""
+    labels = list(predictions[0].probabilities) if predictions else []
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(label_columns(("clip", "text", "label"), labels))
+    for item in predictions:
+        probabilities = (f"{item.probabilities[label]:.6f}" for label in labels)
+        writer.writerow([item.clip, item.text, item.label, *probabilities])
+    return table.getvalue()
+
+
 def render_rows(predictions: Sequence["RowPrediction"]) -> str:
     """CSV as `predictions.csv` has it: id, label, predicted, and a probability column per label."""
     labels = list(predictions[0].probabilities) if predictions else []
@@ -146,7 +159,7 @@ def render_subtitles(predictions: Sequence["Prediction"], web: bool = False) -> 
     labelled = [(item, item.label) for item in predictions if item.label is not None]
     cues = [
         f"{number}\n{_timestamp(item.start, point)} --> {_timestamp(item.end or 0, point)}\n"
-        f"{label} {item.probabilities[label]:.0%}\n"
+        f"{escape(label, quote=False) if web else label} {item.probabilities[label]:.0%}\n"
         for number, (item, label) in enumerate(labelled, 1)
     ]
     return "\n".join(["WEBVTT\n", *cues] if web else cues)

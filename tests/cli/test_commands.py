@@ -118,6 +118,24 @@ def test_predict_from_texts_alone(deepmsi, trained) -> None:
     ]
 
 
+def test_predictions_of_clips_and_texts_as_csv(deepmsi, trained, clip, tmp_path) -> None:
+    items = json.loads(deepmsi("predict", trained, clip, "--text", "so, that's it", "--json").out)
+    assert deepmsi("predict", trained, clip, "--text", "so, that's it", "--out", tmp_path / "x.csv").code == 0
+    (row,) = _table((tmp_path / "x.csv").read_text())
+    assert (row["clip"], row["text"], row["label"]) == (str(clip), "so, that's it", items[0]["label"])
+    assert row["joy"] == f"{items[0]['probabilities']['joy']:.6f}"
+    (row,) = _table(deepmsi("predict", trained, "--text", "leave me alone", "--format", "csv").out)
+    assert (row["clip"], row["text"]) == ("", "leave me alone")
+
+
+def test_predictions_are_not_written_over_what_they_are_of(mistake, trained, clip, tmp_path) -> None:
+    taken = tmp_path / "taken.csv"
+    taken.write_bytes(clip.read_bytes())
+    for words in ([taken], ["--data", taken]):
+        assert "is what is to be read, and would be lost" in mistake("predict", trained, *words, "--out", taken)
+    assert taken.read_bytes() == clip.read_bytes()
+
+
 def _table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
@@ -181,9 +199,12 @@ def test_rows_of_other_labels_and_unreadable_ones_are_told_apart(deepmsi, traine
         (["--data", "{data}", "--text", "no"], "leave --text out, or --data"),
         (["--data", "{data}", "--timeline", "2"], "leave --timeline out, or --data"),
         (["clip.mp4", "--split", "test"], "--split is a part of the rows of --data"),
-        (["--data", "{data}", "--format", "srt"], "--format srt is for a timeline; the rows of --data are written as"),
-        (["--data", "{data}", "--out", "rows.vtt"], "--out rows.vtt is for a timeline; the rows of --data are"),
-        (["--data", "{data}", "--out", "rows.txt"], "rows are written as .csv or .json; name the file so"),
+        (
+            ["--data", "{data}", "--format", "srt"],
+            "--format srt is for a timeline; add --timeline SECONDS to a CLIP, or",
+        ),
+        (["--data", "{data}", "--out", "rows.vtt"], "--out rows.vtt is for a timeline; add --timeline SECONDS"),
+        (["--data", "{data}", "--out", "rows.txt"], "rows are written as .csv, .json; name the file so"),
         (["--data", "{data}", "--split", "dev"], "No row is of the part 'dev': the column split holds test, train"),
         (["--data", "nowhere.csv"], "There is no data at nowhere.csv"),
     ],

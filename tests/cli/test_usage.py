@@ -111,7 +111,8 @@ def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
         (["predict", "run", "a.mp4", "--timeline", "3", "--json", "--format", "srt"], "exclude"),
         (["predict", "run", "a.mp4", "b.mp4", "c.mp4", "--text", "x", "--text", "y"], "2 times for 3 clips"),
         (["predict", "run", "a.mp4", "--out", "x.srt"], "--out x.srt is for a timeline; add --timeline SECONDS"),
-        (["predict", "run", "a.mp4", "--out", "x.csv"], "--out x.csv is for a timeline; add --timeline SECONDS"),
+        (["predict", "run", "a.mp4", "--timeline", "3", "--json", "--out", "x.srt"], "--json and --out x.srt exclude"),
+        (["predict", "run", "a.mp4", "--json", "--out", "x.csv"], "--json and --out x.csv exclude each other"),
         (
             ["predict", "run", "a.mp4", "--timeline", "3", "--out", "x.ass"],
             "x.ass: a timeline is written as .csv",

@@ -3,6 +3,7 @@
 import csv
 import re
 import warnings
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -79,6 +80,7 @@ def test_a_clip_is_predicted_as_its_arrays_are(model, tmp_path):
     assert found.end == pytest.approx(2.0, abs=0.2)
     assert found.modalities == ("video", "text", "audio")
     assert found.to_dict()["label"] == found.label
+    assert model.predict(clip, "such joy") == [found]
 
 
 def test_a_text_that_stands_alone_is_predicted_as_it_is_beside_a_clip_of_nothing_else(model, tmp_path):
@@ -246,6 +248,9 @@ def test_a_window_without_content_has_no_label(tiny, tmp_path):
     web = render_subtitles(windows, web=True)
     assert web.startswith("WEBVTT\n\n1\n")
     assert re.search(r"^00:00:\d\d\.\d{3} --> 00:00:\d\d\.\d{3}$", web, re.MULTILINE)
+    odd = replace(windows[0], label="<3 & joy", probabilities={"<3 & joy": 1.0})
+    assert "\n<3 & joy 100%\n" in render_subtitles([odd])
+    assert "\n&lt;3 &amp; joy 100%\n" in render_subtitles([odd], web=True)
 
 
 def test_a_recording_without_content(tiny, tmp_path):
