@@ -3,6 +3,7 @@
 import heapq
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -25,6 +26,7 @@ from deepmsi.data.media import (
     open_media,
     origin_of,
     pixel_aspect_of,
+    stated_span,
     streams_of,
 )
 from deepmsi.errors import UserError
@@ -36,6 +38,14 @@ _RUN_IN = Fraction(1)
 _GAP = 0.05
 # Frames that H.264 and HEVC may hold back at most.
 _REORDERED = 16
+# The share of what a header states that is enough, and the seconds that may be missing of a short one.
+_ENOUGH, _FEW = Fraction(4, 5), Fraction(1, 2)
+
+Tell = Callable[[str], object]
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
 
 
 class _Span(NamedTuple):
@@ -55,6 +65,7 @@ def decode_frames(
     size: int = 256,
     resize: Resize = "crop",
     face: FaceDetector | bool = False,
+    tell: Tell = _warn,
 ) -> np.ndarray:
     """Decode ``count`` frames spread evenly over a clip or a cut of it.
 
@@ -71,6 +82,7 @@ def decode_frames(
         size: edge of the result in pixels.
         resize: "crop" (short edge to size, centre), "squash" or "pad".
         face: True, or a detector, to crop to the face; a clip in which no face is found keeps its picture.
+        tell: is given a sentence where much of what the file states does not decode; the frames are of the rest.
 
     Returns:
         ``[count, 3, size, size]`` uint8, RGB.
@@ -89,12 +101,12 @@ def decode_frames(
         def convert(aspect: Fraction, frame: Any) -> np.ndarray:
             return geometry.fit(geometry.half(geometry.to_rgb(frame, aspect), side), size, resize)
 
-        return np.stack(_pick_frames(path, count, start, end, convert))
+        return np.stack(_pick_frames(path, count, start, end, convert, tell))
 
     def prepare(aspect: Fraction, frame: Any) -> np.ndarray:
         return geometry.half(geometry.to_rgb(frame, aspect), side)
 
-    pictures = _pick_frames(path, count, start, end, prepare)
+    pictures = _pick_frames(path, count, start, end, prepare, tell)
     box = detector.box(pictures)
     return np.stack([geometry.fit(geometry.crop(picture, box), size, resize) for picture in pictures])
 
@@ -106,6 +118,7 @@ def decode_audio(
     end: float | None = None,
     sample_rate: int = 16000,
     stream: int | None = None,
+    tell: Tell = _warn,
 ) -> np.ndarray:
     """Decode sound to mono at ``sample_rate``, cut by presentation time.
 
@@ -117,6 +130,7 @@ def decode_audio(
         start, end: seconds from the beginning of the file; None is its beginning, its end.
         sample_rate: samples per second of the result.
         stream: index of the stream in its file; None is the default audio stream, or the first that decodes.
+        tell: is given a sentence where much of what the file states does not decode; the sound is the rest.
 
     Returns:
         ``[n]`` float32, full scale ±1.
@@ -131,10 +145,13 @@ def decode_audio(
     def decode(container: Any, chosen: Any) -> np.ndarray:
         check_end(path, container)
         try:
-            return _sound(container, chosen, path, start, end, sample_rate, start)
+            sound = _sound(container, chosen, path, start, end, sample_rate, start)
         except _SeekTooFarError:
             with open_media(path) as again:
-                return _sound(again, again.streams[chosen.index], path, start, end, sample_rate, None)
+                sound = _sound(again, again.streams[chosen.index], path, start, end, sample_rate, None)
+        if len(sound):
+            _tell_of_less(tell, path, container, chosen, start, end, Fraction(len(sound), sample_rate))
+        return sound
 
     sound = _first_success(path, "audio", decode, stream)
     if len(sound) == 0:
@@ -143,7 +160,12 @@ def decode_audio(
 
 
 def decode_pcm(
-    path: str | os.PathLike[str], *, start: float | None = None, end: float | None = None, sample_rate: int = 16000
+    path: str | os.PathLike[str],
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    sample_rate: int = 16000,
+    tell: Tell = _warn,
 ) -> np.ndarray:
     """Decode sound by ``decode_audio`` as prepared folders store it: clipped to full scale and rounded.
 
@@ -153,7 +175,7 @@ def decode_pcm(
     Raises:
         UserError: as ``decode_audio``, and where a sample is NaN or infinite.
     """
-    sound = decode_audio(path, start=start, end=end, sample_rate=sample_rate)
+    sound = decode_audio(path, start=start, end=end, sample_rate=sample_rate, tell=tell)
     if not np.isfinite(sound).all():
         raise UserError(f"{path}: the sound holds samples that are not numbers")
     return np.rint(np.clip(sound, -1, 32767 / 32768) * 32768).astype(np.int16)
@@ -216,12 +238,34 @@ def _between(start: float | None, end: float | None) -> str:
     return f"from {start or 0:g} s to {'its end' if end is None else f'{end:g} s'}"
 
 
+def _tell_of_less(
+    tell: Tell, path: Path, container: Any, stream: Any, start: float | None, end: float | None, there: Fraction
+) -> None:
+    """Tell where much less of a cut decoded than the headers state: FFmpeg passes over what it cannot read."""
+    stated = stated_span(container, stream)
+    if stated is None:
+        return
+    until = stated[1] if end is None else min(stated[1], as_seconds(end))
+    wanted = until - max(stated[0], as_seconds(start or 0))
+    if there < _ENOUGH * wanted and there < wanted - _FEW:
+        what = "sound" if stream.type == "audio" else "video"
+        tell(
+            f"{path}: there are {float(there):.2f} s of {what} {_between(start, end)}, and the header states "
+            f"{float(wanted):.2f} s; the file is damaged or has gaps, copy it again"
+        )
+
+
 def _pick_frames(
-    path: Path, count: int, start: float | None, end: float | None, convert: Callable[[Fraction, Any], np.ndarray]
+    path: Path,
+    count: int,
+    start: float | None,
+    end: float | None,
+    convert: Callable[[Fraction, Any], np.ndarray],
+    tell: Tell,
 ) -> list[np.ndarray]:
     def pick(container: Any, stream: Any) -> list[np.ndarray]:
         shown = partial(convert, pixel_aspect_of(stream))
-        return _FramePicker(path, stream.index, count, start, end, shown).pick(container)
+        return _FramePicker(path, stream.index, count, start, end, shown, tell).pick(container)
 
     return _first_success(path, "video", pick)
 
@@ -246,9 +290,11 @@ class _FramePicker:
         start: float | None,
         end: float | None,
         convert: Callable[[Any], np.ndarray],
+        tell: Tell,
     ) -> None:
-        self.path, self.index, self.count, self.convert = path, index, count, convert
+        self.path, self.index, self.count, self.convert, self.tell = path, index, count, convert, tell
         self.start, self.end = start, end
+        self.around = False, False  # whether there are frames before the cut, and after it
 
     def pick(self, container: Any) -> list[np.ndarray]:
         guess = self._span_of_packets(container)
@@ -290,17 +336,22 @@ class _FramePicker:
             stream = container.streams[self.index]
             low, high = _window(container, stream, self.start, self.end)
             jumped = _seek(container, stream, seek_to)
-            first, shown_at, shown = None, 0, None
+            first, shown_at, shown_for, shown = None, 0, 0, None
             for stamp, frame in self._cut(_stamped(container, stream), low, high, jumped):
                 if first is None:
                     first = stamp
                 elif span is not None:
                     self._show(shown, stamp, span, pictures)
-                shown_at, shown = stamp, frame
+                shown_at, shown_for, shown = stamp, frame.duration or 0, frame
             if first is None:
                 raise EmptyCutError(f"{self.path}: there are no frames {_between(self.start, self.end)}")
             if span is not None:
                 self._show(shown, math.inf, span, pictures)
+            if span == (first, shown_at):  # the last pass
+                earlier, later = self.around
+                until = high if later else shown_at + max(shown_for, _step(stream))
+                seconds = Fraction(until - (low if earlier else first)) * stream.time_base
+                _tell_of_less(self.tell, self.path, container, stream, self.start, self.end, seconds)
             return _Span(first, shown_at), pictures
 
     def _cut(self, frames: Iterator[tuple[int, Any]], low: int, high: float, jumped: bool) -> Iterator[tuple[int, Any]]:
@@ -318,6 +369,7 @@ class _FramePicker:
                 yield stamp, frame
             else:
                 before = stamp, frame
+        self.around = before is not None, ended
         if before is None and not some and not ended:
             if jumped:
                 raise _SeekTooFarError
@@ -405,7 +457,7 @@ def _in_order(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
 
 def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
     """Frames with stamps that never fall; a frame without one follows its neighbour at the mean rate."""
-    step = max(1, round(1 / (stream.average_rate or 25) / stream.time_base))
+    step = _step(stream)
     previous: int | None = None
     for stamp, frame in _in_order(container, stream):
         if stamp is None:
@@ -413,6 +465,11 @@ def _stamped(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
         if previous is None or stamp >= previous:
             previous = stamp
             yield stamp, frame
+
+
+def _step(stream: Any) -> int:
+    """From one frame to the next at the mean rate, in the stream's time base."""
+    return max(1, round(1 / (stream.average_rate or 25) / stream.time_base))
 
 
 def _sound(

@@ -23,6 +23,8 @@ _OPEN = (range(1), range(0x7FFF0000, 0x80000000), range(0xFFFF0000, 0x100000000)
 # Containers whose header states the exact length of their sound or none, and the seconds at its end that are no loss.
 # AIFF is none of them: who writes it into a pipe states 2 GiB less a few.
 _EXACT, _TAIL = ("flac", "au"), Fraction(1, 10)
+# Containers whose headers state how long each stream is; of others FFmpeg takes it from the last stamps or reckons it.
+_STATED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flac", "mp3")
 # Pixels further from a square are a damaged header's: lenses and formats squeeze by 2 at most.
 _NARROWEST, _WIDEST = Fraction(1, 4), Fraction(4)
 
@@ -168,6 +170,26 @@ def check_end(path: Path, container: Any) -> None:
                 f"{path}: the file is truncated, it ends before the {stated:.2f} s that it states; copy it again, or, "
                 "where it was cut out of another one without being encoded anew, encode it"
             )
+
+
+def stated_span(container: Any, stream: Any) -> tuple[Fraction, Fraction] | None:
+    """Seconds from the file's beginning at which a stream begins and ends by the headers; None where none states it."""
+    form, origin = container.format.name, origin_of(container)
+    # The header that states the length of MP3 states the encoder's delay, too; without it FFmpeg goes by the bit rate.
+    if form not in _STATED or (form == "mp3" and not stream.start_time):
+        return None
+    begin = (stream.start_time or 0) * stream.time_base - origin
+    if form != "matroska,webm":
+        return (begin, begin + stream.duration * stream.time_base) if stream.duration else None
+    # Matroska states the length of the whole; writers add that of each stream as a tag, and some copy an older one.
+    clocks = [text.split(":") for name, text in stream.metadata.items() if name.startswith("DURATION")]
+    try:
+        ends = [int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds) for hours, minutes, seconds in clocks]
+    except (ValueError, ZeroDivisionError):
+        return None
+    if not ends or not container.duration:
+        return None
+    return begin, min(*ends, Fraction(container.duration, 1_000_000)) - origin
 
 
 def streams_of(container: Any, kind: StreamType) -> list[Any]:

@@ -43,7 +43,8 @@ def prepare(
     """Prepare the clips of a manifest into the folder ``out``, or continue where an earlier run stopped.
 
     A clip that fails is listed in ``out/failures.csv`` with its reason and stops no other; its row stays with the
-    modalities that it has left, and is left out where it has none. Where every clip fails, nothing is prepared.
+    modalities that it has left, and is left out where it has none. A clip of which much less can be read than its
+    header states is listed, too, and used. Where every clip fails, nothing is prepared.
     Shards that an earlier run made are read to their ends and held against their digests (about a second for a GB);
     those that do not fit are made again.
 

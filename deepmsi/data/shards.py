@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ class _RowDecoder:
             size=options.size,
             resize=options.resize,
             face=detector or False,
+            tell=partial(self._fail, "part of video"),
         )
         if detector and detector.misses > misses:
             self._fail("face", f"{source.video}: no face was found, so the whole picture is used")
@@ -235,7 +237,8 @@ class _RowDecoder:
         assert path is not None
         try:
             start, end = (source.start, source.end) if source.audio is None else source.audio_cut
-            return decode_pcm(path, start=start, end=end, sample_rate=self.options.sample_rate)
+            rate, tell = self.options.sample_rate, partial(self._fail, "part of audio")
+            return decode_pcm(path, start=start, end=end, sample_rate=rate, tell=tell)
         except NoStreamError:
             if source.audio is not None:
                 raise

@@ -81,7 +81,7 @@ class PreparedData:
         path: the folder.
         rows: the utterances that have at least one modality, in the manifest's order.
         options: the PrepareOptions that made it.
-        failures: ``{"id", "modality", "reason"}`` of each thing that could not be prepared.
+        failures: ``{"id", "modality", "reason"}`` of each thing that could not be prepared, or only in part.
         feature_dims: ``{"text": D, "audio": D}`` of the stored features; a modality without is not a key.
         encoders: of the modalities whose features come from an encoder that `deepmsi finetune` made: its notes
             (`deepmsi.models.finetuned.EncoderNotes`), among them the ids of the rows that it saw.

@@ -119,7 +119,7 @@ def predict(
     """Predict from media files, clip by clip or window by window, or from texts.
 
     The preprocessing is the one that the model's configuration records. A modality that a file lacks is treated
-    as missing.
+    as missing; where much less of a file can be read than its header states, a warning says so.
 
     Args:
         model: the model; it is put in eval mode for the time.

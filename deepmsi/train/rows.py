@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 # Cells of a manifest that a prepared folder keeps as they are.
 _CELLS = ("text", "label", "speaker", "dialogue", "split", "start", "end", "side", "extra")
 # What a failure costs a row. A video that cannot be opened is named once, for its sound too; without a face the frames
-# are of the whole picture.
+# are of the whole picture, and of what is read in part the rest is used.
 _COSTS: dict[str, set[str]] = {
     "clip": {"video", "text", "audio"},
     "video": {"video", "audio"},
     "face": set(),
     "text": {"text"},
     "audio": {"audio"},
+    "part of video": set(),
+    "part of audio": set(),
 }
 
 
@@ -45,14 +47,18 @@ class Selection:
     classes: NDArray[np.int64]
     left_out: dict[str, int] = field(default_factory=dict)
     poorer: list[str] = field(default_factory=list)  # for each row that takes part and lost a modality, how
+    partial: list[str] = field(default_factory=list)  # and for each of which only a part could be read, why
     unused: list[str] = field(default_factory=list)  # labels to be left out that no row has
 
     def notes(self) -> list[str]:
-        """One sentence per reason for which rows were left out, and one on those that lost a modality."""
+        """One sentence per reason for which rows were left out, and one on those that lost a modality or a part."""
         notes = [f"{count} row{'s' * (count > 1)} left out: {reason}." for reason, count in self.left_out.items()]
         if self.poorer:
             count = len(self.poorer)
             notes.append(f"{count} row{'s' * (count > 1)} lost a modality (the first: {self.poorer[0]}).")
+        if self.partial:
+            count = len(self.partial)
+            notes.append(f"{count} row{'s' * (count > 1)} could be read only in part (the first: {self.partial[0]}).")
         if self.unused:
             notes.append(f"No row has {' or '.join(map(repr, self.unused))}, which exclude_labels leaves out.")
         return notes
@@ -192,7 +198,8 @@ def select_rows(
     for failure in failures:
         losses.setdefault(failure["id"], []).append(failure)
     read = [name for name in config.modalities if name not in hidden]
-    indices, labels, poorer = [], [], []
+    indices, labels, poorer, partial = [], [], [], []
+    parts = {f"part of {name}" for name in read}
     for i, row in enumerate(rows):
         there = present_modalities(row, config)
         if row.label in exclude and row.label is not None:
@@ -206,6 +213,7 @@ def select_rows(
             labels.append(row.label or "")
             missing = {name for has, name in zip(there, MODALITIES, strict=True) if not has and name in read}
             poorer += [loss["reason"] for loss in losses.get(row.id, ()) if missing & _COSTS[loss["modality"]]][:1]
+            partial += [loss["reason"] for loss in losses.get(row.id, ()) if loss["modality"] in parts][:1]
     if not indices:
         reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.items()) or "there are none"
         raise UserError(f"No row is left to work with: {reasons}.")
@@ -222,6 +230,7 @@ def select_rows(
         np.array([position[label] if labelled else -1 for label in labels], dtype=np.int64),
         dict(left_out),
         poorer,
+        partial,
         sorted(set(exclude) - {row.label for row in rows}),
     )
 

@@ -201,6 +201,28 @@ def test_scores_tell_of_clips_that_could_not_be_read(deepmsi, trained, clip, tmp
     assert f"1 row lost a modality (the first: {tmp_path / 'bad.mp4'}: " in outcome.err
 
 
+def test_what_is_read_in_part_is_told_and_used(deepmsi, trained, clip, tmp_path) -> None:
+    data = clip.read_bytes()
+    begin, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    begin += (end - begin) // 4
+    (tmp_path / "part.mp4").write_bytes(data[:begin] + bytes(end - begin) + data[end:])
+    rows = [{"id": "a", "video": str(clip), "label": "joy"}, {"id": "b", "video": "part.mp4", "label": "joy"}]
+    manifest = write_manifest(tmp_path / "manifest.csv", *rows)
+    outcome = deepmsi("prepare", manifest, "--out", tmp_path / "out", "--size", "32", "--frames", "2")
+    assert outcome.code == 0, outcome
+    assert f"failed: b: part of audio: {tmp_path / 'part.mp4'}: there are " in outcome.out
+    assert outcome.out.endswith(f"prepared 2 rows in {tmp_path / 'out'}\n")
+    outcome = deepmsi("evaluate", trained, "--data", manifest, "--json")
+    assert json.loads(outcome.out)["left_out"] == {}
+    assert f"1 row could be read only in part (the first: {tmp_path / 'part.mp4'}: there are " in outcome.err
+    assert "lost a modality" not in outcome.err
+    outcome = deepmsi("evaluate", trained, "--data", manifest, "--drop", "video,audio", "--json")
+    assert "only in part" not in outcome.err
+    outcome = deepmsi("predict", trained, tmp_path / "part.mp4", "--json")
+    assert outcome.code == 0, outcome
+    assert f"{tmp_path / 'part.mp4'}: there are " in outcome.err
+
+
 def test_scores_tell_of_a_cut_without_sound(deepmsi, trained, clip, tmp_path) -> None:
     rows = [
         {"id": "a", "video": str(clip), "start": "0", "end": "0.5", "label": "joy"},

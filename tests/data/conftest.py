@@ -64,6 +64,18 @@ def write_clip(
     return path
 
 
+def zero_content(clip: Path, begin: float, end: float) -> Path:
+    """Zero what lies from one share of a file's content to another, as storage that fails leaves it."""
+    data = bytearray(clip.read_bytes())
+    with av.open(str(clip)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux() if packet.size]
+    first, last = places[0][0], max(at + size for at, size in places)
+    low, high = (first + round(share * (last - first)) for share in (begin, end))
+    data[low:high] = bytes(high - low)
+    clip.write_bytes(data)
+    return clip
+
+
 def tone(seconds: float, rate: int) -> np.ndarray:
     """A 440 Hz tone whose loudness tells the second: 0.1 in the first, 0.2 in the second, and so on."""
     t = np.arange(round(seconds * rate)) / rate
@@ -78,6 +90,11 @@ def shown(frames: np.ndarray) -> list[int]:
 @pytest.fixture
 def clip_writer() -> Callable[..., Path]:
     return write_clip
+
+
+@pytest.fixture
+def content_zeroer() -> Callable[..., Path]:
+    return zero_content
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Frames by presentation time, sound cut by presentation time, and one sentence for every bad file."""
 
 import contextlib
+import re
 import struct
 import sys
 from fractions import Fraction
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +18,7 @@ from deepmsi.data import geometry, media
 from deepmsi.data.decode import decode_audio, decode_frames, try_decoding
 from deepmsi.data.face import FaceDetector, shared_detector
 from deepmsi.data.geometry import fit
-from deepmsi.data.media import NoStreamError, probe
+from deepmsi.data.media import EmptyCutError, NoStreamError, probe
 from deepmsi.errors import UserError
 
 
@@ -403,6 +405,103 @@ def test_a_flac_file_of_unstated_length_is_read(tmp_path, clip_writer):
     data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])  # the 36 bits of the number of samples
     clip.write_bytes(data)
     assert len(decode_audio(clip)) == 2 * 16000
+
+
+def noise(k):
+    return np.random.default_rng(k).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def read_in_part(clip, start=None, end=None):
+    """What is told of a clip that is read in part: the kind, the seconds that are there, and those that are stated."""
+    said = []
+    for read in (partial(decode_frames, count=3, size=16), decode_audio):
+        with contextlib.suppress(NoStreamError, EmptyCutError):
+            read(clip, start=start, end=end, tell=said.append)
+    pattern = r"there are ([\d.]+) s of (\w+) .*, and the header states ([\d.]+) s; the file is damaged or has gaps"
+    found = [re.fullmatch(f"{re.escape(str(clip))}: {pattern}, copy it again", sentence) for sentence in said]
+    return {match[2]: (float(match[1]), float(match[3])) for match in found}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_clip_that_is_read_in_part_is_told(tmp_path, clip_writer, content_zeroer, suffix):
+    """FFmpeg passes over what it cannot read: of a film that was zeroed, seconds remain, and nothing else says so."""
+    times = range(0, 4000, 100)
+    clip = clip_writer(tmp_path / f"a{suffix}", times, sound=4.0, gop=1, paint=noise, codec="mpeg4")
+    assert read_in_part(clip) == {}
+    content_zeroer(clip, 0.4, 1)
+    found = read_in_part(clip)
+    assert found.keys() == {"video", "sound"}
+    for there, stated in found.values():
+        assert 0.8 < there < 2.4
+        assert stated == pytest.approx(4.0, abs=0.15)
+    assert read_in_part(clip, 0.1, 0.7) == {}, "this cut is whole"
+    assert read_in_part(clip, 0, 3).keys() == {"video", "sound"}
+    with pytest.warns(UserWarning, match="s of sound in it, and the header states"):
+        decode_audio(clip)
+
+
+@pytest.mark.parametrize("begin", [0, 0.35])
+def test_what_is_missing_at_the_beginning_or_inside_is_told(tmp_path, clip_writer, content_zeroer, begin):
+    clip = clip_writer(tmp_path / "a.mp4", range(0, 4000, 100), sound=4.0, gop=5, paint=noise)
+    content_zeroer(clip, begin, begin + 0.4)
+    there, stated = read_in_part(clip)["sound"]
+    assert there < 3.2
+    assert stated == pytest.approx(4.0, abs=0.1)
+
+
+def test_half_an_mp3_file_is_told(tmp_path):
+    """Its header states the length; without one the length is reckoned by the bit rate, which tells nothing."""
+    clip, plain = tmp_path / "a.mp3", tmp_path / "plain.mp3"
+    for path, options in ((clip, {}), (plain, {"write_xing": "0"})):
+        with av.open(str(path), "w", options=options) as container:
+            stream = container.add_stream("mp3", rate=16000, layout="mono")
+            wave = np.random.default_rng(0).normal(0, 0.1, 48000).astype(np.float32)
+            wave[:24000] = 0
+            for at in range(0, len(wave), 1152):
+                block = av.AudioFrame.from_ndarray(wave[None, at : at + 1152], format="fltp", layout="mono")
+                block.sample_rate, block.pts = 16000, at
+                container.mux(stream.encode(block))
+            container.mux(stream.encode(None))
+        assert read_in_part(path) == {}
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert read_in_part(clip) == {"sound": (pytest.approx(1.5, abs=0.15), pytest.approx(3.0, abs=0.1))}
+    assert read_in_part(plain) == {}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_of_clips_that_are_whole_nothing_is_told(tmp_path, clip_writer, suffix):
+    codec = "mpeg4" if suffix == ".avi" else "libx264"
+    slow = clip_writer(tmp_path / f"slow{suffix}", [0, 40, 80, 3000, 3040, 4400], sound=4.5, codec=codec)
+    long = clip_writer(tmp_path / f"long{suffix}", range(0, 4000, 100), sound=1.0, codec=codec, paint=noise)
+    short = clip_writer(tmp_path / f"short{suffix}", range(0, 1000, 100), sound=4.0, codec=codec)
+    still = clip_writer(tmp_path / f"still{suffix}", [0], sound=4.0, codec=codec)
+    for clip in (slow, long, short, still):
+        for cut in ((None, None), (0.2, 0.9), (0.5, 3.0), (0.1, 60.0)):
+            assert read_in_part(clip, *cut) == {}, (clip.name, cut)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_what_an_edit_list_hides_is_not_missing(tmp_path, clip_writer, suffix):
+    """A film that was cut without being encoded anew holds frames from before its beginning."""
+    whole = clip_writer(tmp_path / "whole.mp4", range(0, 4000, 100), sound=4.0, paint=noise)
+    cut = tmp_path / f"cut{suffix}"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None and packet.pts * packet.time_base >= Fraction(6, 5):
+                shift = int(2 / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = streams[packet.stream_index]
+                target.mux(packet)
+    assert probe(cut).duration == pytest.approx(2.0, abs=0.1)
+    assert read_in_part(cut) == {}
+
+
+def test_of_real_clips_nothing_is_told(shared_data):
+    clips = [path for path in shared_data.rglob("*.*") if path.suffix in (".mp4", ".mpg", ".flac")]
+    assert len(clips) > 200
+    for clip in clips:
+        assert read_in_part(clip) == {}
 
 
 def test_an_avi_file_that_is_cut_in_a_later_part_is_refused(tmp_path):

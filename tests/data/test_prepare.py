@@ -111,6 +111,16 @@ def test_failures_are_listed_with_reasons(prepared):
     assert len(lines) == 1 + len(data.failures)
 
 
+def test_what_is_read_in_part_is_listed_and_kept(tmp_path, clip_writer, content_zeroer):
+    clip_writer(tmp_path / "a.mp4", range(0, 4000, 200), sound=4.0, gop=1)
+    content_zeroer(tmp_path / "a.mp4", 0.5, 1)
+    (tmp_path / "m.csv").write_text("id,video,start,end\na,a.mp4,,\nb,a.mp4,0.1,0.5\n")
+    data = run(tmp_path / "m.csv", tmp_path / "out")
+    assert [(f["id"], f["modality"]) for f in data.failures] == [("a", "part of video"), ("a", "part of audio")]
+    assert all(f"{tmp_path / 'a.mp4'}: there are " in f["reason"] for f in data.failures)
+    assert all(row.has_video and row.has_audio for row in data.rows)
+
+
 def test_second_run_changes_nothing(clips, prepared):
     before = contents(prepared)
     stamps = {p: p.stat().st_mtime_ns for p in prepared.rglob("*.*")}

@@ -196,6 +196,17 @@ def test_what_is_not_heard_of_whole_clips_is_told(model, tmp_path, monkeypatch):
         model.predict(clips)
 
 
+def test_a_clip_that_is_read_in_part_is_told(model, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", seconds=4.0, stripes=40)
+    data = clip.read_bytes()
+    begin, end = data.index(b"mdat"), data.index(b"moov")
+    half = (begin + end) // 2
+    clip.write_bytes(data[:half] + bytes(end - 4 - half) + data[end - 4 :])
+    with pytest.warns(UserWarning, match=r"a\.mp4: there are \d\.\d\d s of sound in it, and the header states 4\.0"):
+        (found,) = model.predict([clip])
+    assert found.label is not None
+
+
 def test_a_bar_shows_how_far_it_is(model, tmp_path, monkeypatch):
     """Of a recording of hours it is silent for minutes."""
     shown = []
