@@ -176,8 +176,7 @@ def decode_pcm(
         UserError: as ``decode_audio``, and where a sample is NaN or infinite.
     """
     sound = decode_audio(path, start=start, end=end, sample_rate=sample_rate, tell=tell)
-    if not np.isfinite(sound).all():
-        raise UserError(f"{path}: the sound holds samples that are not numbers")
+    _check_finite(path, sound)
     return np.rint(np.clip(sound, -1, 32767 / 32768) * 32768).astype(np.int16)
 
 
@@ -186,15 +185,24 @@ def try_decoding(path: str | os.PathLike[str], kind: StreamType) -> None:
 
     Raises:
         NoStreamError: the file has no such stream.
-        UserError: the file cannot be read or nothing in it decodes.
+        UserError: the file cannot be read, nothing in it decodes, or the first samples are not numbers.
     """
     path = Path(path)
 
     def decode(container: Any, stream: Any) -> None:
-        if next(_decoded(container, stream), None) is None:
+        frame = next(_decoded(container, stream), None)
+        if frame is None:
             raise UserError(f"{path}: not one {kind} frame can be decoded")
+        # Samples that were never encoded can be such, and are packed; PyAV crashes on the eight planes of encoded 7.1.
+        if kind == "audio" and frame.format.is_packed:
+            _check_finite(path, frame.to_ndarray())
 
     _first_success(path, kind, decode)
+
+
+def _check_finite(path: str | os.PathLike[str], sound: np.ndarray) -> None:
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path}: the sound holds samples that are not numbers")
 
 
 def _first_success(path: Path, kind: StreamType, attempt: Callable[[Any, Any], Any], only: int | None = None) -> Any:

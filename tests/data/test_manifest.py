@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from deepmsi.data.check import check
@@ -250,6 +252,22 @@ def test_check(tmp_path, clip_writer):
     assert "5 problems:" in text
     assert all(problem.sentence in text for problem in report.problems)
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 8
+
+
+@pytest.mark.parametrize("layout", ["mono", "7.1"])
+def test_check_finds_sound_that_is_no_numbers(tmp_path, layout):
+    for name, value in (("good", 0.1), ("bad", np.nan)):
+        with av.open(str(tmp_path / f"{name}.wav"), "w") as container:
+            stream = container.add_stream("pcm_f32le", rate=16000, layout=layout)
+            samples = np.full((1, 16000 * stream.codec_context.channels), value, np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    report = check(write(tmp_path / "m.csv", "id,audio\ngood,good.wav\nbad,bad.wav\n"), workers=1)
+    assert [p.sentence for p in report.problems] == [
+        f"bad: {tmp_path / 'bad.wav'}: the sound holds samples that are not numbers"
+    ]
 
 
 def test_check_shows_how_far_it_is(tmp_path, monkeypatch):
