@@ -39,6 +39,7 @@ def prepare(
     options: PrepareOptions | None = None,
     workers: int | None = None,
     progress: bool = True,
+    replace: bool = False,
 ) -> PreparedData:
     """Prepare the clips of a manifest into the folder ``out``, or continue where an earlier run stopped.
 
@@ -54,13 +55,14 @@ def prepare(
         options: how; an existing folder must have been prepared with the same ones.
         workers: processes that decode; None is one per usable core, 0 decodes in this process.
         progress: show on standard error how far it is.
+        replace: whether a folder that was prepared from another manifest may lose rows that this one lacks.
 
     Returns:
         The prepared folder, opened.
 
     Raises:
-        UserError: a bad manifest, other options than the folder's, a full disk (what is done is kept),
-            not one file of a manifest that names files could be read.
+        UserError: a bad manifest, other options than the folder's, rows of another manifest that would be lost, a full
+            disk (what is done is kept), not one file of a manifest that names files could be read.
     """
     options = options or PrepareOptions()
     manifest = read_manifest(manifest_path)
@@ -74,6 +76,8 @@ def prepare(
         if not free:
             raise UserError(f"{folder}: another deepmsi prepare is at work here; wait for it")
         _start(folder, options)
+        if not replace:
+            _check_kept(manifest, folder)
         try:
             media = _decode(manifest, folder, options, workers, progress)
             texts = features.text_stage(manifest.rows, folder, options, progress)
@@ -148,6 +152,23 @@ def _start(folder: Path, options: PrepareOptions) -> None:
     if changed:
         raise UserError(
             f"{folder}: the folder was prepared with {', '.join(changed)}; choose another folder, or remove it"
+        )
+
+
+def _check_kept(manifest: Manifest, folder: Path) -> None:
+    """Refuse to lose rows of another manifest, which may have taken hours; one that changed is what it is now."""
+    here = Path(os.path.abspath(manifest.path))
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        before = here.parent / index["manifest"]
+        lost = sorted({row["id"] for row in index["rows"]} - {row.id for row in manifest.rows})
+    except (OSError, ValueError, KeyError, TypeError):  # unfinished, or damaged, which preparing mends
+        return
+    if before != here and lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"{folder}: the folder was prepared from {before}, and {manifest.path} lacks its row {lost[0]!r}{more}, "
+            "which would be lost; choose another folder, or remove it"
         )
 
 
@@ -264,7 +285,7 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
     fingerprint = digest({**content, "rows": bare})
     write_sorted_json(
         folder / INDEX,
-        {**content, "failures": listed, "fingerprint": fingerprint, "manifest": manifest.path.name},
+        {**content, "failures": listed, "fingerprint": fingerprint, "manifest": os.path.abspath(manifest.path)},
     )
 
 

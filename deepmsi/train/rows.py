@@ -112,7 +112,7 @@ def open_data(
             "directory."
         )
     check(expected_rows(manifest, options))
-    return prepare(path, prepared, options)
+    return prepare(path, prepared, options, replace=True)
 
 
 def open_shared(

@@ -184,6 +184,19 @@ def test_unknown_label_at_evaluation(mistake, trained, clip, tmp_path) -> None:
     assert not out.exists()
 
 
+def test_prepare_refuses_to_lose_rows_of_another_manifest(deepmsi, mistake, trained, tmp_path) -> None:
+    first, second = (
+        write_manifest(tmp_path / f"{name}.csv", {"id": name, "text": "hm", "label": "joy"}) for name in ("one", "two")
+    )
+    out = tmp_path / "out"
+    assert deepmsi("prepare", first, "--out", out).code == 0
+    assert deepmsi("prepare", first, "--out", out).code == 0
+    assert f"prepared from {first}, and {second} lacks its row 'one'" in mistake("prepare", second, "--out", out)
+    for manifest in (first, second):  # what a command prepares for itself is its own to replace
+        outcome = deepmsi("evaluate", trained, "--data", manifest, "--out", tmp_path / "scores", "--json")
+        assert outcome.code == 0, outcome
+
+
 def test_scores_tell_of_clips_that_could_not_be_read(deepmsi, trained, clip, tmp_path) -> None:
     (tmp_path / "bad.mp4").write_text("this is no film")
     manifest = write_manifest(

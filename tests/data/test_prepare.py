@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,32 @@ def test_changed_manifest_remakes_what_changed(clips, tmp_path):
     assert shard.stat().st_mtime_ns == stamp, "a new label is no reason to decode again"
     run(short, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh"), "nothing of the longer manifest is left"
+
+
+def test_rows_of_another_manifest_are_not_lost(clips, tmp_path, monkeypatch):
+    table = (clips / "m.csv").read_text().splitlines()
+    shutil.copytree(clips, tmp_path / "clips")
+    mine, other, out = tmp_path / "clips" / "mine.csv", tmp_path / "clips" / "sub" / "mine.csv", tmp_path / "out"
+    mine.write_text("\n".join(table[:9]) + "\n")
+    run(mine, out)
+    before = contents(out)
+    other.parent.mkdir()
+    other.write_text("id,text\nr00,so\nnew,well\n")
+    monkeypatch.setattr("deepmsi.data.prepare._decode", lambda *_: pytest.fail("something is decoded"))
+    with pytest.raises(UserError, match=r"prepared from .*clips/mine\.csv, and .*sub/mine\.csv lacks its row 'r01'"):
+        run(other, out)
+    assert contents(out) == before
+    monkeypatch.undo()
+    more = mine.with_name("more.csv")
+    more.write_text("\n".join(table[:12]) + "\n")
+    assert len(run(more, out)) == 10, "a manifest of another name that has these rows, and others"
+    more.write_text("\n".join(table[:5]) + "\n")
+    assert len(run(more, out)) == 4, "a manifest that has changed"
+    index = json.loads((out / "index.json").read_text()) | {"manifest": "more.csv"}
+    (out / "index.json").write_text(json.dumps(index))
+    more.write_text("\n".join(table[:4]) + "\n")
+    assert len(run(more, out)) == 3, "of folders from before its name is known"
+    assert len(prepare(other, out, SMALL, workers=0, progress=False, replace=True)) == 2
 
 
 def test_changed_clip_is_decoded_again(clips, tmp_path, clip_writer):
