@@ -38,11 +38,13 @@ MELD_VIDEO_FOLDERS = {
 }
 PATH_COLUMNS = ("video", "audio", "text_features", "audio_features", "frames")
 NAME_COLUMNS = ("label", "speaker", "dialogue", "split")
+_TIME_COLUMNS = ("start", "end", "audio_start", "audio_end")
 DEV_NAMES = ("dev", "val", "valid", "validation")
 COLUMNS = ("id", *PATH_COLUMNS, "text", *NAME_COLUMNS, "start", "end", "side", "audio_start", "audio_end")
 """Every column that has a meaning; a row needs an id and at least one modality."""
 
 _SEPARATORS = ",;\t"
+_DECIMAL_COMMA = re.compile(r"^(\d*),(\d+)$")
 # A line of Excel's above the header.
 _EXCEL_SEPARATOR = re.compile(r'\s*"?sep=([^"\r\n])"?[ \t]*\r?\n', re.IGNORECASE)
 _CSV_ERRORS = {
@@ -273,7 +275,11 @@ def _read_csv(path: Path) -> tuple[_Records, list[str], list[Problem]]:
                 sentence = f"the line has {len(cells)} cells and the header has {len(header)}; quote commas"
                 problems.append(Problem("error", f"{path}:{at}", sentence))
             else:
-                records.append((at, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+                record = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+                if delimiter == ";":  # as spreadsheets write where numbers have a decimal comma
+                    for name in record.keys() & _TIME_COLUMNS:
+                        record[name] = _DECIMAL_COMMA.sub(r"\1.\2", record[name])
+                records.append((at, record))
     except csv.Error as error:
         said = next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), str(error))
         raise UserError(f"{path}:{line}: the line cannot be read as CSV: {said}") from error

@@ -43,6 +43,19 @@ def test_a_separator_that_excel_was_told(tmp_path, first):
     assert (row.id, row.text, row.label) == ("a", "so, or so", "joy")
 
 
+@pytest.mark.parametrize("first", ["", "sep=;\n"])
+def test_decimal_commas_where_cells_are_separated_otherwise(tmp_path, first):
+    table = "id;video;text;start;end;audio;audio_start;audio_end\na;a.mp4;3,5;0,5;12,25;a.wav;,25;1.5\n"
+    (row,) = read_manifest(write(tmp_path / "m.csv", first + table)).rows
+    assert (row.start, row.end, row.audio_start, row.audio_end, row.text) == (0.5, 12.25, 0.25, 1.5, "3,5")
+    with pytest.raises(UserError, match=r"start is '1\.234,5'; give seconds"):
+        read_manifest(write(tmp_path / "m.csv", first + table.replace("0,5", "1.234,5")))
+    for delimiter in (",", "\t"):
+        cells = ["id", "text", "start"], ["a", "so", '"0,5"']
+        with pytest.raises(UserError, match="start is '0,5'; give seconds"):
+            read_manifest(write(tmp_path / "m.csv", "\n".join(map(delimiter.join, cells))))
+
+
 def test_one_form_of_a_letter(tmp_path):
     rows = read_manifest(
         write(tmp_path / "m.csv", "id,text,label,video\na,x,ge\u0302ne,e\u0302.mp4\nb,x,g\u00eane,\n")
