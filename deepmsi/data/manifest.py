@@ -1,4 +1,4 @@
-"""Reads the tables that name clips: an own CSV or JSONL manifest, or MELD's CSV files as published.
+"""Reads the tables that name clips: an own CSV, JSONL or JSON manifest, or MELD's CSV files as published.
 
 A manifest's columns are id, video, audio, text, label, speaker, dialogue, split, start, end, side,
 audio_start and audio_end for sound files that are cut elsewhere than the videos,
@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unicodedata import normalize
 
 from deepmsi.errors import UserError
@@ -112,10 +112,10 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read a manifest: a CSV or JSONL file, MELD's CSV, or a folder of MELD's CSVs or of released pickles.
+    """Read a manifest: a CSV, JSONL or JSON file, MELD's CSV, or a folder of MELD's CSVs or of released pickles.
 
     A CSV with MELD's own columns becomes rows ``{split}_dia{D}_utt{U}`` with the split from the file's name;
-    of a single file its siblings are not read.
+    of a single file its siblings are not read. Where a JSON file holds an array its items count as lines.
 
     Args:
         path: the file or folder.
@@ -147,7 +147,7 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
     if not path.exists():
         raise UserError(f"{path}: there is no such manifest; give a CSV or JSONL file")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        records, columns, problems = _read_jsonl(path)
+        records, columns, problems = _read_json(path)
     else:
         records, columns, problems = _read_csv(path)
     if not records and not problems:
@@ -303,15 +303,20 @@ def _clean_header(path: Path, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
+def _read_json(path: Path) -> tuple[_Records, list[str], list[Problem]]:
+    """Read an object on each line, or the array of objects that a file named .json may hold."""
+    text = decode_text(path)
+    read: Callable[[Any], dict[str, str]]
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        items, read = _json_items(path, text), _json_record
+    else:
+        items, read = [(line, raw) for line, raw in enumerate(text.split("\n"), start=1) if raw.strip()], _json_line
     records: _Records = []
     problems: list[Problem] = []
     columns: dict[str, None] = {}
-    for line, raw in enumerate(decode_text(path).split("\n"), start=1):
-        if not raw.strip():
-            continue
+    for line, item in items:
         try:
-            record = _json_record(raw)
+            record = read(item)
         except UserError as error:
             problems.append(Problem("error", f"{path}:{line}", str(error)))
         else:
@@ -322,20 +327,39 @@ def _read_jsonl(path: Path) -> tuple[_Records, list[str], list[Problem]]:
     for line, record in records:
         twice = [name for name, n in Counter(names[key] for key in record).items() if n > 1]
         if twice:
-            problems.append(Problem("error", f"{path}:{line}", f"the line has the column {twice[0]!r} twice"))
+            problems.append(Problem("error", f"{path}:{line}", f"the row has the column {twice[0]!r} twice"))
         else:
             named.append((line, {names[key]: value for key, value in record.items()}))
     return named, list(dict.fromkeys(names.values())), problems
 
 
-def _json_record(raw: str) -> dict[str, str]:
+def _json_items(path: Path, text: str) -> list[tuple[int, Any]]:
     try:
-        value = json.loads(raw, object_pairs_hook=_json_object)
+        return list(enumerate(_json_value(text), start=1))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the array of rows cannot be read as JSON ({error})") from None
+
+
+def _json_line(raw: str) -> dict[str, str]:
+    try:
+        value = _json_value(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the line is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError("the line is not a JSON object of column and value; give one on each line")
-    bad = next((k for k, v in value.items() if isinstance(v, dict | list)), None)
+    return _json_record(value)
+
+
+def _json_value(text: str) -> Any:
+    """Parse JSON; an object is a tuple of its pairs, of which a dictionary would keep the last with a name."""
+    return json.loads(text, object_pairs_hook=tuple)
+
+
+def _json_record(pairs: Any) -> dict[str, str]:
+    if not isinstance(pairs, tuple):
+        raise UserError("the row is not a JSON object of column and value")
+    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
+        raise UserError(f"the row has the column {twice[0]!r} twice")
+    value = dict(pairs)
+    bad = next((k for k, v in value.items() if isinstance(v, tuple | list)), None)
     if bad is not None:
         what = "the label cannot be read" if bad.strip().lower() == "label" else f"the value of {bad!r} cannot be read"
         raise UserError(f"{what}: give text or a number, not a list or object")
@@ -347,13 +371,6 @@ def _json_record(raw: str) -> dict[str, str]:
             half = error.object[error.start]
             raise UserError(f"the value of {k!a} holds {half!a}, one half of a character; give both or none") from None
     return record
-
-
-def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """As the parser makes one, which lets the last of equal names win."""
-    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
-        raise UserError(f"the line has the column {twice[0]!r} twice")
-    return dict(pairs)
 
 
 def _json_cell(value: object) -> str:

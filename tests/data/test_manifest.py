@@ -80,15 +80,48 @@ def test_jsonl(tmp_path):
 def test_json_lines_under_other_names(tmp_path):
     row = read_manifest(write(tmp_path / "m.json", '{"ID": "a", "Text": "so", "LABEL": "joy", "Take": 2}\n')).rows[0]
     assert (row.id, row.text, row.label, row.extra) == ("a", "so", "joy", {"Take": "2"})
-    with pytest.raises(UserError, match=r"m\.json:1: the line is not a JSON object .*; give one on each line"):
-        read_manifest(write(tmp_path / "m.json", '[{"id": "a", "text": "so"}]'))
     lines = ['{"id": "a", "text": "so"}', '{"id": "b", "Text": "no"}']
     assert [row.text for row in read_manifest(write(tmp_path / "manifest.json", "\n".join(lines))).rows] == ["so", "no"]
     assert len(read_manifest(tmp_path).rows) == 2
-    with pytest.raises(UserError, match=r"m\.json:3: the line has the column 'text' twice"):
+    with pytest.raises(UserError, match=r"m\.json:3: the row has the column 'text' twice"):
         read_manifest(write(tmp_path / "m.json", "\n".join([*lines, '{"id": "c", "text": "so", "Text": "no"}'])))
     with pytest.raises(UserError, match="the label cannot be read"):
         read_manifest(write(tmp_path / "m.json", '{"id": "a", "text": "so", "Label": [1]}'))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_rows_in_json(tmp_path, indent):
+    """As pandas writes it with orient="records"."""
+    items = [
+        {"id": 1, "text": "so", "label": None, "start": 0.5},
+        {"id": 2, "text": "no", "label": "joy", "start": None},
+    ]
+    path = write(tmp_path / "m.json", json.dumps(items, indent=indent))
+    rows = read_manifest(path).rows
+    assert [(row.id, row.text, row.label, row.start) for row in rows] == [
+        ("1", "so", None, 0.5),
+        ("2", "no", "joy", None),
+    ]
+    items += [[1], "{}", {"id": "a/b", "text": "x"}, {"id": 3, "text": []}, {"id": 4, "text": "x", "Text": "y"}]
+    text = json.dumps(items, indent=indent)[:-1] + ', {"id": 5, "id": 6}]'
+    manifest, problems = scan_manifest(write(path, text))
+    assert len(manifest.rows) == 2
+    assert [(p.where.rpartition(":")[2], p.sentence) for p in problems] == [
+        ("3", "the row is not a JSON object of column and value"),
+        ("4", "the row is not a JSON object of column and value"),
+        ("5", "the id 'a/b' holds a path separator; ids name files, so use other characters"),
+        ("6", "the value of 'text' cannot be read: give text or a number, not a list or object"),
+        ("7", "the row has the column 'text' twice"),
+        ("8", "the row has the column 'id' twice"),
+    ]
+
+
+@pytest.mark.parametrize("text", ['[{"id": "a"}, {"id"', '[{"id": "a"}]\n[]', 99999 * "["])
+def test_a_broken_array_gets_one_sentence(tmp_path, text):
+    with pytest.raises(UserError, match=r"m\.json: the array of rows cannot be read as JSON \(.*\)$"):
+        scan_manifest(write(tmp_path / "m.json", text))
+    with pytest.raises(UserError, match=r"m\.json: the manifest has no rows"):
+        scan_manifest(write(tmp_path / "m.json", "[]"))
 
 
 def test_melds_columns_in_json_lines(tmp_path):
@@ -151,11 +184,11 @@ def test_bad_table_gets_one_sentence(tmp_path, name):
     ("line", "sentence"),
     [
         ('{"id": "a"', r"m\.jsonl:2: the line is not JSON"),
-        ("[1]", r"m\.jsonl:2: the line is not a JSON object"),
+        ("[1]", r"m\.jsonl:2: the row is not a JSON object"),
         (9999 * '{"id":', r"m\.jsonl:2: the line is not JSON \("),
         (r'{"id": "a", "text": "so \ud83d"}', r"m\.jsonl:2: the value of 'text' holds '\\ud83d', one half"),
         ('{"id": "a", "text": "x", "label": ["joy"]}', r"m\.jsonl:2: the label cannot be read"),
-        ('{"id": "a", "text": "x", "text": "y"}', r"m\.jsonl:2: the line has the column 'text' twice"),
+        ('{"id": "a", "text": "x", "text": "y"}', r"m\.jsonl:2: the row has the column 'text' twice"),
         ('{"id": "a", "text": {}}', r"m\.jsonl:2: the value of 'text' cannot be read"),
     ],
 )
