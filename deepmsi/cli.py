@@ -188,7 +188,7 @@ def check(
         if as_json:
             result.write(json_text(report.to_dict()))
         else:
-            result.write(report.render().rstrip("\n") + "\n")
+            result.write(report.render(FAILURES_SHOWN).rstrip("\n") + "\n")
     if report.problems:
         raise typer.Exit(1)
 

@@ -55,14 +55,20 @@ class CheckReport:
             "modalities": self.modalities,
         }
 
-    def render(self) -> str:
-        """Return the report as text: counts, then findings, each on a line."""
+    def render(self, shown: int | None = None) -> str:
+        """Return the report as text: counts, then findings, each on a line; of each kind the first, where many are.
+
+        Args:
+            shown: problems to list, and warnings; None lists all.
+        """
         held = ", ".join(f"{count} with {name}" for name, count in self.modalities.items())
         lines = [f"{self.path}: {self.rows} rows ({held})", "", *_table(self.counts)]
         for title, found in (("problem", self.problems), ("warning", self.warnings)):
             if found:
                 lines += ["", f"{len(found)} {title}{'s' if len(found) > 1 else ''}:"]
-                lines += [f"  {problem.where}: {problem.sentence}" for problem in found]
+                lines += [f"  {problem.where}: {problem.sentence}" for problem in found[:shown]]
+                if shown is not None and len(found) > shown:
+                    lines.append(f"  and {len(found) - shown} more: --json lists all")
         if not self.problems and not self.warnings:
             lines += ["", "nothing wrong was found"]
         return "\n".join(lines)

@@ -43,6 +43,20 @@ def test_check_finds_problems_and_fails(deepmsi, clips, tmp_path) -> None:
     assert "nowhere.mp4" in json.dumps(problems)
 
 
+def test_check_lists_the_first_of_many_findings(deepmsi, tmp_path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    rows = [f"{k},{k % 3}.mp4,{'joy' if k < 19 else f'label {k}'}" for k in range(45)]
+    manifest.write_text("\n".join(["id,video,label", *rows]) + "\n")
+    outcome = deepmsi("check", manifest)
+    assert outcome.code == 1
+    assert outcome.out.count("there is no such file") == 20
+    assert "45 problems:" in outcome.out
+    assert "  and 25 more: --json lists all\n\n26 warnings:\n" in outcome.out
+    assert outcome.out.endswith("  and 6 more: --json lists all\n")
+    report = json.loads(deepmsi("check", manifest, "--json").out)
+    assert (len(report["problems"]), len(report["warnings"])) == (45, 26)
+
+
 def test_prepare_twice_is_the_same(deepmsi, clips, tmp_path) -> None:
     words = ("prepare", clips / "manifest.csv", "--out", tmp_path / "d", "--size", "32", "--frames", "3", "--json")
     first = deepmsi(*words, "--workers", "1")
