@@ -12,7 +12,7 @@ from typing import Any
 
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
-from deepmsi.data.manifest import COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
+from deepmsi.data.manifest import COLUMNS, PATH_COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
 from deepmsi.data.release import count_differences, read_release
@@ -22,6 +22,8 @@ from deepmsi.progress import progress_bar
 
 SHORTEST, LONGEST = 0.2, 60.0
 """Seconds outside of which an utterance is pointed out."""
+
+_FEWEST_WORDS = 6  # "What are you doing here?" is said again without being a copy
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def check(manifest_path: str | os.PathLike[str], workers: int | None = None, pro
         findings += [replace(found, where=where, id=row.id) for found in _row_findings(row, looked)]
     findings += _length_findings(manifest, looked)
     findings += _duplicates(manifest)
+    findings += _repeated_texts(manifest)
     findings += _column_findings(manifest)
     findings += _label_findings(manifest)
     for sentence in count_differences(manifest.rows):
@@ -258,6 +261,24 @@ def _duplicates(manifest: Manifest) -> Iterable[Problem]:
         if row.split != seen[0].split:
             sentence += f", which is in another split ({seen[0].split or 'none'} and {row.split or 'none'})"
         yield Problem("warning", where, sentence, row.id)
+
+
+def _repeated_texts(manifest: Manifest) -> Iterable[Problem]:
+    """Point out texts that stand alone in one split and, with the same label, in another; short ones are everyday."""
+    first: dict[tuple[str, str | None], tuple[Row, str]] = {}
+    repeated: list[tuple[Row, str]] = []
+    for row, where in zip(manifest.rows, manifest.origins, strict=True):
+        alone = not any(getattr(row, column) for column in PATH_COLUMNS)
+        if row.text is not None and row.split is not None and alone and len(row.text.split()) >= _FEWEST_WORDS:
+            seen, _ = first.setdefault((row.text, row.label), (row, where))
+            if (part_of(row.split) or row.split) != (part_of(seen.split) or seen.split):
+                repeated.append((row, where))
+    if repeated:
+        row, where = repeated[0]
+        seen, place = first[row.text or "", row.label]
+        rows = f"{len(repeated)} rows of text alone have" if len(repeated) > 1 else "1 row of text alone has"
+        sentence = f"{rows} the text and the label of a row in another split (the first: {row.id} at {where}, as "
+        yield Problem("warning", str(manifest.path), f"{sentence}{seen.id} at {place})")
 
 
 def _digest(path: Path) -> str:

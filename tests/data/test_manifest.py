@@ -300,6 +300,28 @@ def test_check(tmp_path, clip_writer):
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 8
 
 
+def test_check_finds_texts_that_stand_in_several_splits(tmp_path):
+    same = "we will never ever go back there"
+    rows = [
+        f"a,{same},,joy,train",
+        f"b,{same},,joy,train",
+        f"c,{same},,fear,test",
+        f"d,{same},d.npy,joy,test",
+        f"e,{same},,joy,",
+        "f,Okay.,,joy,val",
+        "g,Okay.,,joy,dev",
+        "h,What are you doing here?,,joy,train",
+        "i,What are you doing here?,,joy,test",
+    ]
+    path = write(tmp_path / "m.csv", "\n".join(["id,text,audio_features,label,split", *rows]) + "\n")
+    assert not [w for w in check(path, workers=1).warnings if "of text alone" in w.sentence]
+    write(path, path.read_text() + f"j,{same},,joy,test\nk,{same},,joy,dev\n")
+    assert [w.sentence for w in check(path, workers=1).warnings if "of text alone" in w.sentence] == [
+        f"2 rows of text alone have the text and the label of a row in another split (the first: j at {path}:11, "
+        f"as a at {path}:2)"
+    ]
+
+
 @pytest.mark.parametrize("layout", ["mono", "7.1"])
 def test_check_finds_sound_that_is_no_numbers(tmp_path, layout):
     for name, value in (("good", 0.1), ("bad", np.nan)):
@@ -366,3 +388,4 @@ def test_check_finds_nothing_wrong_with_real_data(shared_data):
     assert report.warnings == ()
     assert report.modalities == {"video": 26, "sound": 210, "text": 210}
     assert "nothing wrong was found" in report.render()
+    assert not [w for w in check(shared_data / "meld").warnings if "of text alone" in w.sentence]
