@@ -184,7 +184,7 @@ def ablation_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the lines must know of their rows: which they are, and whether the model was trained on them."""
+    """What a reader of the lines must know of their rows: which they are, and whether training knows their ids."""
     sentences = []
     if len({line.get("n") for line in lines}) > 1:
         sentences.append(
@@ -194,7 +194,8 @@ def caveats(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         sentences.append(f"Scored on the rows of the part {' and '.join(parts)} alone.")
     if seen := max((line.get("rows_seen_in_training") or 0 for line in lines), default=0):
         sentences.append(
-            f"Up to {seen} rows of a line trained the model or chose its epoch: its figures do not hold for new data."
+            f"Up to {seen} rows of a line have the id of a row that trained the model or its encoders or chose their "
+            "epoch: where they are the same rows, its figures do not hold for new data."
         )
     return sentences
 

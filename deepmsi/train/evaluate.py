@@ -58,7 +58,7 @@ def evaluate(
     Returns:
         What `metrics.json` holds: `compute_metrics`, the rows left out and why, the modalities that were read, the
         `split` where one is given, the `precision` where it is not fp32, and as `rows_seen_in_training` how many rows
-        trained the model or its encoders, or chose their epoch.
+        have the id of one that trained the model or its encoders, or chose their epoch.
 
     Raises:
         UserError: no such run, a label that the run does not know, data that its model cannot read, no modality

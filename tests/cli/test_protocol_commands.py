@@ -100,7 +100,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     outcome = deepmsi("ablate", run, "--data", data)
     assert outcome.code == 0, outcome
     assert [line.split(" | ")[0] for line in outcome.out.splitlines()[2:5]] == ["| text", "| audio", "| text+audio"]
-    assert "18 rows of a line trained the model" in outcome.out
+    assert "18 rows of a line have the id of a row that trained the model" in outcome.out
     # Of a manifest the lines are the same, and it is prepared once.
     manifest, table = data.parent / "raw" / "manifest.csv", run / "ablation" / "ablation.json"
     lines = json.loads(table.read_text())
@@ -110,7 +110,7 @@ def test_ablate_hides_modalities_of_one_model(deepmsi, mistake, tmp_path_factory
     assert deepmsi("report", run).code == 0
     text = (run / "report.md").read_text()
     assert "## Ablation" in text
-    assert "18 rows of a line trained the model" in text
+    assert "18 rows of a line have the id of a row that trained the model" in text
     outcome = deepmsi("ablate", run, "--data", data, "--split", "test", "--device", "cpu", "--out", tmp_path / "lines")
     assert outcome.code == 0, outcome
     held_out = json.loads((tmp_path / "lines" / "ablation.json").read_text())["lines"]

@@ -103,6 +103,12 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     first = metrics["confusion_matrix"][0]
     assert f"| joy | {' | '.join(map(str, first))} |" in text
     assert "- rows known to training: 9 by their speaker, of 40\n" in text
+    (run / "metrics.json").write_text(json.dumps({**metrics, "rows_seen_in_training": 4}))
+    also = report(run).with_suffix(".md").read_text(encoding="utf-8")
+    assert (
+        "- rows known to training: 9 by their speaker, of 40\n- rows with the id of one that training knows: 4\n"
+        in also
+    )
     # every table has as many cells in each row as in its head
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") - line.count(r"\|") for line in table.splitlines()}) == 1

@@ -44,7 +44,8 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
     told = {
         "evaluate": [
             "Lines of different n were scored on different rows: a row with none of a line's modalities is left out.",
-            "Up to 36 rows of a line trained the model or chose its epoch: its figures do not hold for new data.",
+            "Up to 36 rows of a line have the id of a row that trained the model or its encoders or chose their epoch: "
+            "where they are the same rows, its figures do not hold for new data.",
         ],
         "retrain": [f"Protocol: {lines[0].get('protocol')}."],
     }
