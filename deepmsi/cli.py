@@ -624,8 +624,8 @@ def ablate(
     """Measure what each modality and each part of the model is worth, in one table.
 
     Every subset of the modalities; with --retrain also the model without the compression of visual tokens and
-    without the contrastive term, and other shares of tokens and numbers of frames. Run it again after an
-    interruption: lines that are done are kept.
+    without the contrastive term, and other shares of tokens and numbers of frames. Run again after an interruption,
+    it goes on with these trainings; without --retrain every line is scored anew.
     """
     from deepmsi.train.ablate import ablate as ablate_run
     from deepmsi.train.ablate import ablation_table, variants_of

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from deepmsi.errors import UserError
 from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
-from deepmsi.train.ablate import ABLATION, TABLE
+from deepmsi.train.ablate import ABLATION, RETRAINED, TABLE
 from deepmsi.train.metrics import SUMMARY, Scores
 from deepmsi.train.record import HISTORY, METRICS, PREDICTIONS, RECIPE, RUN, check_format, label_of_column
 
@@ -42,6 +42,19 @@ class ScoredRow:
         return self.probabilities.get(self.predicted, 0.0)
 
 
+@dataclass(frozen=True)
+class Ablation:
+    """One table of `deepmsi ablate`.
+
+    Attributes:
+        retrained: whether a model was trained for each line.
+        lines: what the model had ("T+A", "without VSC") and the metrics measured with it, in the order of Table 3.
+    """
+
+    retrained: bool
+    lines: list[tuple[str, dict[str, Any]]]
+
+
 @dataclass
 class RunFacts:
     """What a run directory told.
@@ -53,9 +66,7 @@ class RunFacts:
         history: the events of history.jsonl, and those of the folds with their name as `fold`.
         metrics: metrics.json, or None.
         predictions: the labelled rows of predictions.csv.
-        ablation: what the model had ("T+A", "without VSC") and the metrics measured with it, in the order of
-            Table 3.
-        retrained: whether a model was trained for each line of the ablation.
+        ablations: the tables that are there, of each kind one at most, the retrained one first.
         data: the prepared data of the run, where it is still there.
         missing: one sentence per part that is not there.
     """
@@ -66,8 +77,7 @@ class RunFacts:
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] | None = None
     predictions: list[ScoredRow] = field(default_factory=list)
-    ablation: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    retrained: bool = False
+    ablations: list[Ablation] = field(default_factory=list)
     data: "PreparedData | None" = None
     missing: list[str] = field(default_factory=list)
 
@@ -109,7 +119,7 @@ def collect(run: Path) -> RunFacts:
     facts.predictions = _read_predictions(run / PREDICTIONS, facts.missing)
     if not (facts.made or facts.recipe or facts.history or facts.metrics or facts.predictions):
         raise UserError(f"{run} holds no run: neither {RUN} nor {METRICS} nor a history is in it")
-    facts.ablation, facts.retrained = _read_ablation(run)
+    facts.ablations = _read_ablations(run)
     facts.data = _open_data(facts)
     return facts
 
@@ -219,25 +229,30 @@ def _probability(cell: Any) -> float | None:
     return value if 0 <= value <= 1 else None
 
 
-def _read_ablation(run: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
-    """Read the table of `deepmsi ablate`, else find evaluations in RUN/ablation, each with its modalities."""
-    table = _read_json(run / ABLATION / TABLE, []) or {}
-    lines = table.get("lines")
-    lines = [
-        line
-        for line in (lines if isinstance(lines, list) else ())
-        if isinstance(line, dict) and "name" in line and _problem_of(line) is None
-    ]
-    if lines:
-        named = [(_letters(str(line["name"]).split("+")) or str(line["name"]), line) for line in lines]
-        return _in_order(named), table.get("mode") == "retrain"
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(run.glob(f"{ABLATION}/*/{METRICS}")):
-        metrics = read_metrics(path, [])
-        used = (metrics or {}).get("modalities")
-        if metrics is not None and isinstance(used, list) and used:
-            found[_letters(used)] = metrics
-    return _in_order(found.items()), False
+def _read_ablations(run: Path) -> list[Ablation]:
+    """Read the tables of `deepmsi ablate`; without one of the kept model, its evaluations in RUN/ablation."""
+    tables: dict[bool, Ablation] = {}
+    for folder in (run / ABLATION, run / ABLATION / RETRAINED):  # the first held the table of either kind once
+        table = _read_json(folder / TABLE, []) or {}
+        lines = table.get("lines")
+        named = [
+            (_letters(str(line["name"]).split("+")) or str(line["name"]), line)
+            for line in (lines if isinstance(lines, list) else ())
+            if isinstance(line, dict) and "name" in line and _problem_of(line) is None
+        ]
+        if named:
+            retrained = table.get("mode") == "retrain"
+            tables[retrained] = Ablation(retrained, _in_order(named))
+    if False not in tables:
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(run.glob(f"{ABLATION}/*/{METRICS}")):
+            metrics = read_metrics(path, [])
+            used = (metrics or {}).get("modalities")
+            if metrics is not None and isinstance(used, list) and used:
+                found[_letters(used)] = metrics
+        if found:
+            tables[False] = Ablation(False, _in_order(found.items()))
+    return [tables[retrained] for retrained in (True, False) if retrained in tables]
 
 
 def _in_order(lines: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:

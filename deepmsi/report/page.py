@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.report import figures
-from deepmsi.report.collect import RunFacts, ScoredRow, collect, speakers_table, worst_errors
+from deepmsi.report.collect import Ablation, RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
 from deepmsi.report.text import NAMES, chance_of, context_of, interval_of, leak_of
@@ -55,7 +55,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
     missing += [reason] if reason else []
     recipe = facts.recipe
     name = str(recipe.get("name") or facts.made.get("recipe") or facts.path.name)
-    if not facts.ablation:
+    if not facts.ablations:
         missing.append(
             "the ablation has not been run; `deepmsi ablate RUN --data HELD_OUT` adds it, with --retrain in the "
             "manner of the paper's Table 3"
@@ -75,12 +75,17 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "curves": _curves(facts),
         "confusion": _confusion(facts.metrics),
         "per_class": _per_class(facts.metrics),
-        "ablation": [
-            {"name": name, **{key: metrics.get(key) for key in (*NAMES, "n", "context")}}
-            for name, metrics in facts.ablation
+        "ablations": [
+            {
+                "retrained": each.retrained,
+                "lines": [
+                    {"name": name, **{key: metrics.get(key) for key in (*NAMES, "n", "context")}}
+                    for name, metrics in each.lines
+                ],
+                "caveats": caveats([metrics for _, metrics in each.lines]),
+            }
+            for each in facts.ablations
         ],
-        "retrained": facts.retrained,
-        "caveats": caveats([metrics for _, metrics in facts.ablation]),
         "tokens": tokens,
         "embeddings": embeddings,
         "errors": _errors(facts),
@@ -261,21 +266,23 @@ def _paper(facts: RunFacts) -> dict[str, Any] | None:
         (100 * mine[label]["recall"], 100 * mine[label]["f1"]) for label in published.table.labels if label in mine
     ]
     own.append((100 * metrics["accuracy"], 100 * metrics["weighted_f1"]))
+    beside = facts.ablations[0] if facts.ablations else Ablation(False, [])
     return {
         "dataset": published.dataset,
         "title": published.table.title,
         "columns": published.table.columns,
         "rows": published.table.rows,
         "own": own,
-        "ablation": _table_3(facts, published.ablation),
+        "ablation": _table_3(beside, published.ablation),
+        "retrained": beside.retrained,
         "note": published.table.note,
         "protocol": PROTOCOL,
     }
 
 
-def _table_3(facts: RunFacts, published: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
-    """The rows of Table 3, and those that the paper leaves out, with this run's ablation beside them."""
+def _table_3(ablation: Ablation, published: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """The rows of Table 3, and those that the paper leaves out, with an ablation of this run beside them."""
     printed = {name: (accuracy, f1) for name, accuracy, f1 in published}
-    own = {name: (100 * line["accuracy"], 100 * line["weighted_f1"]) for name, line in facts.ablation}
+    own = {name: (100 * line["accuracy"], 100 * line["weighted_f1"]) for name, line in ablation.lines}
     none = (None, None)
     return [{"name": name, "published": printed.get(name, none), "own": own.get(name, none)} for name in SUBSETS]

@@ -106,8 +106,8 @@ def ablate(
         run: a run directory of `train`.
         data: "evaluate": labelled data to score on. "retrain": the data the run was trained on; each line is
             measured on the run's own folds. A manifest is prepared once for all lines that prepare it alike.
-        out: takes `ablation.json`, of the mode that ran last, and a folder per line, in "retrain" below `retrained`;
-            None means RUN/ablation, where reports look.
+        out: takes `ablation.json` and a folder per line, in "retrain" below `retrained`, so that neither mode
+            replaces what the other has measured; None means RUN/ablation, where reports look.
         mode: whether modalities are hidden from the one model, or a model is trained for each line.
         variants: with "retrain", further lines as settings over the recipe, such as
             `{"keep 100": {"vision.keep": "100"}}`; None takes those of `variants_of`.
@@ -128,6 +128,7 @@ def ablate(
         raise UserError("Variants of the model need mode='retrain': one trained model has its parts or has not.")
     if mode == "retrain" and (split, device, precision) != (None, None, "fp32"):
         raise UserError("A model that is trained for a line is measured on the run's own folds, where its recipe says.")
+    out = out / RETRAINED if mode == "retrain" else out
     named = subsets(recipe.modalities)
     lines = []
     if mode == "evaluate":
@@ -145,7 +146,7 @@ def ablate(
         shared = data
         for name, settings in changes.items():
             note(f"Ablation: {name}.")
-            folder = out / RETRAINED / name.replace("%", "-percent").replace(" ", "-")
+            folder = out / name.replace("%", "-percent").replace(" ", "-")
             overrides = [f"{key}={value}" for key, value in settings.items()]
             line = load_recipe(run / RECIPE, [*overrides, "protocol.final_fit=false"])
             alike = line.prepare == recipe.prepare

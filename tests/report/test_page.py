@@ -200,7 +200,8 @@ def test_ablation_is_read_from_evaluations_inside_the_run(make_run) -> None:
         folder = run / "ablation" / "-".join(used)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({**metrics, "accuracy": accuracy, "modalities": used}))
-    assert [(name, m["accuracy"]) for name, m in collect(run).ablation] == [("V", 0.375), ("T+A", 0.125)]
+    (found,) = collect(run).ablations
+    assert [(name, m["accuracy"]) for name, m in found.lines] == [("V", 0.375), ("T+A", 0.125)]
     page = Page(report(run).read_text(encoding="utf-8"))
     assert "ablation" in page.ids
     assert "0.125" in " ".join(page.words)
@@ -214,7 +215,8 @@ def test_an_ablation_stands_in_the_order_of_table_3(make_run) -> None:
     (run / "ablation").mkdir()
     (run / "ablation" / "ablation.json").write_text(json.dumps({"mode": "retrain", "lines": lines}))
     expected = ["T", "A", "V", "T+V", "A+V", "T+A+V", "without VSC", "keep 25%"]
-    assert [name for name, _ in collect(run).ablation] == expected
+    (found,) = collect(run).ablations
+    assert [name for name, _ in found.lines] == expected
     text = report(run).with_suffix(".md").read_text(encoding="utf-8").replace("\\", "")
     beside = text.partition("Table 3, IEMOCAP")[2]
     assert re.findall(r"^\| ([TAV+]+) \|", beside, re.MULTILINE) == ["T", "A", "V", "T+A", "T+V", "A+V", "T+A+V"]
@@ -223,6 +225,23 @@ def test_an_ablation_stands_in_the_order_of_table_3(make_run) -> None:
     (run / "ablation" / "ablation.json").write_text(json.dumps({"mode": "evaluate", "lines": lines}))
     text = report(run).with_suffix(".md").read_text(encoding="utf-8")
     assert "under its own protocol" not in text  # but on what it was given to evaluate
+
+
+def test_both_kinds_of_ablation_are_shown(make_run) -> None:
+    """A model trained for each line, and beside it the kept one; Table 3 has the former."""
+    run = make_run(("hap", "sad", "neu", "ang", "exc", "fru"), n=60)
+    metrics = json.loads((run / "metrics.json").read_text())
+    for place, mode, accuracy in (("ablation", "evaluate", 0.125), ("ablation/retrained", "retrain", 0.375)):
+        (run / place).mkdir()
+        lines = [{"name": "text", **metrics, "accuracy": accuracy}]
+        (run / place / "ablation.json").write_text(json.dumps({"mode": mode, "lines": lines}))
+    path = report(run)
+    for text in (path.read_text(encoding="utf-8"), path.with_suffix(".md").read_text(encoding="utf-8")):
+        assert "A model trained for each line" in text
+        assert re.search(r"The kept model with\smodalities hidden, on the data", text)
+    for table, figure in (("## Ablation", "0.375"), ("The kept model", "0.125"), ("Table 3, IEMOCAP", "37.50")):
+        assert re.search(r"^\| T \|.*", text.partition(table)[2], re.MULTILINE)[0].count(figure)  # type: ignore[index]
+    assert "under its own protocol" in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from small_corpus import make_recipe, prepared_corpus
 
 from deepmsi.errors import UserError
+from deepmsi.report.collect import collect
 from deepmsi.train.ablate import ablate, ablation_table, subsets
 from deepmsi.train.run import train
 
@@ -33,9 +34,9 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
         assert [line["n"] for line in lines[1:]] == [12, 12, 12]
         assert all("protocol" in line for line in lines)
     assert lines[2]["accuracy"] > 0.9
-    written = json.loads((run / "ablation" / "ablation.json").read_text())
-    assert [line["name"] for line in written["lines"]] == names
     lines_of = run / "ablation" / ("retrained" if mode == "retrain" else "")
+    written = json.loads((lines_of / "ablation.json").read_text())
+    assert [line["name"] for line in written["lines"]] == names
     assert (lines_of / "text+audio" / "metrics.json").is_file()
     leaky = [line | {"protocol": "10-fold (leaks: speakers)"} for line in lines]
     assert ablation_table(leaky).splitlines()[-1] == "Protocol: 10-fold (leaks: speakers)."
@@ -54,12 +55,13 @@ def test_lines_are_measured(mode: str, split_corpus: Path, tmp_path: Path) -> No
 
 
 def test_both_kinds_of_lines_find_room(split_corpus: Path, tmp_path: Path) -> None:
-    """A report recommends one and the other; the table is of the last."""
+    """A report recommends one and the other, and shows both."""
     run = tmp_path / "run"
     train(make_recipe(train={"epochs": 1}), split_corpus, run)
     for mode in ("evaluate", "retrain", "evaluate"):
         ablate(run, split_corpus, mode=mode, variants={} if mode == "retrain" else None)  # type: ignore[arg-type]
-        assert json.loads((run / "ablation" / "ablation.json").read_text())["mode"] == mode
+    shown = [(each.retrained, [name for name, _ in each.lines]) for each in collect(run).ablations]
+    assert shown == [(True, ["T", "A", "T+A"]), (False, ["T", "A", "T+A"])]
 
 
 def test_lines_are_trained_and_measured_on_the_folds_of_the_run(corpus: Path, tmp_path: Path) -> None:
