@@ -95,6 +95,19 @@ def check_data(data: PreparedData, config: ModelSections) -> None:
             )
 
 
+def context_read(rows: Sequence[PreparedRow], config: ModelSections) -> int:
+    """How many previous utterances are read with each text: `text.context`, but 0 where no row has a dialogue."""
+    return config.text.context if any(row.dialogue is not None for row in rows) else 0
+
+
+def unread(data: PreparedData, config: ModelSections, hidden: Sequence[str] = ()) -> list[str]:
+    """Say what is read of no row although the configuration asks for it; nothing of hidden modalities."""
+    notes = []
+    if context_read(data.rows, config) < config.text.context and "text" not in hidden:
+        notes.append(f"No row has a dialogue: text.context={config.text.context} reads no previous utterances.")
+    return notes
+
+
 def _place(encoder: str) -> str:
     """A folder by its real path, a hub name as it is."""
     path = Path(encoder).expanduser()

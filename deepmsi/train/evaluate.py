@@ -16,7 +16,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, Precision
 from deepmsi.models.precision import check_precision
 from deepmsi.train.console import note, progress
-from deepmsi.train.dataset import UtteranceDataset, check_data
+from deepmsi.train.dataset import UtteranceDataset, check_data, context_read, unread
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.metrics import compute_metrics
@@ -116,7 +116,7 @@ def evaluate_model(
     _check_left(config.modalities, drop)
     check_data(data, config)
     selection = _select(data.rows, config, recipe, drop, data.failures, split)
-    for sentence in selection.notes():
+    for sentence in (*selection.notes(), *unread(data, config, drop)):
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
     there = readable([data.rows[i] for i in selection.indices], config)
@@ -126,7 +126,7 @@ def evaluate_model(
         logits = predict_logits(model, dataset, recipe.train, precision=precision, on_batch=bar.update)
     result = compute_metrics(selection.classes, logits.argmax(1), config.names)
     result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
-    result["context"] = config.text.context
+    result["context"] = context_read(data.rows, config) if "text" in result["modalities"] else 0
     result["left_out"] = selection.left_out
     if split is not None:
         result["split"] = split

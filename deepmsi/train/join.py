@@ -146,7 +146,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
         protocol=protocol.title,
         leaks=protocol.leaks,
         complete=len(done) == len(splits),
-        context=recipe.text.context,
+        context=facts.get("context", recipe.text.context),
         folds=[{key: fold.facts[key] for key in _Fold.model_fields} for fold in done.values()],
     )
     if len(done) > 1:

@@ -13,7 +13,7 @@ import numpy as np
 from deepmsi.errors import UserError
 from deepmsi.models.config import Precision
 from deepmsi.train.console import note, progress
-from deepmsi.train.dataset import UtteranceDataset, check_data
+from deepmsi.train.dataset import UtteranceDataset, check_data, unread
 from deepmsi.train.evaluate import load_trained, of_part, options_of
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.record import read_run
@@ -81,7 +81,7 @@ def predict_rows(
         prepared: PreparedData = open_shared(Path(data), options_of(config, recipe), folder, chosen, labelled=False)
         check_data(prepared, config)
         selection = chosen(prepared.rows, prepared.failures)
-        for sentence in selection.notes():
+        for sentence in (*selection.notes(), *unread(prepared, config)):
             note(sentence)
         dataset = UtteranceDataset(prepared, selection.indices, selection.classes, config)
         with progress(len(dataset), "predict", "row") as bar:

@@ -43,7 +43,7 @@ from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
 from deepmsi.train.curve import Point, best_epoch, read_curve
-from deepmsi.train.dataset import UtteranceDataset, check_data, present_modalities
+from deepmsi.train.dataset import UtteranceDataset, check_data, context_read, present_modalities, unread
 from deepmsi.train.evaluate import prediction_rows
 from deepmsi.train.inference import predict_logits
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
@@ -161,7 +161,7 @@ class _Run:
         self.selection, self.rows, self.folds, self.chosen = lay_out(
             recipe, plan, self.data.rows, folds, self.data.failures
         )
-        for sentence in self.selection.notes():
+        for sentence in (*self.selection.notes(), *unread(self.data, recipe)):
             note(sentence)
         self._say_what_is_not_learned()
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
@@ -513,7 +513,7 @@ class _Run:
             "protocol": recipe.protocol.title,
             "leaks": recipe.protocol.leaks,
             "both_sides": self.both_sides,
-            "context": recipe.text.context,
+            "context": context_read(self.data.rows, recipe),
             "data": {
                 "path": str(data),
                 "fingerprint": self.data.fingerprint,

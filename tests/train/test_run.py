@@ -37,6 +37,7 @@ from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.layout import fit_to_data
 from deepmsi.train.optimizer import parameter_groups, stepping
+from deepmsi.train.predict import predict_rows
 from deepmsi.train.recipe import AugmentSettings, load_recipe
 from deepmsi.train.record import read_predictions
 from deepmsi.train.run import _save_model, train
@@ -756,6 +757,28 @@ def test_evaluate_tells_what_no_row_has(finished: Path, tmp_path: Path, capsys: 
     assert "No row has text features: the model reads what it learned for rows without." in capsys.readouterr().err
     train(make_recipe(train={"epochs": 1}, protocol="stratified-kfold"), data, tmp_path / "run", folds=["1"])
     assert "No row has text features: the model is built without." in capsys.readouterr().err
+
+
+def test_no_context_is_told_of_where_no_row_has_a_dialogue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def without_dialogues(table: list[dict[str, str]]) -> None:
+        for row in table:
+            row["dialogue"] = ""
+
+    run, splits = tmp_path / "run", ("train", "train", "train", "test")
+    recipe = make_recipe(text={"encoder": "hashing", "context": 3}, train={"epochs": 1})
+    alone = prepared_corpus(tmp_path / "alone", rows=12, splits=splits, edit=without_dialogues)
+    told = "No row has a dialogue: text.context=3 reads no previous utterances.\n"
+    assert train(recipe, alone, run)["context"] == json.loads((run / "run.json").read_text())["context"] == 0
+    assert told in capsys.readouterr().err
+    assert evaluate(run, alone)["context"] == 0
+    assert told in capsys.readouterr().err
+    predict_rows(run, alone)
+    assert told in capsys.readouterr().err
+    together = prepared_corpus(tmp_path / "together", rows=9)
+    assert evaluate(run, together)["context"] == 3
+    assert evaluate(run, alone, drop=["text"])["context"] == 0
+    assert told not in capsys.readouterr().err
+    assert train(recipe, alone, run, resume=True)["context"] == 0
 
 
 def test_evaluate_takes_a_manifest(finished: Path, tmp_path: Path) -> None:
