@@ -100,11 +100,30 @@ def context_read(rows: Sequence[PreparedRow], config: ModelSections) -> int:
     return config.text.context if any(row.dialogue is not None for row in rows) else 0
 
 
-def unread(data: PreparedData, config: ModelSections, hidden: Sequence[str] = ()) -> list[str]:
-    """Say what is read of no row although the configuration asks for it; nothing of hidden modalities."""
+def unread(
+    data: PreparedData, indices: NDArray[np.int64], config: ModelSections, hidden: Sequence[str] = ()
+) -> list[str]:
+    """Say what a model does not read of modalities that are not hidden: context that is not there, the end of sounds.
+
+    Args:
+        data: the prepared folder.
+        indices: its rows that take part.
+        config: the model's sections.
+        hidden: modalities that are left out.
+    """
     notes = []
     if context_read(data.rows, config) < config.text.context and "text" not in hidden:
         notes.append(f"No row has a dialogue: text.context={config.text.context} reads no previous utterances.")
+    if config.audio.encoded and "audio" not in hidden:
+        slots = [data.rows[i].slots.get("audio") for i in indices]
+        seconds = [slot[2] / data.options.sample_rate for slot in slots if slot is not None]
+        heard = config.audio.max_seconds
+        if longer := [length for length in seconds if length > heard]:
+            rows = "1 row has" if len(longer) == 1 else f"{len(longer)} rows have"
+            notes.append(
+                f"{rows} sound that goes on after {heard:g} s, where it is cut (audio.max_seconds); the longest takes "
+                f"{max(longer):.2f} s."
+            )
     return notes
 
 

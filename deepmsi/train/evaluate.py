@@ -116,7 +116,7 @@ def evaluate_model(
     _check_left(config.modalities, drop)
     check_data(data, config)
     selection = _select(data.rows, config, recipe, drop, data.failures, split)
-    for sentence in (*selection.notes(), *unread(data, config, drop)):
+    for sentence in (*selection.notes(), *unread(data, selection.indices, config, drop)):
         note(sentence)
     dataset = UtteranceDataset(data, selection.indices, selection.classes, config, hidden=drop)
     there = readable([data.rows[i] for i in selection.indices], config)

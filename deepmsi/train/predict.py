@@ -81,7 +81,7 @@ def predict_rows(
         prepared: PreparedData = open_shared(Path(data), options_of(config, recipe), folder, chosen, labelled=False)
         check_data(prepared, config)
         selection = chosen(prepared.rows, prepared.failures)
-        for sentence in (*selection.notes(), *unread(prepared, config)):
+        for sentence in (*selection.notes(), *unread(prepared, selection.indices, config)):
             note(sentence)
         dataset = UtteranceDataset(prepared, selection.indices, selection.classes, config)
         with progress(len(dataset), "predict", "row") as bar:

@@ -161,7 +161,7 @@ class _Run:
         self.selection, self.rows, self.folds, self.chosen = lay_out(
             recipe, plan, self.data.rows, folds, self.data.failures
         )
-        for sentence in (*self.selection.notes(), *unread(self.data, recipe)):
+        for sentence in (*self.selection.notes(), *unread(self.data, self.selection.indices, recipe)):
             note(sentence)
         self._say_what_is_not_learned()
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))

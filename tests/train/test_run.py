@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import wave
 import weakref
 from functools import partial
 from pathlib import Path
@@ -779,6 +780,30 @@ def test_no_context_is_told_of_where_no_row_has_a_dialogue(tmp_path: Path, capsy
     assert evaluate(run, alone, drop=["text"])["context"] == 0
     assert told not in capsys.readouterr().err
     assert train(recipe, alone, run, resume=True)["context"] == 0
+
+
+def test_sounds_that_are_cut_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, run = sound_manifest(tmp_path), tmp_path / "run"
+    for i, seconds in ((1, 0.25), (7, 0.5)):
+        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 16000, 0, "NONE", ""))
+            file.writeframes(np.arange(int(16000 * seconds), dtype="<i2").tobytes())
+    data = prepare(manifest, tmp_path / "prepared", PrepareOptions(), workers=0, progress=False).path
+    audio = {"encoder": "logmel", "max_seconds": 0.2}
+    recipe = make_recipe(audio=audio, text={"encoder": "hashing"}, protocol="split-column", train={"epochs": 1})
+    told = (
+        "2 rows have sound that goes on after 0.2 s, where it is cut (audio.max_seconds); the longest takes 0.50 s.\n"
+    )
+    train(recipe, data, run)
+    assert told in capsys.readouterr().err
+    evaluate(run, data)
+    assert told in capsys.readouterr().err
+    predict_rows(run, data)
+    assert told in capsys.readouterr().err
+    evaluate(run, data, drop=["audio"])
+    assert "sound" not in capsys.readouterr().err
+    evaluate(run, data, split="test")
+    assert "1 row has sound that goes on after 0.2 s" in capsys.readouterr().err
 
 
 def test_evaluate_takes_a_manifest(finished: Path, tmp_path: Path) -> None:
