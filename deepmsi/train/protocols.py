@@ -41,6 +41,9 @@ ALIASES = {
 LEAKS = "leaks: utterances of one dialogue and one speaker stand on both sides of the split"
 SEEN = "leaks: encoders that were trained on reported rows are accepted"
 
+# Columns with a meaning whose cells are names that rows may share.
+_COLUMNS = ("id", "video", "audio", "text", "label", "speaker", "dialogue", "split", "side")
+
 Indices = NDArray[np.int64]
 
 
@@ -51,7 +54,7 @@ class ProtocolSettings(Section):
     folds: int = Field(5, ge=2, description="of stratified-kfold and group-kfold")
     repeats: int = Field(1, ge=1, description="of stratified-kfold and group-kfold, each shuffled anew")
     group: str = Field(
-        "dialogue", min_length=1, description="column that group-kfold keeps together: dialogue, speaker, ..."
+        "dialogue", min_length=1, description="column that group-kfold keeps together: dialogue, speaker, video, ..."
     )
     held_out: Modalities = Field(
         default_factory=list,
@@ -248,9 +251,9 @@ def both_sides(rows: Sequence[PreparedRow], folds: Sequence[Fold]) -> str | None
 
 def session_of(row: PreparedRow) -> str | None:
     """The recording session: the column `session`, else the digits of an IEMOCAP name (Ses01F_...)."""
-    if row.extra.get("session"):
-        digits = re.search(r"\d+", row.extra["session"])
-        return str(int(digits.group())) if digits else row.extra["session"]
+    if named := _extra(row, "session"):
+        digits = re.search(r"\d+", named)
+        return str(int(digits.group())) if digits else named
     for text in (row.dialogue, row.id, row.speaker):
         found = re.search(r"Ses(?:sion)?_?0*(\d+)", text or "", re.IGNORECASE)
         if found:
@@ -259,11 +262,18 @@ def session_of(row: PreparedRow) -> str | None:
 
 
 def column_of(row: PreparedRow, column: str) -> str | None:
-    """The cell of a named column, a manifest's own or an extra one; None where it is empty."""
-    if column == "session":
+    """The cell of a column, one with a meaning or another, named in any case; None where it is empty."""
+    if column.lower() == "session":
         return session_of(row)
-    value = getattr(row, column, None) if column in ("id", "label", "speaker", "dialogue", "split") else None
-    return value or row.extra.get(column) or None
+    own = getattr(row, column.lower()) if column.lower() in _COLUMNS else None
+    return own or _extra(row, column) or None
+
+
+def _extra(row: PreparedRow, column: str) -> str | None:
+    """The cell of a column without a meaning: the one of that very name, else of the same in another case."""
+    if column in row.extra:
+        return row.extra[column]
+    return next((cell for name, cell in row.extra.items() if name.lower() == column.lower()), None)
 
 
 def _has(row: PreparedRow, modalities: Sequence[str]) -> bool:
@@ -442,7 +452,14 @@ def _groups(rows: Sequence[PreparedRow], column: str) -> list[str]:
     for row in rows:
         value = column_of(row, column)
         if value is None:
-            hint = " (or IEMOCAP's own ids)" if column == "session" else ""
+            others = dict.fromkeys(name for each in rows for name in each.extra)
+            if column.lower() not in {"session", *_COLUMNS, *map(str.lower, others)}:
+                filled = [name for name in _COLUMNS if any(getattr(each, name) for each in rows)]
+                raise UserError(
+                    f"There is no column {column!r} to group by (protocol.group): the rows have "
+                    f"{', '.join([*filled, *others])}."
+                )
+            hint = " (or IEMOCAP's own ids)" if column.lower() == "session" else ""
             raise UserError(f"Row {row.id!r} has no {column}: the protocol needs the column {column!r}{hint} filled.")
         groups.append(value)
     return groups

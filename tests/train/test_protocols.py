@@ -32,6 +32,8 @@ class Row:
     split: str | None = None
     video: str | None = None
     audio: str | None = None
+    text: str | None = None
+    side: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
     has_video: bool = True
     has_text: bool = True
@@ -146,6 +148,18 @@ def test_sessions_stay_on_one_side() -> None:
     assert {session_of(rows[i]) for i in only.test} == {"5"}
     assert {session_of(rows[i]) for i in only.train} == {"1", "2", "3", "4"}
     assert len(only.train) + len(only.test) == len(rows)
+    assert session_of(Row("a", extra={"Session": "take 07"})) == "7"
+
+
+@pytest.mark.parametrize("column", ["DIALOGUE", "Video", "take", "Take"])
+def test_a_group_is_named_in_any_case(column: str) -> None:
+    rows = corpus()
+    for row in rows:
+        row.video, row.extra = f"{row.dialogue}.mp4", {"Take": row.dialogue or ""}
+    by_dialogue, named = (
+        make_folds(ProtocolSettings(name="group-kfold", group=group), rows, seed=0) for group in ("dialogue", column)
+    )
+    assert all(set(a.test) == set(b.test) for a, b in zip(by_dialogue, named, strict=True))
 
 
 def test_speakers_of_any_name_come_in_one_order() -> None:
@@ -251,6 +265,12 @@ def _without(rows: list[Row], **cells: object) -> list[Row]:
         ({"name": "leave-one-speaker-out"}, _without(corpus(), speaker=None), "has no speaker"),
         ({"name": "group-kfold"}, _without(corpus(), dialogue=None), "has no dialogue"),
         ({"name": "group-kfold", "folds": 30}, corpus(), "has 18 groups, too few for 30 folds"),
+        ({"name": "group-kfold", "group": "video"}, corpus(), "has no video: the protocol needs the column 'video'"),
+        (
+            {"name": "group-kfold", "group": "start"},
+            _without(corpus(), extra={"Take": "1"}),
+            r"no column 'start' to group by \(protocol\.group\): the rows have id, label, .*, Take\.",
+        ),
         ({"name": "iemocap-session5"}, corpus(60), "needs Session 5"),
         ({"name": "leave-one-session-out"}, _without(corpus(), id="x"), "has no session"),
         ({"name": "paper-kfold10"}, corpus(7), "needs 10 rows or more; there are 7"),
