@@ -143,7 +143,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     each = list(repeats.values())
     result: dict[str, Any] = _join_repeats(each, names) if each else {"n": 0}
     result.update(
-        protocol=protocol.title,
+        protocol=protocol.title_of(splits),
         leaks=protocol.leaks,
         complete=len(done) == len(splits),
         context=facts.get("context", recipe.text.context),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,8 +85,12 @@ class ProtocolSettings(Section):
     @property
     def title(self) -> str:
         """The protocol in words, with its folds, and its leak where it has one."""
+        return self.title_of(())
+
+    def title_of(self, folds: Iterable[str]) -> str:
+        """The title for folds of these names: the one of a manifest's own split is called by the part it reports."""
         words = {
-            "split-column": "the manifest's own split",
+            "split-column": "the manifest's own split" + ", scored on its dev part" * ("dev" in folds),
             "stratified-kfold": f"{self.folds}-fold cross-validation, stratified by label",
             "leave-one-out": "leave one utterance out",
             "group-kfold": f"{self.folds}-fold cross-validation grouped by {self.group}",

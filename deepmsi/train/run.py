@@ -167,7 +167,8 @@ class _Run:
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:
             check_same(started, recipe, load_recipe(out / RECIPE), self.data, self._splits(), out)
-        note(f"Protocol: {recipe.protocol.title}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
+        self.protocol = recipe.protocol.title_of(fold.name for fold in self.folds)
+        note(f"Protocol: {self.protocol}; {len(self.rows)} rows, {len(self.selection.names)} classes.")
         self.both_sides = both_sides(self.rows, self.folds)
         if self.both_sides is not None:
             note(f"Reported rows that training knows: {self.both_sides}.")
@@ -510,7 +511,7 @@ class _Run:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "recipe": recipe.name,
             "seed": recipe.seed,
-            "protocol": recipe.protocol.title,
+            "protocol": self.protocol,
             "leaks": recipe.protocol.leaks,
             "both_sides": self.both_sides,
             "context": context_read(self.data.rows, recipe),

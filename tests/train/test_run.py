@@ -28,6 +28,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import DeepMSIConfig, validated
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.offline import LogMelEncoder, WaveformProcessor
+from deepmsi.report import report
 from deepmsi.train import checkpoints as checkpoints_module
 from deepmsi.train import optimizer as optimizer_module
 from deepmsi.train import rows as rows_module
@@ -744,6 +745,16 @@ def test_evaluate_takes_one_part(finished: Path, split_corpus: Path) -> None:
     assert part["left_out"] == {"they are not of the part 'test'": 48}
     with pytest.raises(UserError, match="No row is of the part 'tset': the column split holds dev, test, train"):
         evaluate(finished, split_corpus, split="tset")
+
+
+def test_figures_of_the_dev_part_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = prepared_corpus(tmp_path, rows=12, splits=("train", "train", "train", "valid")), tmp_path / "run"
+    recipe = make_recipe(protocol={"name": "split-column", "seen_features": True}, train={"epochs": 1})
+    protocol = train(recipe, data, run)["protocol"]
+    assert protocol.startswith("the manifest's own split, scored on its dev part (leaks: ")
+    assert f"Protocol: {protocol}; 12 rows" in capsys.readouterr().err
+    assert json.loads((run / "run.json").read_text())["protocol"] == protocol
+    assert protocol in report(run).read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 def test_evaluate_tells_what_no_row_has(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
