@@ -363,6 +363,11 @@ def _grouped(
 ) -> list[Fold]:
     groups = _groups(rows, settings.group)
     held = [groups[i] for i in candidates]
+    if len(set(held)) == 1:
+        raise UserError(
+            f"All rows to report have the same {settings.group} ({held[0]!r:.60}), which no number of folds can part: "
+            "set protocol.group to another column, or choose another protocol."
+        )
     if len(set(held)) < settings.folds:
         raise UserError(
             f"The column {settings.group!r} has {len(set(held))} groups, too few for {settings.folds} "

@@ -265,6 +265,11 @@ def _without(rows: list[Row], **cells: object) -> list[Row]:
         ({"name": "leave-one-speaker-out"}, _without(corpus(), speaker=None), "has no speaker"),
         ({"name": "group-kfold"}, _without(corpus(), dialogue=None), "has no dialogue"),
         ({"name": "group-kfold", "folds": 30}, corpus(), "has 18 groups, too few for 30 folds"),
+        (
+            {"name": "group-kfold", "group": "speaker"},
+            _without(corpus(), speaker="me"),
+            r"All rows to report have the same speaker \('me'\), which no number of folds can part: set",
+        ),
         ({"name": "group-kfold", "group": "video"}, corpus(), "has no video: the protocol needs the column 'video'"),
         (
             {"name": "group-kfold", "group": "start"},
