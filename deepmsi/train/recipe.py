@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -205,7 +206,7 @@ class Recipe(ModelSections):
             return data
         data, drop = dict(data), data.get("drop")
         if isinstance(drop, str):
-            data["drop"] = drop = [name.strip() for name in drop.split(",") if name.strip()]
+            data["drop"] = drop = _words(drop)
         for name in drop if isinstance(drop, list) else ():
             if name == "video":
                 vision = data.get("vision") or {}
@@ -214,6 +215,19 @@ class Recipe(ModelSections):
             elif name in ("text", "audio"):
                 data[name] = {"encoder": "none"}
         return data
+
+    @field_validator("labels", "exclude_labels", mode="before")
+    @classmethod
+    def _names(cls, said: Any) -> Any:
+        if said is None:
+            return None
+        names = _words(said) if isinstance(said, str) else said if isinstance(said, list | tuple) else [said]
+        for name in names:
+            if isinstance(name, bool) or not isinstance(name, str | int | list | dict):
+                raise ValueError(
+                    f"put names such as 'yes' and '1.5' in quotes: YAML reads them otherwise (found {name})"
+                )
+        return [str(name) if isinstance(name, int) else name for name in names]
 
     @field_validator("labels", "exclude_labels")
     @classmethod
@@ -298,6 +312,11 @@ class Recipe(ModelSections):
         """Write the resolved recipe as YAML; `load_recipe` reads it back equal."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
         write_text(path, text)
+
+
+def _words(text: str) -> list[str]:
+    """The words that commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def explain_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> str:
@@ -387,8 +406,19 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
+_INT = "tag:yaml.org,2002:int"
+
+
 class _Loader(yaml.SafeLoader):
-    """Plain YAML that refuses a key written twice, which would otherwise win in silence."""
+    """Plain YAML that refuses a key written twice, which would otherwise win in silence.
+
+    Whole numbers are plain decimal ones: a label such as 010 is a word, which YAML 1.1 reads as 8.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base has it)
+        first: [(tag, re.compile(r"[-+]?(0|[1-9][0-9]*)$") if tag == _INT else form) for tag, form in known]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)  # as written: `<<` brings keys in later, which may be written anew

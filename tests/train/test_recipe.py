@@ -126,6 +126,9 @@ def test_no_augmentation_is_none_at_all() -> None:
         ("prepare.frames=3", r"prepare\.frames is 3 and vision\.frames is 8: make them agree"),
         ("prepare.size=32", "cannot be stored smaller"),
         ("labels=[a, a]", "labels has a name twice"),
+        ("labels=[yes, no]", r"labels: put names such as 'yes' and '1\.5' in quotes: .*\(found True\)"),
+        ("exclude_labels=1.5", r"exclude_labels: put names such as .*\(found 1\.5\)"),
+        ("exclude_labels={a: 1}", r"exclude_labels\.0: input should be a valid string"),
         ("exclude_labels=[joy]", "'joy' stands in labels and in exclude_labels"),
         ("train.lr", "write key=value"),
         ("=3", "write key=value"),
@@ -221,6 +224,25 @@ def test_labels_have_the_form_of_a_manifests(tmp_path: Path) -> None:
     recipe = load_recipe(str(write(tmp_path, f"labels: [{decomposed}, x]\nexclude_labels: [{decomposed}2]\n")))
     assert recipe.labels == [composed, "x"]
     assert recipe.exclude_labels == [f"{composed}2"]
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("[0, 1, 010, very sad]", ["0", "1", "010", "very sad"]),
+        ("10", ["10"]),
+        ("very sad", ["very sad"]),
+        ("very sad, 10", ["very sad", "10"]),
+        ("['very, very sad', 'yes']", ["very, very sad", "yes"]),
+    ],
+)
+def test_labels_are_named_by_words_and_whole_numbers(said: str, names: list[str], tmp_path: Path) -> None:
+    recipe = load_recipe("clips", [f"exclude_labels={said}"])
+    assert recipe.exclude_labels == names
+    recipe.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    if len(names) > 1:
+        assert load_recipe("clips", [f"labels={said}"]).labels == names
 
 
 def test_the_face_model_of_the_preparation_is_the_models(tmp_path: Path) -> None:
