@@ -63,7 +63,6 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
     return {
         "title": name,
         "protocol": str((facts.metrics or {}).get("protocol") or facts.made.get("protocol") or "a protocol not told"),
-        "description": recipe.get("description") or "",
         "made": _made(facts),
         "scores": _scores(facts.metrics),
         "context": context_of(facts.metrics or facts.made),
@@ -100,12 +99,14 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
 def _made(facts: RunFacts) -> list[tuple[str, str]]:
     """What made the run, as pairs of a name and a text."""
     made, recipe, metrics = facts.made, facts.recipe, facts.metrics or {}
+    words = recipe.get("description")
     data = made.get("data") if isinstance(made.get("data"), Mapping) else {}
     assert isinstance(data, Mapping)
     protocol = metrics.get("protocol") or made.get("protocol") or recipe.get("protocol")
     versions = {name: made[name] for name in ("deepmsi", "torch", "transformers", "python") if name in made}
     pairs: list[tuple[str, Any]] = [
         ("recipe", recipe.get("name")),
+        ("the recipe's own words", f"{words} (this run may be set otherwise)" if words else None),
         ("protocol", protocol),
         ("rows scored", metrics.get("n")),
         ("rows known to training", made.get("both_sides")),

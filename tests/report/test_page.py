@@ -100,6 +100,8 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     text = (run / "report.md").read_text(encoding="utf-8")
     metrics = json.loads((run / "metrics.json").read_text())
     assert f"| accuracy | {metrics['accuracy']:.3f} |" in text
+    assert text.startswith("# by hand\n\nProtocol: "), "a recipe's description need not hold of the run"
+    assert "- the recipe's own words: a test (this run may be set otherwise)\n" in text.replace("\\", "")
     first = metrics["confusion_matrix"][0]
     assert f"| joy | {' | '.join(map(str, first))} |" in text
     assert "- rows known to training: 9 by their speaker, of 40\n" in text
