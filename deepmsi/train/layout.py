@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deepmsi.data.options import PrepareOptions
 from deepmsi.data.store import PreparedData, PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, OWN_ENCODERS
@@ -135,6 +136,11 @@ def _choose_folds(folds: Sequence[Fold], wanted: Sequence[str | int] | None) -> 
 def fit_to_data(recipe: Recipe, data: PreparedData) -> Recipe:
     """Take from the data what only they know: feature lengths, their encoders, how frames were cut."""
     plain = recipe.model_dump(mode="json")
+    unsaid = PrepareOptions(**recipe.own_preparation())
+    for key in PrepareOptions.model_fields:
+        asked, found = getattr(recipe.prepare, key), getattr(data.options, key)
+        if key not in CUT and asked not in (found, getattr(unsaid, key)):
+            note(f"The data were prepared with {key}={found}: prepare.{key}={asked} changes nothing.")
     there = readable(data.rows, recipe)
     absent = [name for name in MODALITIES if name not in there and name in recipe.modalities]
     if absent and there:

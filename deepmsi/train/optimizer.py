@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deepmsi.models.config import OWN_ENCODERS
+from deepmsi.models.config import OWN_ENCODERS, ModelSections
 from deepmsi.train.recipe import TrainSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ def build_optimizer(model: DeepMSI, settings: TrainSettings, device: torch.devic
     return optimizer
 
 
+def pretrained_parts(config: ModelSections) -> list[str]:
+    """Where the names of parameters begin that are trained from pretrained weights."""
+    vision = config.vision
+    parts = ["video.backbone."] if vision.backbone != "none" and vision.pretrained and vision.freeze is not True else []
+    sections = {name: getattr(config, name) for name in ("text", "audio")}
+    return parts + [
+        f"{name}_encoder."
+        for name, section in sections.items()
+        if section.encoder not in OWN_ENCODERS and section.finetune
+    ]
+
+
 def stepping(optimizer: torch.optim.Optimizer, stored: dict[str, Any], fused: bool | None) -> dict[str, Any]:
     """A stored state for this device: how a step is computed is not taken over from where the state was stored."""
     return stored | {"param_groups": [group | {"fused": fused} for group in stored["param_groups"]]}
@@ -37,11 +49,7 @@ def parameter_groups(model: DeepMSI, settings: TrainSettings) -> list[dict[str, 
     What has two dimensions or more decays, but for what the model's parts spare (`DeepMSI.no_weight_decay`): matrices.
     Biases, norms, λ and the learned vectors of missing modalities do not.
     """
-    config = model.config
-    pretrained = ["video.backbone."] if config.vision.pretrained else []
-    pretrained += [
-        f"{name}_encoder." for name in ("text", "audio") if getattr(config, name).encoder not in OWN_ENCODERS
-    ]
+    pretrained = pretrained_parts(model.config)
     spared = model.no_weight_decay()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

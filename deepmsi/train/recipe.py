@@ -239,18 +239,7 @@ class Recipe(ModelSections):
         said = self.prepare.model_fields_set
         if "face_model" in said and "face_model" not in self.vision.model_fields_set:
             self.vision.__dict__["face_model"] = self.prepare.face_model
-        own: dict[str, Any] = {
-            "frames": self.vision.frames,
-            "size": self.vision.stored_size or self.vision.image_size,
-            "resize": self.vision.resize,
-            "face": self.vision.face,
-            "face_model": self.vision.face_model,
-            "sample_rate": self.audio.sample_rate,
-        }
-        for name in ("text", "audio"):
-            section = getattr(self, name)
-            if section.encoder == "features" and section.features_from:
-                own[f"{name}_encoder"] = section.features_from
+        own = self.own_preparation()
         for key in ("frames", "resize", "face", "face_model", "sample_rate"):
             if key == "sample_rate" and self.audio.encoder == "none":
                 continue  # no sound is read: data that hold some may have it at any rate
@@ -280,6 +269,22 @@ class Recipe(ModelSections):
             if both:
                 raise ValueError(f"{min(both)!r} stands in labels and in exclude_labels")
         return self
+
+    def own_preparation(self) -> dict[str, Any]:
+        """What `prepare` takes from the model's sections where it does not say its own."""
+        own: dict[str, Any] = {
+            "frames": self.vision.frames,
+            "size": self.vision.stored_size or self.vision.image_size,
+            "resize": self.vision.resize,
+            "face": self.vision.face,
+            "face_model": self.vision.face_model,
+            "sample_rate": self.audio.sample_rate,
+        }
+        for name in ("text", "audio"):
+            section = getattr(self, name)
+            if section.encoder == "features" and section.features_from:
+                own[f"{name}_encoder"] = section.features_from
+        return own
 
     def _keep_stem(self) -> None:
         """Leave frames as they are, and refuse what gives a row another stem at another time."""

@@ -60,6 +60,7 @@ from deepmsi.train.layout import (
 from deepmsi.train.losses import class_weights
 from deepmsi.train.memory import check_device, estimate, fit_batch, memory_sentence, room, training_device
 from deepmsi.train.metrics import compute_metrics
+from deepmsi.train.optimizer import pretrained_parts
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, both_sides
 from deepmsi.train.recipe import Recipe, load_recipe
@@ -163,6 +164,8 @@ class _Run:
         )
         for sentence in (*self.selection.notes(), *unread(self.data, self.selection.indices, recipe)):
             note(sentence)
+        if recipe.train.encoder_lr is not None and not pretrained_parts(recipe):
+            note("train.encoder_lr changes nothing: no part that is trained starts from pretrained weights.")
         self._say_what_is_not_learned()
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:

@@ -38,7 +38,7 @@ from deepmsi.train.curve import best_epoch
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.layout import fit_to_data
-from deepmsi.train.optimizer import parameter_groups, stepping
+from deepmsi.train.optimizer import parameter_groups, pretrained_parts, stepping
 from deepmsi.train.predict import predict_rows
 from deepmsi.train.recipe import AugmentSettings, load_recipe
 from deepmsi.train.record import read_predictions
@@ -208,6 +208,24 @@ def test_the_model_keeps_how_its_frames_were_cut(video_corpus: Path) -> None:
     recipe = fit_to_data(make_recipe(**VIDEO), data)
     for section in (recipe.vision, recipe.prepare):
         assert section.model_dump(include=set(cut)) == cut
+
+
+def test_options_that_prepared_data_do_not_have_are_told(
+    video_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = PreparedData.open(video_corpus)
+    fit_to_data(make_recipe(**VIDEO), data)
+    fit_to_data(make_recipe(**VIDEO, prepare={"size": 64, "sample_rate": 16000, "text_encoder": None}), data)
+    assert capsys.readouterr().err == ""
+    asked = {"size": 128, "text_encoder": "some/bert"}
+    recipe = fit_to_data(make_recipe(**VIDEO, prepare=asked), data)
+    assert capsys.readouterr().err == (
+        "The data were prepared with size=64: prepare.size=128 changes nothing.\n"
+        "The data were prepared with text_encoder=None: prepare.text_encoder=some/bert changes nothing.\n"
+    )
+    recipe.save(tmp_path / "recipe.yaml")
+    fit_to_data(load_recipe(tmp_path / "recipe.yaml"), data)
+    assert capsys.readouterr().err == "", "what a run made of it is told no more"
 
 
 @pytest.mark.parametrize(("stored", "kept"), [(64, None), (96, 96)])
@@ -621,6 +639,24 @@ def test_encoders_have_their_own_rate() -> None:
     ]
     (still,) = (g for g in groups if (g["lr"], g["weight_decay"]) == (0.02, 0.0))
     assert sorted(parameter.ndim for parameter in still["params"]) == [1, 2]
+
+
+def test_a_rate_of_encoders_that_nothing_takes_is_told(
+    split_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "train.encoder_lr changes nothing: no part that is trained starts from pretrained weights."
+    for rate in (None, 1e-5):
+        train(make_recipe(train={"epochs": 1, "encoder_lr": rate}), split_corpus, tmp_path / str(rate))
+        assert (told in capsys.readouterr().err) == (rate is not None)
+    takes = {
+        "text": {"encoder": "some/bert"},
+        "audio": {"encoder": "some/wav2vec2"},
+        "vision": {"pretrained": True, "freeze": "stem", "backbone": "swinv2_tiny_window8_256"},
+    }
+    for name, section in takes.items():
+        assert len(pretrained_parts(make_recipe(**{name: section}))) == 1
+    for name, still in (("text", {"finetune": False}), ("vision", {"freeze": True}), ("vision", {"backbone": "none"})):
+        assert pretrained_parts(make_recipe(**{name: takes[name] | still})) == []
 
 
 def test_decay_spares_what_timm_spares_and_the_lengths_of_weight_norms() -> None:
