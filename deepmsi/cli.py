@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from deepmsi.errors import DISK_FULL, DiskFullError, UserError
-from deepmsi.terminal import Terminated, json_text, on_signals, say, working
+from deepmsi.terminal import Terminated, is_first, json_text, on_signals, say, working
 
 app = typer.Typer(
     name="deepmsi",
@@ -512,9 +512,11 @@ def predict(
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
     chosen = _prediction_format(fmt, out, as_json, rows=data is not None, windows=timeline is not None)
-    read = [*(clips or ()), *([data] if data else ())]
-    if out is not None and out.exists() and any(path.exists() and path.samefile(out) for path in read):
-        raise UserError(f"--out {out} is what is to be read, and would be lost: name another file")
+    if out is not None and out.exists():
+        inside = [path.resolve() for path in (run, data) if path is not None and path.is_dir()]
+        read = [path for path in (*(clips or ()), *([data] if data else ())) if path.exists()]
+        if any(path.samefile(out) for path in read) or any(map(out.resolve().is_relative_to, inside)):
+            raise UserError(f"--out {out} is of what is to be read, and would be lost: name another file")
     subtitles = chosen in (PredictionFormat.srt, PredictionFormat.vtt)
     if subtitles and clips and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
@@ -550,7 +552,7 @@ def predict(
                 document = render.render_timeline(predictions)
         if out is None:
             result.write(document)
-        elif os.environ.get("RANK", "0") == "0":
+        elif is_first():
             write_text(out, document)
             say(f"written to {out}")
 
@@ -569,6 +571,8 @@ def _prediction_format(
         raise UserError(f"the folder of --out {out} does not exist; make it first")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
+    if out is not None and out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is no file; leave it out to write to standard output")
     named = {f".{each}": each for each in PredictionFormat}.get(out.suffix.lower() if out else "")
     given = {"--json": PredictionFormat.json if as_json else None, f"--format {fmt}": fmt, f"--out {out}": named}
     asked = {option: each for option, each in given.items() if each is not None}

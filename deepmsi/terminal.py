@@ -85,13 +85,18 @@ def _own_warnings_as_sentences() -> Iterator[None]:
         yield
 
 
+def is_first() -> bool:
+    """Whether this process alone, or the first of a launcher's, is to write results."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def _reserved_stdout() -> Iterator[IO[str]]:
     """Send everything written to standard output, by any library or child process, to standard error.
 
     Yields the real standard output, for the result alone; of several processes of a launcher that of the first.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    if not is_first():
         with contextlib.redirect_stdout(sys.stderr):
             yield io.StringIO()
         return

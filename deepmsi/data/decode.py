@@ -303,6 +303,7 @@ class _FramePicker:
         self.path, self.index, self.count, self.convert, self.tell = path, index, count, convert, tell
         self.start, self.end = start, end
         self.around = False, False  # whether there are frames before the cut, and after it
+        self.packets: tuple[int, _Span] | None = None  # how many the cut has, and from where to where, if stamps tell
 
     def pick(self, container: Any) -> list[np.ndarray]:
         guess = self._span_of_packets(container)
@@ -325,17 +326,22 @@ class _FramePicker:
         except _SeekTooFarError:
             return None
         first = last = None
+        count = 0
         for packet in _packets(container, stream):
             if packet.size == 0 or packet.is_discard:
                 continue
             if packet.pts is None:
                 return None
             if low <= packet.pts < high:
+                count += 1
                 first = packet.pts if first is None else min(first, packet.pts)
                 last = packet.pts if last is None else max(last, packet.pts)
             if packet.dts is not None and packet.dts >= high:
                 break
-        return None if first is None or last is None else _Span(first, last)
+        if first is None or last is None:
+            return None
+        self.packets = count, _Span(first, last)
+        return self.packets[1]
 
     def _pass(self, span: _Span | None, seek_to: float | None) -> tuple[_Span, list[np.ndarray]]:
         """Decode the cut once: the span that was seen, and the pictures for the span that was given."""
@@ -344,13 +350,13 @@ class _FramePicker:
             stream = container.streams[self.index]
             low, high = _window(container, stream, self.start, self.end)
             jumped = _seek(container, stream, seek_to)
-            first, shown_at, shown_for, shown = None, 0, 0, None
+            first, shown_at, shown_for, shown, decoded = None, 0, 0, None, 0
             for stamp, frame in self._cut(_stamped(container, stream), low, high, jumped):
                 if first is None:
                     first = stamp
                 elif span is not None:
                     self._show(shown, stamp, span, pictures)
-                shown_at, shown_for, shown = stamp, frame.duration or 0, frame
+                shown_at, shown_for, shown, decoded = stamp, frame.duration or 0, frame, decoded + 1
             if first is None:
                 raise EmptyCutError(f"{self.path}: there are no frames {_between(self.start, self.end)}")
             if span is not None:
@@ -359,6 +365,10 @@ class _FramePicker:
                 earlier, later = self.around
                 until = high if later else shown_at + max(shown_for, _step(stream))
                 seconds = Fraction(until - (low if earlier else first)) * stream.time_base
+                count, packed = self.packets or (0, span)
+                if decoded < count:  # between the first and the last, too, some may not decode
+                    held = Fraction(packed.last - packed.first + _step(stream)) * stream.time_base
+                    seconds = min(seconds, held * Fraction(decoded, count))
                 _tell_of_less(self.tell, self.path, container, stream, self.start, self.end, seconds)
             return _Span(first, shown_at), pictures
 

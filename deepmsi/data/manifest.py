@@ -145,7 +145,7 @@ def scan_manifest(path: str | os.PathLike[str]) -> tuple[Manifest, list[Problem]
     if path.is_dir():
         return _scan_folder(path)
     if not path.exists():
-        raise UserError(f"{path}: there is no such manifest; give a CSV or JSONL file")
+        raise UserError(f"{path}: there is no such manifest; give a CSV, JSONL or JSON file")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         records, columns, problems = _read_json(path)
     else:
@@ -223,7 +223,7 @@ def _scan_folder(folder: Path) -> tuple[Manifest, list[Problem]]:
             return scan_manifest(folder / name)
     raise UserError(
         f"{folder}: the folder holds no manifest.csv, no *_sent_emo.csv of MELD and no released pickles; "
-        "name a CSV or JSONL file"
+        "name a CSV, JSONL or JSON file"
     )
 
 
@@ -239,7 +239,7 @@ def decode_text(path: Path) -> str:
         raise UserError(f"{path}: the manifest cannot be read ({error.strerror})") from error
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in data and not wide:
-        raise UserError(f"{path}: this is a binary file, not a CSV or JSONL manifest")
+        raise UserError(f"{path}: this is a binary file, not a CSV, JSONL or JSON manifest")
     for encoding in ("utf-16",) if wide else ("utf-8-sig", "cp1252"):
         with suppress(UnicodeDecodeError):
             text = data.decode(encoding)

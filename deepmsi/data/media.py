@@ -175,6 +175,8 @@ def check_end(path: Path, container: Any) -> None:
 def stated_span(container: Any, stream: Any) -> tuple[Fraction, Fraction] | None:
     """Seconds from the file's beginning at which a stream begins and ends by the headers; None where none states it."""
     form, origin = container.format.name, origin_of(container)
+    if form == "avi" and stream.type == "audio":  # FFmpeg's writer counts the silence before it, too
+        return None
     # The header that states the length of MP3 states the encoder's delay, too; without it FFmpeg goes by the bit rate.
     if form not in _STATED or (form == "mp3" and not stream.start_time):
         return None

@@ -157,10 +157,10 @@ def _start(folder: Path, options: PrepareOptions) -> None:
 
 def _check_kept(manifest: Manifest, folder: Path) -> None:
     """Refuse to lose rows of another manifest, which may have taken hours; one that changed is what it is now."""
-    here = Path(os.path.abspath(manifest.path))
+    here = Path(os.path.realpath(manifest.path))
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        before = here.parent / index["manifest"]
+        before = Path(os.path.realpath(here.parent / index["manifest"]))
         lost = sorted({row["id"] for row in index["rows"]} - {row.id for row in manifest.rows})
     except (OSError, ValueError, KeyError, TypeError):  # unfinished, or damaged, which preparing mends
         return
@@ -268,7 +268,7 @@ def _finish(manifest: Manifest, folder: Path, options: PrepareOptions, stages: S
     if clips and not any(outcome.slots for outcome in clips.values()):  # whatever their texts: these are wrong paths
         raise UserError(
             f"{manifest.path}: none of the {len(clips)} clips could be prepared; the first reason: "
-            f"{listed[0]['reason']} (all are in {folder / FAILURES})"
+            f"{listed[0]['reason']} (deepmsi check lists them)"
         )
     notes = encoder_notes(options)
     content = {

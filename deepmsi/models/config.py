@@ -264,8 +264,6 @@ class TextConfig(_EncoderConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TextConfig:
-        if self.encoder == OFFLINE_TEXT and self.pooling != "mean":
-            raise ValueError(f"the encoder {OFFLINE_TEXT!r} weighs the words by itself: leave pooling on mean")
         return _check_encoder(self, OFFLINE_TEXT, features_dim=1024)
 
 

@@ -63,4 +63,5 @@ def classification_loss(
         # Data parallelism takes the mean over the processes: the joined batch wants their sum.
         world = dist.get_world_size()
         dist.all_reduce(total)
-    return (losses * share).sum() * world / total
+    # A batch in which no label is known has a loss of 0.
+    return (losses * share).sum() * world / total.clamp_min(torch.finfo(total.dtype).tiny)

@@ -58,8 +58,8 @@ def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     """Count a step of a fused optimizer, or of one that is not torch's, which may be fused, too."""
     own = type(optimizer).__module__.startswith("torch.optim.")
     for group in optimizer.param_groups:
-        if group.get("fused") or not own:
-            _steps.update({p.untyped_storage()._cdata for p in group["params"] if p.grad is not None})
+        if group.get("fused") or not own:  # which may let go of gradients in its step
+            _steps.update({p.untyped_storage()._cdata for p in group["params"] if p.grad is not None or not own})
 
 
 @cache
@@ -219,12 +219,11 @@ def fix_constants(model: Model) -> Model:
     the layers' weights as its kernels read them, which take the memory of these weights again; and the weights of a TCN
     with their norms folded in. The fewer images a call has, the more it saves. Call it under the autocast that the
     model will run under. ``train()`` undoes it, and so does a call that wants gradients of the weights; where they have
-    changed otherwise, in place or by another tensor in their place, these are computed in every call again. What torch
-    does not count as a change stays unseen (``parameter.data``, numpy's views, collectives, CUDA graphs that are
-    replayed): call it again then. Of
-    weights that still have gradients nothing is kept, since a step may follow: ``zero_grad()`` first. Nor is anything
-    of shards (FSDP).
-    In a graph of ``torch.compile`` everything is computed in every call.
+    changed otherwise, by an optimizer, in place or by another tensor in their place, these are computed in every call
+    again. What torch does not count as a change stays unseen (``parameter.data``, numpy's views, collectives, the
+    replay of a CUDA graph): call it again then. Of weights that still have gradients nothing is kept, since a step may
+    follow: ``zero_grad()`` first. Nor is anything of shards (FSDP). In a graph of ``torch.compile`` everything is
+    computed in every call.
 
     Args:
         model: A :class:`VSCSwin`, a :class:`TCN`, a model that :func:`deepmsi.fuse` fused, or a module that contains

@@ -95,10 +95,9 @@ class CrossModalContrastiveLoss(nn.Module):
         facts = _pad(torch.stack([column.long() for column in columns], 1), size)
         facts = _gather(facts, self.group)
         own = _pad(torch.cat(others, 1), size)
-        if torch.is_grad_enabled() and not own.requires_grad:
-            # Its backward is a collective, which every process has to call though its own rows need no gradient.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (own.requires_grad or a.requires_grad):
             own.requires_grad_()
-        everything = _GatherRows.apply(own, self.group)
+        everything = _GatherRows.apply(own, a, self.group)
         part = cross_modal_contrastive(
             _pad(a, size),
             list(everything.split([other.shape[1] for other in others], 1)),
@@ -147,15 +146,19 @@ def _gather(x: Tensor, group: Any) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather whose backward is a reduce-scatter sum: every process's use of a row counts in its gradient."""
+    """All-gather whose backward is a reduce-scatter sum: every process's use of a row counts in its gradient.
+
+    That is a collective, which every process has to call: also one whose own rows need no gradient, for what else of
+    its loss does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, other: Tensor, group: Any) -> Tensor:
         ctx.group, ctx.rows = group, x.shape[0]
         return _gather(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0].contiguous()
         own = grad.new_empty(ctx.rows, *grad.shape[1:])
         if dist.get_backend(ctx.group) == "gloo":
@@ -167,4 +170,4 @@ class _GatherRows(torch.autograd.Function):
         else:
             scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
             scatter(own, grad, dist.ReduceOp.SUM, ctx.group)
-        return own, None
+        return own, None, None

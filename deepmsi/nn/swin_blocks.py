@@ -546,8 +546,8 @@ class PatchEmbed(HoldsConstants):
     def _normalised(self, frames: Tensor) -> Tensor:
         assert self.pixel_mean is not None
         assert self.pixel_std is not None
-        mean, std = self.pixel_mean.to(frames.device), self.pixel_std.to(frames.device)
-        return normalised(frames, mean, std).to(self.proj.weight.dtype)
+        self.pixel_mean, self.pixel_std = self.pixel_mean.to(frames.device), self.pixel_std.to(frames.device)
+        return normalised(frames, self.pixel_mean, self.pixel_std).to(self.proj.weight.dtype)
 
     def _holds(self) -> bool:
         weights = (self.proj.weight, cast(Tensor, self.proj.bias))

@@ -35,7 +35,7 @@ from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedRow
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import remove_staged
-from deepmsi.models.config import MODALITIES, DeepMSIConfig, validated
+from deepmsi.models.config import MODALITIES, OFFLINE_TEXT, DeepMSIConfig, validated
 from deepmsi.models.encoders import check_encoder
 from deepmsi.models.offline import LogMelEncoder
 from deepmsi.models.vision import check_vision
@@ -166,6 +166,8 @@ class _Run:
             note(sentence)
         if recipe.train.encoder_lr is not None and not pretrained_parts(recipe):
             note("train.encoder_lr changes nothing: no part that is trained starts from pretrained weights.")
+        if recipe.text.encoder == OFFLINE_TEXT and recipe.text.pooling != "mean":
+            note(f"text.pooling changes nothing: the encoder {OFFLINE_TEXT!r} weighs the words by itself.")
         self._say_what_is_not_learned()
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:

@@ -142,12 +142,23 @@ def test_predictions_of_clips_and_texts_as_csv(deepmsi, trained, clip, tmp_path)
     assert (row["clip"], row["text"]) == ("", "leave me alone")
 
 
-def test_predictions_are_not_written_over_what_they_are_of(mistake, trained, clip, tmp_path) -> None:
+def test_predictions_are_not_written_over_what_they_are_of(mistake, trained, prepared, clip, tmp_path) -> None:
     taken = tmp_path / "taken.csv"
     taken.write_bytes(clip.read_bytes())
     for words in ([taken], ["--data", taken]):
-        assert "is what is to be read, and would be lost" in mistake("predict", trained, *words, "--out", taken)
+        assert "of what is to be read, and would be lost" in mistake("predict", trained, *words, "--out", taken)
     assert taken.read_bytes() == clip.read_bytes()
+    for held, data in ((trained / "run.json", prepared), (prepared / "index.json", prepared)):
+        before = held.read_bytes()
+        words = ["predict", trained, "--data", data, "--json", "--out", held]
+        assert "of what is to be read, and would be lost" in mistake(*words)
+        assert held.read_bytes() == before
+
+
+def test_predictions_are_written_where_a_rank_is_left_over(deepmsi, trained, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert deepmsi("predict", trained, "--text", "so be it", "--out", tmp_path / "x.json").code == 0
+    assert json.loads((tmp_path / "x.json").read_text())[0]["text"] == "so be it"
 
 
 def _table(text: str) -> list[dict[str, str]]:

@@ -430,23 +430,27 @@ def test_a_clip_that_is_read_in_part_is_told(tmp_path, clip_writer, content_zero
     assert read_in_part(clip) == {}
     content_zeroer(clip, 0.4, 1)
     found = read_in_part(clip)
-    assert found.keys() == {"video", "sound"}
+    # How long sound is, AVI states with the silence before it.
+    kinds = {"video"} if suffix == ".avi" else {"video", "sound"}
+    assert found.keys() == kinds
     for there, stated in found.values():
         assert 0.8 < there < 2.4
         assert stated == pytest.approx(4.0, abs=0.15)
     assert read_in_part(clip, 0.1, 0.7) == {}, "this cut is whole"
-    assert read_in_part(clip, 0, 3).keys() == {"video", "sound"}
-    with pytest.warns(UserWarning, match="s of sound in it, and the header states"):
-        decode_audio(clip)
+    assert read_in_part(clip, 0, 3).keys() == kinds
+    with pytest.warns(UserWarning, match="s of video in it, and the header states"):
+        decode_frames(clip, 3, size=16)
 
 
 @pytest.mark.parametrize("begin", [0, 0.35])
 def test_what_is_missing_at_the_beginning_or_inside_is_told(tmp_path, clip_writer, content_zeroer, begin):
     clip = clip_writer(tmp_path / "a.mp4", range(0, 4000, 100), sound=4.0, gop=5, paint=noise)
     content_zeroer(clip, begin, begin + 0.4)
-    there, stated = read_in_part(clip)["sound"]
-    assert there < 3.2
-    assert stated == pytest.approx(4.0, abs=0.1)
+    found = read_in_part(clip)
+    assert found.keys() == {"video", "sound"}
+    for there, stated in found.values():
+        assert there < 3.2
+        assert stated == pytest.approx(4.0, abs=0.15)
 
 
 def test_half_an_mp3_file_is_told(tmp_path):

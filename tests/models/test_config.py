@@ -73,7 +73,6 @@ def test_modalities_follow_from_the_sections():
         ({"vision": {"pretrained": 2}}, ("vision.pretrained", "write true, false or the path", "found 2")),
         ({"vision": {"pretrained": None}}, ("vision.pretrained", "write true, false or the path")),
         ({"text": {"encoder": "hashing", "finetune": False}}, ("hashing", "finetune")),
-        ({"text": {"encoder": "hashing", "pooling": "cls"}}, ("hashing", "leave pooling on mean")),
         ({"text": {"options": {"buckets": 3}}}, ("options", "features")),
         ({"text": {"encoder": "x", "features_from": "y"}}, ("features_from",)),
         ({"text": {"features_from": "hashing"}}, ("hashing", "no pretrained weights")),

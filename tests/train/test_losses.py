@@ -40,6 +40,15 @@ def test_rows_of_no_known_label_do_not_count(options: dict[str, Any]) -> None:
     assert not logits.grad[labels < 0].any()
 
 
+def test_a_batch_of_no_known_label_has_a_loss_of_zero() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    loss = classification_loss(logits, torch.full_like(LABELS, -100), weights=WEIGHTS)
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
 @pytest.mark.parametrize("imbalance", ["weights", "log_prior"])
 def test_smoothing_draws_nothing_to_the_rare_class(imbalance: str) -> None:
     """Logits that know the row's class best leave a row of the common class there, whatever is smoothed."""
