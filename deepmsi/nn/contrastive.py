@@ -96,7 +96,7 @@ class CrossModalContrastiveLoss(nn.Module):
         facts = _gather(facts, self.group)
         own = _pad(torch.cat(others, 1), size)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (own.requires_grad or a.requires_grad):
-            own.requires_grad_()
+            own.requires_grad_()  # neither side does, but another process's may, whose backward waits for this one's
         everything = _GatherRows.apply(own, a, self.group)
         part = cross_modal_contrastive(
             _pad(a, size),
