@@ -511,12 +511,9 @@ def predict(
         )
     if timeline is not None and not (math.isfinite(timeline) and timeline > 0):
         raise UserError(f"--timeline takes a length in seconds above 0, not {timeline:g}")
+    if out is not None:
+        _check_out(out, [run, *(clips or ()), *([data] if data else ())])
     chosen = _prediction_format(fmt, out, as_json, rows=data is not None, windows=timeline is not None)
-    if out is not None and out.exists():
-        inside = [path.resolve() for path in (run, data) if path is not None and path.is_dir()]
-        read = [path for path in (*(clips or ()), *([data] if data else ())) if path.exists()]
-        if any(path.samefile(out) for path in read) or any(map(out.resolve().is_relative_to, inside)):
-            raise UserError(f"--out {out} is of what is to be read, and would be lost: name another file")
     subtitles = chosen in (PredictionFormat.srt, PredictionFormat.vtt)
     if subtitles and clips and len(clips) > 1:
         raise UserError(f"subtitles belong to one recording, and {len(clips)} clips are given")
@@ -557,6 +554,21 @@ def predict(
             say(f"written to {out}")
 
 
+def _check_out(out: Path, read: Sequence[Path]) -> None:
+    """Refuse a place where no file can be written, and one that is, or lies in, what is read."""
+    if not out.parent.is_dir():
+        raise UserError(f"the folder of --out {out} does not exist; make it first")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise UserError(f"--out {out} is no file; leave it out to write to standard output")
+    there = [path for path in read if path.exists()]
+    if any(path.samefile(out) or out.resolve().is_relative_to(path.resolve()) for path in there):
+        raise UserError(f"--out {out} is of what is to be read, and would be lost: name another file")
+
+
 def _prediction_format(
     fmt: PredictionFormat | None, out: Path | None, as_json: bool, *, rows: bool, windows: bool
 ) -> PredictionFormat | None:
@@ -565,14 +577,8 @@ def _prediction_format(
     Else as CSV, and of clips and texts a line each (None).
 
     Raises:
-        UserError: there is no such form of them, two are asked for, or --out is no place for a file.
+        UserError: there is no such form of them, or two are asked for.
     """
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"the folder of --out {out} does not exist; make it first")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file in it")
-    if out is not None and out.exists() and not out.is_file():
-        raise UserError(f"--out {out} is no file; leave it out to write to standard output")
     named = {f".{each}": each for each in PredictionFormat}.get(out.suffix.lower() if out else "")
     given = {"--json": PredictionFormat.json if as_json else None, f"--format {fmt}": fmt, f"--out {out}": named}
     asked = {option: each for option, each in given.items() if each is not None}

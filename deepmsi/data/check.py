@@ -12,7 +12,17 @@ from typing import Any
 
 from deepmsi.data import arrays, released
 from deepmsi.data.decode import try_decoding
-from deepmsi.data.manifest import COLUMNS, PATH_COLUMNS, Manifest, Problem, Row, count_labels, part_of, scan_manifest
+from deepmsi.data.manifest import (
+    COLUMNS,
+    PATH_COLUMNS,
+    Manifest,
+    Problem,
+    Row,
+    count_labels,
+    part_of,
+    part_or_name,
+    scan_manifest,
+)
 from deepmsi.data.media import MediaInfo, probe
 from deepmsi.data.pool import usable_cpus
 from deepmsi.data.release import count_differences, read_release
@@ -271,7 +281,7 @@ def _repeated_texts(manifest: Manifest) -> Iterable[Problem]:
         alone = not any(getattr(row, column) for column in PATH_COLUMNS)
         if row.text is not None and row.split is not None and alone and len(row.text.split()) >= _FEWEST_WORDS:
             seen, _ = first.setdefault((row.text, row.label), (row, where))
-            if (part_of(row.split) or row.split) != (part_of(seen.split) or seen.split):
+            if part_or_name(row.split) != part_or_name(seen.split):
                 repeated.append((row, where))
     if repeated:
         row, where = repeated[0]
@@ -327,10 +337,10 @@ def _label_findings(manifest: Manifest) -> Iterable[Problem]:
             rows = f"{len(astray)} row{'s have' if len(astray) > 1 else ' has'}"
             sentence = f"{rows} a split other than train, dev and test, which training on the split refuses: {names}"
             yield Problem("warning", where, sentence)
-    splits: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, set[str | None]] = defaultdict(set)
     for row in manifest.rows:
         if row.dialogue is not None and row.split is not None:
-            splits[row.dialogue].add(part_of(row.split) or row.split)
+            splits[row.dialogue].add(part_or_name(row.split))
     shared = sorted(dialogue for dialogue, names in splits.items() if len(names) > 1)
     if shared:
         names = ", ".join(shared[:3]) + (" and more" if len(shared) > 3 else "")

@@ -194,6 +194,11 @@ def part_of(split: str | None) -> str | None:
     return "dev" if name in DEV_NAMES else name if name in ("train", "test") else None
 
 
+def part_or_name(split: str | None) -> str | None:
+    """The part that a split's name means, or the name itself where it means none."""
+    return part_of(split) or split
+
+
 def count_labels(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     """Count rows per split and label: ``{split or "": {label or "": rows}}``, keys sorted."""
     counts: dict[str, Counter[str]] = {}

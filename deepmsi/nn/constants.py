@@ -58,7 +58,8 @@ def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     """Count a step of a fused optimizer, or of one that is not torch's, which may be fused, too."""
     own = type(optimizer).__module__.startswith("torch.optim.")
     for group in optimizer.param_groups:
-        if group.get("fused") or not own:  # which may let go of gradients in its step
+        if group.get("fused") or not own:
+            # Torch's own step leaves the gradients where they were; another may let go of them.
             _steps.update({p.untyped_storage()._cdata for p in group["params"] if p.grad is not None or not own})
 
 

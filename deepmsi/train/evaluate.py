@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepmsi.data.files import leaving_no_empty
-from deepmsi.data.manifest import part_of
+from deepmsi.data.manifest import part_or_name
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, Precision
 from deepmsi.models.precision import check_precision
@@ -156,8 +156,8 @@ def of_part(selection: Selection, rows: Sequence[PreparedRow], split: str | None
     """
     if split is None:
         return selection
-    wanted = part_of(split) or split
-    inside = np.array([(part_of(rows[i].split) or rows[i].split) == wanted for i in selection.indices])
+    wanted = part_or_name(split)
+    inside = np.array([part_or_name(rows[i].split) == wanted for i in selection.indices])
     if not inside.any():
         there = sorted({rows[i].split or "none" for i in selection.indices})
         raise UserError(f"No row is of the part {split!r}: the column split holds {', '.join(there)}.")

@@ -15,9 +15,7 @@ def class_weights(counts: Sequence[int], labels: Sequence[str]) -> list[float]:
     Raises:
         UserError: a class has no row in the training part.
     """
-    for label, count in zip(labels, counts, strict=True):
-        if not count:
-            raise UserError(f"The class {label!r} has no row in the training part, so it cannot be weighted.")
+    _check_rows(counts, labels, "it cannot be weighted.")
     return [sum(counts) / (len(counts) * count) for count in counts]
 
 
@@ -27,11 +25,13 @@ def log_prior(counts: Sequence[int], labels: Sequence[str], tau: float) -> list[
     Raises:
         UserError: a class has no row in the training part, so that its share is 0.
     """
-    for label, count in zip(labels, counts, strict=True):
-        if not count:
-            raise UserError(
-                f"The class {label!r} has no row in the training part, so the logits cannot be adjusted to its share: "
-                "leave it out of labels, or set train.logit_adjustment=0."
-            )
+    advice = "leave it out of labels, or set train.logit_adjustment=0."
+    _check_rows(counts, labels, f"the logits cannot be adjusted to its share: {advice}")
     shares = torch.tensor(counts, dtype=torch.float64) + 0.5
     return (tau * (shares / shares.sum()).log()).tolist()
+
+
+def _check_rows(counts: Sequence[int], labels: Sequence[str], so: str) -> None:
+    for label, count in zip(labels, counts, strict=True):
+        if not count:
+            raise UserError(f"The class {label!r} has no row in the training part, so {so}")

@@ -186,10 +186,12 @@ class Recipe(ModelSections):
     description: str = Field("", description="what it is for")
     seed: int = Field(0, ge=0, description="of the weights, the order of rows, dropout, augmentation and folds")
     labels: list[str] | None = Field(
-        None, min_length=2, description="classes, in the order of the logits; null takes those of the data"
+        None,
+        min_length=2,
+        description="classes, in the order of the logits, as a list or by commas; null takes those of the data",
     )
     exclude_labels: list[str] = Field(
-        default_factory=list, description="rows with these labels are left out, and this is said"
+        default_factory=list, description="rows with these labels, a list or by commas, are left out, and this is said"
     )
     drop: Modalities = Field(
         default_factory=list, description="modalities that the model is built without: video, text, audio"
