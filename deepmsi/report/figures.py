@@ -149,14 +149,44 @@ def curve_uri(lines: Series) -> str:
         # A name of its own: matplotlib reads $...$ as a formula.
         axes.plot([], [], color=colour, linewidth=1.6, label=split.replace("$", r"\$"))
     axes.set_xlabel("epoch", fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    _quiet(axes)
     if [*splits] != ["train"]:
         # Above the plot, where it covers no line.
         box = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(splits), "borderaxespad": 0.2}
         axes.legend(fontsize=8, frameon=False, labelcolor=INK, handlelength=1.4, columnspacing=1.2, **box)
     return _svg_uri(figure)
+
+
+def reliability_uri(bins: Sequence[Mapping[str, float]]) -> str:
+    """Plot the accuracy of the rows of each bin of confidence against their mean confidence, as an SVG data URI.
+
+    Args:
+        bins: `n`, `confidence` and `accuracy` of each; the area of a mark grows with n.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes: Any = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1.6)
+    confidence, accuracy, n = ([b[key] for b in bins] for key in ("confidence", "accuracy", "n"))
+    axes.plot(confidence, accuracy, color=ACCENT[0], linewidth=1.1, alpha=0.45)
+    axes.scatter(
+        confidence, accuracy, s=12 + 200 * np.asarray(n) / sum(n), color=ACCENT[0], linewidths=0, clip_on=False
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_xlabel("confidence", fontsize=9, color=INK)
+    axes.set_ylabel("accuracy", fontsize=9, color=INK)
+    _quiet(axes)
+    return _svg_uri(figure)
+
+
+def _quiet(axes: Any) -> None:
+    """Leave of a plot's frame a faint grid and the numbers beside it."""
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

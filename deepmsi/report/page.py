@@ -9,12 +9,13 @@ from deepmsi.report import figures
 from deepmsi.report.collect import Ablation, RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, chance_of, context_of, interval_of, leak_of
+from deepmsi.report.text import NAMES, PROBABILITIES, chance_of, context_of, interval_of, leak_of
 from deepmsi.train.ablate import caveats
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
 CURVES = (
     ("loss", ("loss",)),
+    ("calibrated loss", ("calibrated_loss",)),
     ("cross-entropy", ("cross_entropy",)),
     ("contrastive loss", ("contrastive",)),
     ("accuracy", ("accuracy",)),
@@ -74,6 +75,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "curves": _curves(facts),
         "confusion": _confusion(facts.metrics),
         "per_class": _per_class(facts.metrics),
+        "calibration": _calibration(facts.metrics),
         "ablations": [
             {
                 "retrained": each.retrained,
@@ -198,6 +200,15 @@ def _confusion(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _per_class(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [{"label": label, **row} for label, row in ((metrics or {}).get("per_class") or {}).items()]
+
+
+def _calibration(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the probabilities are worth, where the metrics tell it."""
+    bins = (metrics or {}).get("reliability")
+    if metrics is None or not bins:
+        return None
+    values = [{"name": name, "value": metrics[key]} for key, name in PROBABILITIES.items() if key in metrics]
+    return {"values": values, "bins": bins, "uri": figures.reliability_uri(bins)}
 
 
 def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deepmsi.train.predict import RowPrediction
 
 NAMES = {"accuracy": "accuracy", "uar": "UAR", "weighted_f1": "weighted F1", "macro_f1": "macro F1"}
+PROBABILITIES = {"log_loss": "log loss", "brier": "Brier score", "ece": "ECE"}
 
 
 def interval_of(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
@@ -54,6 +55,9 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
     if "confusion_matrix" in metrics:
         even, commonest = chance_of(metrics)
         lines.append(f"{'chance':<12} {even:.3f}, and {commonest:.3f} by always naming the commonest class")
+    for key, name in PROBABILITIES.items():
+        if metrics.get(key) is not None:
+            lines.append(f"{name:<12} {metrics[key]:.3f}")
     per_class: Mapping[str, Mapping[str, float]] = metrics.get("per_class") or {}
     if per_class:
         width = max(len(label) for label in [*per_class, "class"])

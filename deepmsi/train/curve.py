@@ -10,22 +10,33 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from deepmsi.train.calibration import fit_temperature, log_loss
 from deepmsi.train.inference import softmax
 from deepmsi.train.metrics import SUMMARY, compute_metrics
 from deepmsi.train.record import HISTORY
 
+LOSSES = ("loss", "calibrated_loss")
+"""Watched scores of which less is better."""
+
 Point = dict[str, float]
-"""`epoch`, `loss`, and the scores of `SUMMARY`."""
+"""`epoch`, and what `watched_scores` finds."""
 
 
 def watched_scores(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Scores of logits [n, K] against class ids: those of `SUMMARY`, and `loss`, the mean negative log-likelihood."""
-    probabilities = softmax(logits)
-    names = [str(k) for k in range(logits.shape[1])]
+    """Scores of logits [n, K] against class ids.
+
+    Those of `SUMMARY`; `loss`, the mean negative log-likelihood; and `calibrated_loss`, what is left of it where the
+    logits are divided by `temperature`, which is fitted to the same rows.
+    """
+    names, classes = [str(k) for k in range(logits.shape[1])], np.asarray(labels)
     metrics = compute_metrics(labels, logits.argmax(1), names, resamples=0)
-    likelihood = probabilities[np.arange(len(labels)), labels]
+    if not np.isfinite(logits).all():
+        return {"loss": math.nan, **{name: metrics[name] for name in SUMMARY}}
+    temperature = fit_temperature(logits, classes)
     return {
-        "loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if np.isfinite(logits).all() else math.nan,
+        "loss": log_loss(classes, softmax(logits)),
+        "calibrated_loss": log_loss(classes, softmax(logits / temperature)),
+        "temperature": temperature,
         **{name: metrics[name] for name in SUMMARY},
     }
 
@@ -51,7 +62,8 @@ def read_curve(folder: Path) -> list[Point]:
 
 def best_point(curve: list[Point], metric: str) -> Point:
     """The first of the best points; a tie goes to the lower loss."""
-    return max(curve, key=lambda point: (-point["loss"] if metric == "loss" else point[metric], -point["loss"]))
+    sign = -1 if metric in LOSSES else 1
+    return max(curve, key=lambda point: (sign * point[metric], -point["loss"]))
 
 
 def best_epoch(curves: Sequence[Sequence[Point]], sizes: Sequence[int], metric: str) -> int:
@@ -60,7 +72,7 @@ def best_epoch(curves: Sequence[Sequence[Point]], sizes: Sequence[int], metric: 
     Args:
         curves: of each part, a point per epoch.
         sizes: rows of each part.
-        metric: `loss` or the name of a score.
+        metric: the name of a watched score.
     """
     weights = np.asarray(sizes, dtype=np.float64)
     epochs = min(len(curve) for curve in curves)
@@ -69,6 +81,15 @@ def best_epoch(curves: Sequence[Sequence[Point]], sizes: Sequence[int], metric: 
         return np.average([[point[name] for point in curve[:epochs]] for curve in curves], axis=0, weights=weights)
 
     loss = mean("loss")
-    score = -loss if metric == "loss" else mean(metric)
+    score = -mean(metric) if metric in LOSSES else mean(metric)
     order = np.lexsort((loss, -np.round(score, 9)))
     return int(curves[0][int(order[0])]["epoch"])
+
+
+def temperature_at(curves: Sequence[Sequence[Point]], sizes: Sequence[int], epoch: int) -> float:
+    """The temperature of an epoch: over inner parts the geometric mean, weighted by their rows.
+
+    It is 1 of curves that an older deepmsi recorded.
+    """
+    found = [next(point.get("temperature", 1.0) for point in curve if point["epoch"] == epoch) for curve in curves]
+    return float(np.exp(np.average(np.log(found), weights=sizes)))

@@ -124,7 +124,7 @@ def evaluate_model(
         note(f"No row has {' or '.join(in_words(config, absent))}: the model reads what it learned for rows without.")
     with progress(len(dataset), "evaluate", "row") as bar:
         logits = predict_logits(model, dataset, recipe.train, precision=precision, on_batch=bar.update)
-    result = compute_metrics(selection.classes, logits.argmax(1), config.names)
+    result = compute_metrics(selection.classes, logits.argmax(1), config.names, probabilities=softmax(logits))
     result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
     result["context"] = context_read(data.rows, config) if "text" in result["modalities"] else 0
     result["left_out"] = selection.left_out

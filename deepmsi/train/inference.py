@@ -77,7 +77,7 @@ def predict_logits(
     return logits
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Probabilities [n, K] in float64."""
     wide = logits.astype(np.float64)
     wide = np.exp(wide - wide.max(1, keepdims=True))

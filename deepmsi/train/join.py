@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, RootModel
 
 from deepmsi.errors import UserError
@@ -59,16 +60,18 @@ class _Fold(BaseModel):
     epochs: int
     kept_epoch: int | None
     epochs_from: str
+    temperature: float | None = None
     seconds: float
     metrics: Scores
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """One fold that is done: its record and its rows of `predictions.csv`."""
+    """One fold that is done: its record, its rows of `predictions.csv`, and their probabilities [n, K]."""
 
     facts: dict[str, Any]
     rows: list[list[str]]
+    probabilities: NDArray[np.float64]
 
     @property
     def truth(self) -> list[str]:
@@ -131,7 +134,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     single = protocol.name == "split-column"
     splits = read_splits(run)
     done = {
-        name: _read_fold(fold_folder(run, name, single), parts["test"], facts["data"].get("content"))
+        name: _read_fold(fold_folder(run, name, single), parts["test"], len(names), facts["data"].get("content"))
         for name, parts in splits.items()
         if (fold_folder(run, name, single) / FOLD).is_file()
     }
@@ -147,7 +150,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
         leaks=protocol.leaks,
         complete=len(done) == len(splits),
         context=facts.get("context", recipe.text.context),
-        folds=[{key: fold.facts[key] for key in _Fold.model_fields} for fold in done.values()],
+        folds=[{key: fold.facts.get(key) for key in _Fold.model_fields} for fold in done.values()],
     )
     if len(done) > 1:
         result["over_folds"] = summarize_folds([fold.facts["metrics"] for fold in done.values()])
@@ -166,10 +169,13 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
     """
     truth = [[label for fold in part for label in fold.truth] for part in repeats]
     predicted = [[label for fold in part for label in fold.predicted] for part in repeats]
-    each = [compute_metrics(t, p, names) for t, p in zip(truth, predicted, strict=True)]
+    told = [np.concatenate([fold.probabilities for fold in part]) for part in repeats]
+    each = [compute_metrics(t, p, names, probabilities=q) for t, p, q in zip(truth, predicted, told, strict=True)]
     if len(each) == 1:
         return each[0]
-    pooled = compute_metrics(list(chain(*truth)), list(chain(*predicted)), names, resamples=0)
+    pooled = compute_metrics(
+        list(chain(*truth)), list(chain(*predicted)), names, probabilities=np.concatenate(told), resamples=0
+    )
     pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
     pooled["n"] = each[0]["n"]
     pooled["repeats"] = len(each)
@@ -181,19 +187,20 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
     return pooled
 
 
-def _read_fold(folder: Path, ids: Sequence[str], content: str | None) -> _Scored:
+def _read_fold(folder: Path, ids: Sequence[str], labels: int, content: str | None) -> _Scored:
     facts = _read_json(folder / FOLD, _Fold)
     again = f"delete {folder} to run that fold again"
     try:
         with (folder / PREDICTIONS).open(newline="", encoding="utf-8") as stream:
             _, *rows = [row for row in csv.reader(stream) if len(row) > 2]
+        probabilities = np.array([row[3:] for row in rows], dtype=np.float64).reshape(len(rows), labels)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / PREDICTIONS} cannot be read ({error}): {again}.") from None
     if facts.get("content", content) != content:
         raise UserError(f"{folder} was run on other data than the run that it lies in: {again}.")
     if [row[0] for row in rows] != list(ids):
         raise UserError(f"{folder} holds other rows than {SPLITS} gives it: {again}.")
-    return _Scored(facts, rows)
+    return _Scored(facts, rows, probabilities)
 
 
 def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepmsi.errors import UserError
+from deepmsi.train.calibration import measure_calibration
 from deepmsi.train.record import read_predictions
 
 SUMMARY = ("accuracy", "uar", "weighted_f1", "macro_f1")
@@ -35,6 +36,14 @@ class ClassScores(_Shape):
     f1: float
     legacy_f1: float
     support: int
+
+
+class Bin(_Shape):
+    """One bin of `reliability`."""
+
+    n: int
+    confidence: float
+    accuracy: float
 
 
 class Spread(_Shape):
@@ -60,6 +69,10 @@ class Scores(_Shape):
     over_folds: dict[str, Spread] = {}
     context: int = 0
     rows_seen_in_training: int = 0
+    log_loss: float | None = None
+    brier: float | None = None
+    ece: float | None = None
+    reliability: list[Bin] = []
 
     @model_validator(mode="after")
     def _square(self) -> Scores:
@@ -73,6 +86,7 @@ def compute_metrics(
     y_pred: ArrayLike,
     labels: Sequence[str],
     *,
+    probabilities: NDArray[np.float64] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -85,13 +99,15 @@ def compute_metrics(
         y_true: [n] class ids or names.
         y_pred: [n] class ids or names.
         labels: K names; an id is a position in this list.
+        probabilities: [n, K], where they are to be scored, too.
         resamples: bootstrap resamples of the intervals; 0 leaves the bootstrap out.
         seed: of the bootstrap.
 
     Returns:
         `n`, `accuracy`, `uar`, `weighted_f1`, `macro_f1`, `per_class` (precision, recall, f1, support and the
         paper's `legacy_f1`), `confusion_matrix` [K, K] (rows: truth), `labels`, `never_predicted`, and
-        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score.
+        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score;
+        of probabilities also what `measure_calibration` finds.
 
     Raises:
         UserError: no rows, lengths that differ, or a class that is not in `labels`.
@@ -131,6 +147,7 @@ def compute_metrics(
         "labels": labels,
         "never_predicted": [label for k, label in enumerate(labels) if not matrix[:, k].any()],
         "intervals": intervals,
+        **({} if probabilities is None else measure_calibration(true, probabilities)),
     }
 
 

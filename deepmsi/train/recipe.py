@@ -40,8 +40,15 @@ class TrainSettings(Section):
         "over inner folds of the training part, which is then fitted whole; auto: dev where a test part is "
         "reported beside it, else inner-validation",
     )
-    metric: Literal["accuracy", "uar", "weighted_f1", "macro_f1", "loss"] = Field(
-        "weighted_f1", description="what the selection looks at"
+    metric: Literal["accuracy", "uar", "weighted_f1", "macro_f1", "loss", "calibrated_loss"] = Field(
+        "weighted_f1",
+        description="what the selection looks at; calibrated_loss: the loss less what a temperature would mend of it, "
+        "steadier than scores of few rows and not driven by overconfidence as loss is",
+    )
+    calibrate: bool = Field(
+        True,
+        description="divide the kept model's logits by the temperature at which the rows that chose its epoch are "
+        "told best: no label changes, probabilities do; nothing with selection=last",
     )
     patience: int | None = Field(
         None,

@@ -39,13 +39,14 @@ from deepmsi.models.config import MODALITIES, OFFLINE_TEXT, DeepMSIConfig, valid
 from deepmsi.models.encoders import check_encoder
 from deepmsi.models.offline import LogMelEncoder
 from deepmsi.models.vision import check_vision
+from deepmsi.train.calibration import apply_temperature
 from deepmsi.train.checkpoints import BEST
 from deepmsi.train.compression import check_measurable
 from deepmsi.train.console import note
-from deepmsi.train.curve import Point, best_epoch, read_curve
+from deepmsi.train.curve import Point, best_epoch, read_curve, temperature_at
 from deepmsi.train.dataset import UtteranceDataset, check_data, context_read, present_modalities, unread
 from deepmsi.train.evaluate import prediction_rows
-from deepmsi.train.inference import predict_logits
+from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.join import FOLD, SPLITS, fold_folder, join_folds, read_begun
 from deepmsi.train.layout import (
     check_encoders,
@@ -333,7 +334,7 @@ class _Run:
             note(f"Fold {fold.name} ({self.folds.index(fold) + 1} of {len(self.folds)}).")
         begun = time.time()
         seed = derive_seed(self.recipe.seed, fold.name)
-        model, result, epochs_from = self._fit(fold.name, folder, fold.train, fold.dev, seed)
+        model, result, epochs_from, temperature = self._fit(fold.name, folder, fold.train, fold.dev, seed)
         test = self._dataset(fold.test, model.config)
         logits = predict_logits(model, test, self.recipe.train, precision=self.recipe.train.precision)
         if self.single:
@@ -354,8 +355,11 @@ class _Run:
                 "epochs": result.epochs,
                 "kept_epoch": result.kept_epoch,
                 "epochs_from": epochs_from,
+                "temperature": temperature,
                 "seconds": round(time.time() - begun, 1),
-                "metrics": compute_metrics(self._classes(fold.test), logits.argmax(1), names),
+                "metrics": compute_metrics(
+                    self._classes(fold.test), logits.argmax(1), names, probabilities=softmax(logits)
+                ),
             }
             write_json(folder / FOLD, facts)
             self._forget_weights(folder)  # until here a call that is interrupted goes on from them
@@ -379,8 +383,13 @@ class _Run:
         note("Final fit on all rows.")
         everything = np.arange(len(self.rows))
         seed = derive_seed(self.recipe.seed, "final")
-        model, result, epochs_from = self._fit("final fit", self.out, everything, None, seed, whole=True)
-        facts = {"rows": len(everything), "epochs": result.epochs, "epochs_from": epochs_from}
+        model, result, epochs_from, temperature = self._fit("final fit", self.out, everything, None, seed, whole=True)
+        facts = {
+            "rows": len(everything),
+            "epochs": result.epochs,
+            "epochs_from": epochs_from,
+            "temperature": temperature,
+        }
         if self.main:
             if self.on_fold is not None:
                 self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
@@ -395,24 +404,33 @@ class _Run:
         dev: NDArray[np.int64] | None,
         seed: int,
         whole: bool = False,
-    ) -> tuple[DeepMSI, FitResult, str]:
-        """Train on a part, with the number of epochs found as the recipe says; `whole` leaves no row out."""
+    ) -> tuple[DeepMSI, FitResult, str, float | None]:
+        """Train on a part, with the number of epochs found as the recipe says; `whole` leaves no row out.
+
+        Returns:
+            The model, what its fit left, what chose the epochs, and the temperature that the same rows gave its logits.
+        """
         settings = self.recipe.train
         parts = inner_parts(self.recipe, self.rows, train, dev)
-        if not parts:
+        curves: list[list[Point]]
+        if parts and (settings.selection == "inner-folds" or whole):
+            curves = [self._inner_curve(name, folder, part, derive_seed(seed, part.name)) for part in parts]
+            sizes = [len(part.test) for part in parts]
+            best = best_epoch(curves, sizes, settings.metric)
+            note(f"{name}: {best} epochs, from {len(parts)} inner fit{'s' * (len(parts) > 1)}.")
+            model, result = self._fit_part(name, folder, train, None, seed, stop_epoch=best)
+            epochs_from = f"{len(parts)} inner fits"
+        else:
+            part, watch = (parts[0].train, parts[0].test) if parts else (train, dev)
             last = settings.selection == "last"
-            scored = dev is not None and not last
-            model, result = self._fit_part(name, folder, train, dev, seed, keep_best=scored)
-            return model, result, "the recipe" if last else "the dev part"
-        if settings.selection != "inner-folds" and not whole:
-            model, result = self._fit_part(name, folder, parts[0].train, parts[0].test, seed, keep_best=True)
-            return model, result, "an inner validation part"
-        curves = [self._inner_curve(name, folder, part, derive_seed(seed, part.name)) for part in parts]
-        sizes = [len(part.test) for part in parts]
-        best = best_epoch(curves, sizes, settings.metric)
-        note(f"{name}: {best} epochs, from {len(parts)} inner fit{'s' * (len(parts) > 1)}.")
-        model, result = self._fit_part(name, folder, train, None, seed, stop_epoch=best)
-        return model, result, f"{len(parts)} inner fits"
+            model, result = self._fit_part(name, folder, part, watch, seed, keep_best=watch is not None and not last)
+            epochs_from = "an inner validation part" if parts else "the recipe" if last else "the dev part"
+            curves, sizes = [] if last else [result.curve], [1]
+        temperature = None
+        if settings.calibrate and any(curves):
+            temperature = temperature_at(curves, sizes, result.kept_epoch)
+            apply_temperature(model, temperature)
+        return model, result, epochs_from, temperature
 
     def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[Point]:
         """Scores by epoch on an inner part; a finished one is read back when a run resumes."""

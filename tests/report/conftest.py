@@ -24,7 +24,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         true = rng.integers(0, len(labels), n)
         wrong = rng.random(n) < 0.3
         predicted = np.where(wrong, rng.integers(0, len(labels), n), true)
-        metrics = compute_metrics(true, predicted, labels)
+        shares = np.full((n, len(labels)), 0.4 / (len(labels) - 1))
+        shares[np.arange(n), predicted] = 0.6
+        metrics = compute_metrics(true, predicted, labels, probabilities=shares)
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "run.json").write_text(
             json.dumps(
@@ -49,9 +51,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             writer = csv.writer(stream)
             writer.writerow(["id", "label", "predicted", *labels])
             for i in range(n):
-                shares = np.full(len(labels), 0.4 / (len(labels) - 1))
-                shares[predicted[i]] = 0.6
-                writer.writerow([f"clip-{i:02d}", labels[true[i]], labels[predicted[i]], *shares])
+                writer.writerow([f"clip-{i:02d}", labels[true[i]], labels[predicted[i]], *shares[i]])
         return run
 
     return make

@@ -91,6 +91,7 @@ def test_page_is_whole_and_self_contained(make_run) -> None:
     assert f"{low:.2f} to {high:.2f}" in words
     for row in metrics["per_class"].values():
         assert f"{row['legacy_f1']:.3f}" in words
+    assert f"log loss {metrics['log_loss']:.3f}, Brier score {metrics['brier']:.3f}, ECE {metrics['ece']:.3f}" in words
     assert not [*run.glob("*.part"), *run.glob(f"{TEMPORARY}*")]
 
 
@@ -102,6 +103,7 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     assert f"| accuracy | {metrics['accuracy']:.3f} |" in text
     assert text.startswith("# by hand\n\nProtocol: "), "a recipe's description need not hold of the run"
     assert "- the recipe's own words: a test (this run may be set otherwise)\n" in text.replace("\\", "")
+    assert f"| 40 | 0.600 | {metrics['accuracy']:.3f} |" in text, "the bin of all rows"
     first = metrics["confusion_matrix"][0]
     assert f"| joy | {' | '.join(map(str, first))} |" in text
     assert "- rows known to training: 9 by their speaker, of 40\n" in text

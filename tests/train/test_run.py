@@ -34,7 +34,7 @@ from deepmsi.train import optimizer as optimizer_module
 from deepmsi.train import rows as rows_module
 from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
-from deepmsi.train.curve import best_epoch
+from deepmsi.train.curve import best_epoch, best_point, temperature_at, watched_scores
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
 from deepmsi.train.layout import fit_to_data
@@ -379,6 +379,46 @@ def test_best_epoch() -> None:
     assert best_epoch([a, b], [1, 1], "loss") == 3
     assert best_epoch([a, b], [3, 1], "uar") == 2  # 0.5, 0.5, 0.25: the tie goes to the lower loss
     assert best_epoch([a, b], [1, 9], "uar") == 3
+
+
+@pytest.mark.parametrize("selection", ["auto", "inner-validation", "inner-folds", "last"])
+def test_calibration_divides_the_logits_by_one_temperature(selection: str, corpus: Path, tmp_path: Path) -> None:
+    logits, weights, temperatures = {}, {}, {}
+    for calibrate in (True, False):
+        settings = {"selection": selection, "inner_folds": 2, "epochs": 2, "calibrate": calibrate}
+        recipe = make_recipe(protocol={"name": "stratified-kfold", "folds": 2}, train=settings)
+        run = tmp_path / str(calibrate)
+        metrics = train(recipe, corpus, run)
+        facts = json.loads((run / "run.json").read_text())
+        temperatures[calibrate] = [fold["temperature"] for fold in (*metrics["folds"], facts["final_fit"])]
+        with (run / "predictions.csv").open(newline="", encoding="utf-8") as stream:
+            told = np.log([[float(row[name]) for name in LABELS] for row in csv.DictReader(stream)])
+        logits[calibrate] = told - told.mean(1, keepdims=True)
+        weights[calibrate] = DeepMSI.from_pretrained(run / "model").classifier.output.weight.detach().numpy()
+        assert metrics["log_loss"] > 0
+        assert sum(b["n"] for b in metrics["reliability"]) == 36
+    assert temperatures[False] == [None] * 3
+    if selection == "last":
+        assert temperatures[True] == [None] * 3
+        np.testing.assert_array_equal(weights[True], weights[False])
+        return
+    first, second, final = temperatures[True]
+    assert len({1.0, first, second, final}) == 4
+    divided = np.concatenate([logits[False][:18] / first, logits[False][18:] / second])
+    np.testing.assert_allclose(logits[True], divided, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(weights[True], weights[False] / final, rtol=1e-5)
+
+
+def test_overconfidence_does_not_choose_the_epoch_by_the_calibrated_loss() -> None:
+    # The first epoch guesses; the second is right in four of five rows, and as sure of the fifth.
+    labels, sharp = [0, 1, 0, 1, 1], np.array([[9, 0], [0, 9], [9, 0], [0, 9], [9, 0]], dtype=np.float32)
+    curve = [{"epoch": k, **watched_scores(scale * sharp, labels)} for k, scale in enumerate((0.0, 1.0), 1)]
+    assert best_point(curve, "loss")["epoch"] == best_epoch([curve], [5], "loss") == 1
+    assert best_point(curve, "calibrated_loss")["epoch"] == best_epoch([curve], [5], "calibrated_loss") == 2
+    assert temperature_at([curve], [5], 2) == pytest.approx(curve[1]["temperature"])
+    assert temperature_at([curve, curve], [5, 3], 2) == pytest.approx(curve[1]["temperature"])
+    recorded_before = [{"epoch": 2, "loss": 1.0}]
+    assert temperature_at([recorded_before, curve], [1, 1], 2) == pytest.approx(curve[1]["temperature"] ** 0.5)
 
 
 def test_selection_keeps_the_best_epoch_and_patience_stops(split_corpus: Path, tmp_path: Path) -> None:
