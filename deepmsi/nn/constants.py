@@ -189,6 +189,9 @@ def _by_cpp(op: str, weight: Tensor) -> bool:
     return fuses(op, weight, casts=True) and backend.resolve(op, None, "cpu", autocast_type(weight)) == "cpp"
 
 
+_TORCHS = frozenset(vars(nn.Module()))
+
+
 class HoldsConstants(nn.Module):
     """A module that may hold, for inference, what follows from its weights alone."""
 
@@ -205,7 +208,9 @@ class HoldsConstants(nn.Module):
         return [tensor for held in self._fixed() for tensor in held.tensors()]
 
     def _fixed(self) -> list[Fixed[Any]]:
-        return [held for held in tree_leaves(list(vars(self).values())) if isinstance(held, Fixed)]
+        # Trainers call train() before each step: what torch keeps in a module is not searched.
+        own = [value for name, value in vars(self).items() if name not in _TORCHS]
+        return [held for held in tree_leaves(own) if isinstance(held, Fixed)]
 
     def train(self, mode: bool = True) -> Self:
         if mode:

@@ -265,7 +265,8 @@ class UtteranceTrainer(Trainer):
             # Each micro-batch's loss is a mean, and the Trainer takes the mean of those: a smaller one, or one of
             # lighter classes, would count as much as the others, and of a single row class weights would cancel out.
             weights = torch.tensor(self.core.config.loss.class_weights or [1.0] * self.core.config.num_labels)
-            sums = torch.stack([weights[batch["labels"]].sum() for batch in samples]).to(self.args.device)
+            sums = torch.stack([weights[batch["labels"]].sum() for batch in samples])
+            sums = sums.to(self.args.device, non_blocking=True)
             if self.world > 1:
                 dist.all_reduce(sums)
             self._shares = list((len(samples) * sums / sums.sum()).unbind())
