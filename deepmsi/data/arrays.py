@@ -58,8 +58,8 @@ def as_feature(array: np.ndarray, path: Path) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(vector))
     if bad.size:
         raise UserError(
-            f"{path}: the feature holds {vector[bad[0]]} at position {bad[0]} ({bad.size} of {vector.size} are "
-            "not finite); compute it again"
+            f"{path}: the feature holds {flat[bad[0]]} at position {bad[0]} ({bad.size} of {vector.size} are not "
+            "finite in float32); compute it again"
         )
     return vector
 

@@ -339,18 +339,18 @@ def _check_sessions(raw: Path, files: _Files, turns: Sequence[Turn], partial: bo
     if missing := [str(number) for number in SESSIONS if number not in present]:
         raise UserError(
             f"{raw} lacks the labels of Session {' and '.join(missing)} "
-            f"(Session{missing[0]}/dialog/EmoEvaluation): complete the copy, or say that it is partial."
+            f"(Session{missing[0]}/dialog/EmoEvaluation): complete the copy, or say that it is partial (--partial)."
         )
     if files.empty:
         raise UserError(
             f"{raw} holds empty files, {some(files.empty)}: the copy is incomplete, copy them again, "
-            "or say that it is partial."
+            "or say that it is partial (--partial)."
         )
     media = files.transcripts.keys() | files.videos.keys()
     if unlabelled := sorted(media - files.evaluations.keys()):
         raise UserError(
             f"{raw} lacks EmoEvaluation files of dialogues whose other files are there, {some(unlabelled)}: "
-            "complete the copy, or say that it is partial."
+            "complete the copy, or say that it is partial (--partial)."
         )
 
 
@@ -370,7 +370,7 @@ def _missing(raw: Path, files: _Files, turns: Sequence[Turn], partial: bool) -> 
         elif absent:
             sentence = f"{len(absent)} of {len(wanted)} {what} are absent from {place}, {some(absent)}"
             if not partial:
-                raise UserError(f"{raw}: {sentence}: complete the copy, or say that it is partial.")
+                raise UserError(f"{raw}: {sentence}: complete the copy, or say that it is partial (--partial).")
             notes.append(f"{sentence}; these rows do without.")
     return notes
 

@@ -79,9 +79,10 @@ def read_meld(raw: Path, *, exclusions: Path | None = None, partial: bool = Fals
         if absent:
             notes.append(_absent(raw, split, absent, len(table), found.keys().isdisjoint(table), partial))
     if with_media:
-        left_out = [f"{key[0]} dia{key[1]}_utt{key[2]}" for key in excluded if key[0] in tables]
-        notes.append(f"Clips left out by the exclusion list, their text kept: {', '.join(left_out)}.")
-        if extras := len(found.keys() - {key for table in tables.values() for key in table}):
+        known = {key for table in tables.values() for key in table}
+        if left_out := [f"{key[0]} dia{key[1]}_utt{key[2]}" for key in excluded if key in known]:
+            notes.append(f"Clips left out by the exclusion list, their text kept: {', '.join(left_out)}.")
+        if extras := len(found.keys() - known):
             notes.append(f"{extras} clips have no label and are ignored.")
     return Release(NAME, rows, notes)
 
@@ -155,7 +156,7 @@ def _read_tables(
     if "train" in missing and not partial:
         raise UserError(
             f"{raw} holds {' and '.join(f'{s}_sent_emo.csv' for s in tables)} but no train_sent_emo.csv: "
-            "complete the copy, or say that it is partial."
+            "complete the copy, or say that it is partial (--partial)."
         )
     if missing:
         notes.append(f"The release has no labels of {' and '.join(missing)}.")
@@ -240,7 +241,7 @@ def _absent(raw: Path, split: str, absent: Sequence[str], total: int, none_there
     if len(absent) > _ABSENT_SHARE * total and not partial:
         packed = [path for path in archives(raw) if _split_of_word(path.name) == split]
         cure = f"unpack {packed[0]}" if packed else "complete the copy"
-        raise UserError(f"{raw}: {what}; {cure}, or say that it is partial.")
+        raise UserError(f"{raw}: {what}; {cure}, or say that it is partial (--partial).")
     return f"{what[0].upper()}{what[1:]}; these rows keep their text."
 
 

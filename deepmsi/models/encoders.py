@@ -294,7 +294,7 @@ def build_text_encoder(config: TextConfig, saved: Path | None = None) -> tuple[n
             "text",
             config.options,
             {"dim": config.dim},
-            {"max_length": config.max_length},
+            {"max_length": config.max_length, "context": config.context > 0},
         )
         return module, processor
     from transformers import AutoTokenizer

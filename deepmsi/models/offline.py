@@ -294,9 +294,17 @@ class HashingTokenizer:
         buckets: ids a piece can be hashed to.
         max_length: at most so many ids per text: words first, then pairs, then n-grams.
         ngrams: smallest and largest length of the character n-grams of ``<word>``; None leaves them out.
+        context: the last line of a text is the utterance, and what goes before it its context: that is hashed apart
+            from the utterance's own pieces, and they come first, so that a limit cuts the context.
     """
 
-    def __init__(self, buckets: int = 32_768, max_length: int = 512, ngrams: tuple[int, int] | None = (3, 5)) -> None:
+    def __init__(
+        self,
+        buckets: int = 32_768,
+        max_length: int = 512,
+        ngrams: tuple[int, int] | None = (3, 5),
+        context: bool = False,
+    ) -> None:
         if buckets < 1 or max_length < 1:
             raise UserError(
                 f"the hashing vocabulary needs positive sizes, not buckets={buckets}, max_length={max_length}"
@@ -306,9 +314,19 @@ class HashingTokenizer:
         self.buckets = buckets
         self.max_length = max_length
         self.ngrams = ngrams
+        self.context = context
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yield words, then pairs, then n-grams, each kind under its own mark so that they cannot meet."""
+        if not self.context:
+            yield from self._pieces(text)
+            return
+        before, _, own = text.rpartition("\n")
+        yield from self._pieces(own)
+        for line in reversed(before.splitlines()):  # of a context that is too long the latest lines are read
+            yield from (f"before {piece}" for piece in self._pieces(line))
+
+    def _pieces(self, text: str) -> Iterator[str]:
         words = _TOKEN.findall(unicodedata.normalize("NFKC", text).translate(_APOSTROPHES).casefold())
         yield from (f"w {word}" for word in words)
         yield from (f"p {first} {second}" for first, second in zip(["<", *words], [*words, ">"], strict=True) if words)

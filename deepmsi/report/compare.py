@@ -36,9 +36,9 @@ def report_comparison(runs: Sequence[str | os.PathLike[str]]) -> Path:
 
 
 def measured(scored: Path) -> dict[str, Any]:
-    """The protocol and the text context that `metrics.json` beside the predictions tells; empty where none does."""
+    """How `metrics.json` beside the predictions says that they were made; empty where there is none."""
     metrics = read_metrics((scored if scored.is_dir() else scored.parent) / METRICS, []) or {}
-    return {key: metrics[key] for key in ("protocol", "context") if key in metrics}
+    return {key: metrics[key] for key in ("protocol", "context", "modalities", "split") if key in metrics}
 
 
 def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
     for key, run in zip("AB", (a, b), strict=True):
         told = comparison.get("measured", {}).get(key.lower()) or {}
         lines.append(f"{key}: {run}" + (f", {told['protocol']}" if told.get("protocol") else ""))
+        lines[-1] += f", part {told['split']}" if "split" in told else ""
+        lines[-1] += f", read: {', '.join(told['modalities'])}" if "modalities" in told else ""
         lines[-1] += f", text context: {context_of(told)}" if "context" in told else ""
     lines += [f"{comparison['n']} rows that both predicted", ""]
     lines.append(f"{'':<12}     A      B   B - A  (95% interval, paired bootstrap)")

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepmsi.data.files import leaving_no_empty
-from deepmsi.data.manifest import part_or_name
 from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, Precision
 from deepmsi.models.precision import check_precision
@@ -144,27 +143,7 @@ def _select(
     failures: Sequence[Mapping[str, str]] = (),
     split: str | None = None,
 ) -> Selection:
-    selection = select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures)
-    return of_part(selection, rows, split)
-
-
-def of_part(selection: Selection, rows: Sequence[PreparedRow], split: str | None) -> Selection:
-    """Leave out the rows that are not of a part by the column `split`; None leaves all.
-
-    Raises:
-        UserError: no row is of it.
-    """
-    if split is None:
-        return selection
-    wanted = part_or_name(split)
-    inside = np.array([part_or_name(rows[i].split) == wanted for i in selection.indices])
-    if not inside.any():
-        there = sorted({rows[i].split or "none" for i in selection.indices})
-        raise UserError(f"No row is of the part {split!r}: the column split holds {', '.join(there)}.")
-    if not inside.all():
-        selection.left_out[f"they are not of the part {split!r}"] = int((~inside).sum())
-    selection.indices, selection.classes = selection.indices[inside], selection.classes[inside]
-    return selection
+    return select_rows(rows, config, config.names, recipe.exclude_labels, drop, failures, split=split)
 
 
 def options_of(config: DeepMSIConfig, recipe: Recipe) -> PrepareOptions:

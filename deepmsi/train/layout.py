@@ -80,10 +80,10 @@ def lay_out(
         raise UserError(f"loss.class_weights has {len(weights)} weights for {len(names)} classes: {', '.join(names)}.")
     rows = [there[i] for i in selection.indices]
     if plan is None:
-        folds = make_folds(recipe.protocol, rows, recipe.seed)
+        folds = make_folds(recipe.protocol, rows, recipe.shuffle_seed)
     else:
         whole = select_rows(there, plan, plan.labels, plan.exclude_labels)
-        folds = make_folds(plan.protocol, [there[i] for i in whole.indices], plan.seed)
+        folds = make_folds(plan.protocol, [there[i] for i in whole.indices], plan.shuffle_seed)
         folds = restrict_folds(folds, whole.indices, selection.indices)
     if recipe.train.selection == "dev" and any(fold.dev is None for fold in folds):
         raise UserError(
@@ -112,7 +112,7 @@ def inner_parts(
         return []
     all_parts = settings.selection == "inner-folds"
     repeats = settings.inner_repeats if all_parts else 1
-    parts = inner_folds(rows, train, recipe.protocol, settings.inner_folds, repeats, recipe.seed)
+    parts = inner_folds(rows, train, recipe.protocol, settings.inner_folds, repeats, recipe.shuffle_seed)
     return parts if all_parts else parts[:1]
 
 

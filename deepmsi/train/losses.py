@@ -19,15 +19,27 @@ def class_weights(counts: Sequence[int], labels: Sequence[str]) -> list[float]:
     return [sum(counts) / (len(counts) * count) for count in counts]
 
 
-def log_prior(counts: Sequence[int], labels: Sequence[str], tau: float) -> list[float]:
-    """τ · log of each class's share, to whose count half a row is added.
+def log_prior(
+    counts: Sequence[int], labels: Sequence[str], tau: float, weights: Sequence[float] | None = None
+) -> list[float]:
+    """τ · log of each class's share in the loss, to whose count half a row is added.
+
+    Args:
+        counts: rows of each class in the training part; of a sampler that draws the classes alike, all the same.
+        labels: their names.
+        tau: τ.
+        weights: what a row of each class counts in the loss; None: all the same.
 
     Raises:
         UserError: a class has no row in the training part, so that its share is 0.
     """
     advice = "leave it out of labels, or set train.logit_adjustment=0."
     _check_rows(counts, labels, f"the logits cannot be adjusted to its share: {advice}")
-    shares = torch.tensor(counts, dtype=torch.float64) + 0.5
+    shares = torch.tensor(counts, dtype=torch.float64)
+    if weights is not None:
+        weighted = shares * torch.tensor(weights, dtype=torch.float64)
+        shares = weighted * (shares.sum() / weighted.sum())
+    shares += 0.5
     return (tau * (shares / shares.sum()).log()).tolist()
 
 

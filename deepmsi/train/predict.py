@@ -14,7 +14,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import Precision
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset, check_data, unread
-from deepmsi.train.evaluate import load_trained, of_part, options_of
+from deepmsi.train.evaluate import load_trained, options_of
 from deepmsi.train.inference import predict_logits, softmax
 from deepmsi.train.record import read_run
 from deepmsi.train.rows import Selection, open_shared, select_rows
@@ -74,7 +74,7 @@ def predict_rows(
     config = model.config
 
     def chosen(rows: Sequence[PreparedRow], failures: Sequence[dict[str, str]] = ()) -> Selection:
-        return of_part(select_rows(rows, config, config.names, (), failures=failures, labelled=False), rows, split)
+        return select_rows(rows, config, config.names, (), failures=failures, labelled=False, split=split)
 
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "prepared"

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from deepmsi.data.manifest import part_of
 from deepmsi.errors import UserError
 from deepmsi.models.config import Modalities, Section
+from deepmsi.train.seeding import derive_seed
 
 if TYPE_CHECKING:
     from deepmsi.data.store import PreparedRow
@@ -53,6 +54,9 @@ class ProtocolSettings(Section):
     name: ProtocolName = "split-column"
     folds: int = Field(5, ge=2, description="of stratified-kfold and group-kfold")
     repeats: int = Field(1, ge=1, description="of stratified-kfold and group-kfold, each shuffled anew")
+    seed: int | None = Field(
+        None, ge=0, description="of the shuffles, so that runs of several seeds have the same folds; null takes seed"
+    )
     group: str = Field(
         "dialogue", min_length=1, description="column that group-kfold keeps together: dialogue, speaker, video, ..."
     )
@@ -216,10 +220,10 @@ def inner_folds(
     result = []
     for repeat in range(repeats):
         if groups is None:
-            parts = _stratified_parts([labels[i] for i in candidates], folds, seed + repeat)
+            parts = _stratified_parts([labels[i] for i in candidates], folds, _reshuffled(seed, repeat))
         else:
             own = [str(groups[int(i)]) for i in candidates]
-            parts = _grouped_parts(own, [labels[i] for i in candidates], folds, seed + repeat)
+            parts = _grouped_parts(own, [labels[i] for i in candidates], folds, _reshuffled(seed, repeat))
         for k, part in enumerate(parts):
             test = np.sort(candidates[part])
             rest = np.sort(np.setdiff1d(train, test, assume_unique=True))
@@ -334,8 +338,15 @@ def _stratified(
     return [
         _fold(f"{repeat * settings.folds + k + 1:02d}", len(rows), candidates[part])
         for repeat in range(settings.repeats)
-        for k, part in enumerate(_stratified_parts([labels[i] for i in candidates], settings.folds, seed + repeat))
+        for k, part in enumerate(
+            _stratified_parts([labels[i] for i in candidates], settings.folds, _reshuffled(seed, repeat))
+        )
     ]
+
+
+def _reshuffled(seed: int, repeat: int) -> int:
+    """The seed of a repeat's shuffle, which no other seed's repeat has."""
+    return derive_seed(seed, "repeat", repeat) if repeat else seed
 
 
 def _stratified_parts(labels: Sequence[Hashable], folds: int, seed: int) -> list[Indices]:
@@ -376,7 +387,9 @@ def _grouped(
     return [
         _group_fold(f"{repeat * settings.folds + k + 1:02d}", groups, candidates[part])
         for repeat in range(settings.repeats)
-        for k, part in enumerate(_grouped_parts(held, [labels[i] for i in candidates], settings.folds, seed + repeat))
+        for k, part in enumerate(
+            _grouped_parts(held, [labels[i] for i in candidates], settings.folds, _reshuffled(seed, repeat))
+        )
     ]
 
 

@@ -191,7 +191,11 @@ class Recipe(ModelSections):
 
     name: str = Field("unnamed", description="what run.json calls it: the file's name, where none is said")
     description: str = Field("", description="what it is for")
-    seed: int = Field(0, ge=0, description="of the weights, the order of rows, dropout, augmentation and folds")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="of the weights, the order of rows, dropout, augmentation and, without protocol.seed, folds",
+    )
     labels: list[str] | None = Field(
         None,
         min_length=2,
@@ -224,6 +228,11 @@ class Recipe(ModelSections):
             elif name in ("text", "audio"):
                 data[name] = {"encoder": "none"}
         return data
+
+    @property
+    def shuffle_seed(self) -> int:
+        """The seed of the folds."""
+        return self.seed if self.protocol.seed is None else self.protocol.seed
 
     @field_validator("labels", "exclude_labels", mode="before")
     @classmethod

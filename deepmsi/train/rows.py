@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from deepmsi.data.manifest import part_or_name
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.store import INDEX, STARTED, PreparedData, PreparedRow
 from deepmsi.errors import UserError
@@ -175,6 +176,7 @@ def select_rows(
     hidden: Sequence[str] = (),
     failures: Sequence[Mapping[str, str]] = (),
     labelled: bool = True,
+    split: str | None = None,
 ) -> Selection:
     """Choose the rows that a model can read, and of these the labelled ones.
 
@@ -186,9 +188,11 @@ def select_rows(
         hidden: modalities that do not count as present.
         failures: what could not be prepared, as `PreparedData.failures` lists it, so that it is told.
         labelled: whether a row without a label is left out; else no label is looked at, and all classes are -1.
+        split: the part by the column `split` that is chosen; None chooses all.
 
     Raises:
-        UserError: no row is left, fewer than two classes, or a row has a label that is not among the classes.
+        UserError: no row is of the part or is left, fewer than two classes, or a row has a label that is not among
+            the classes.
     """
     left_out: Counter[str] = Counter()
     if gone := {failure["id"] for failure in failures} - {row.id for row in rows}:
@@ -200,9 +204,15 @@ def select_rows(
     read = [name for name in config.modalities if name not in hidden]
     indices, labels, poorer, partial = [], [], [], []
     parts = {f"part of {name}" for name in read}
+    wanted = None if split is None else part_or_name(split)
+    if split is not None and all(part_or_name(row.split) != wanted for row in rows):
+        held = ", ".join(sorted({row.split or "none" for row in rows}))
+        raise UserError(f"No row is of the part {split!r}: the column split holds {held}.")
     for i, row in enumerate(rows):
         there = present_modalities(row, config)
-        if row.label in exclude and row.label is not None:
+        if split is not None and part_or_name(row.split) != wanted:
+            left_out[f"they are not of the part {split!r}"] += 1
+        elif row.label in exclude and row.label is not None:
             left_out[f"the label {row.label!r} is excluded by the recipe"] += 1
         elif row.label is None and labelled:
             left_out["they have no label"] += 1

@@ -169,6 +169,14 @@ class _Run:
             note("train.encoder_lr changes nothing: no part that is trained starts from pretrained weights.")
         if recipe.text.encoder == OFFLINE_TEXT and recipe.text.pooling != "mean":
             note(f"text.pooling changes nothing: the encoder {OFFLINE_TEXT!r} weighs the words by itself.")
+        if recipe.train.logit_adjustment and "balanced" in (recipe.train.sampler, recipe.loss.class_weights):
+            which = "train.sampler" if recipe.train.sampler == "balanced" else "loss.class_weights"
+            note(f"train.logit_adjustment changes nothing: with {which}=balanced the classes weigh alike.")
+        if recipe.loss.contrastive and recipe.modalities == ("text", "audio") and not recipe.loss.text_audio_pair:
+            note(
+                "loss.contrastive changes nothing: it pairs the video with the others, and text with audio where "
+                "loss.text_audio_pair is set."
+            )
         self._say_what_is_not_learned()
         check_encoders(recipe, self.data.encoders, self.data.path, self._left(self.chosen, self.rows))
         if started is not None:

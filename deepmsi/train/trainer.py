@@ -129,6 +129,12 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     state: dict[str, Any] = json.loads((start / checkpoints.STATE).read_text(encoding="utf-8")) if start else {}
     truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
+    steps = arguments.num_train_epochs * math.ceil(len(trainer.batches) / arguments.gradient_accumulation_steps)
+    if start is not None and state.get("max_steps") != steps:
+        raise UserError(
+            f"{start} is of a training of {state.get('max_steps')} steps in all, and this one takes {steps}: continue "
+            "it with as many processes as it was begun with."
+        )
     curve = curve_of(state.get("log_history", []))
     utterances = seconds = 0.0
     epochs_done = state.get("epoch") or 0.0
@@ -207,7 +213,9 @@ class UtteranceTrainer(Trainer):
         settings = fit.recipe.train
         counts = np.bincount(fit.train.labels, minlength=len(model.config.names)).tolist()
         names, tau = model.config.names, settings.logit_adjustment
-        prior = log_prior(counts, names, tau) if tau else None
+        seen = [1] * len(counts) if settings.sampler == "balanced" and all(counts) else counts
+        weights = None if model.class_weights is None else model.class_weights.tolist()
+        prior = log_prior(seen, names, tau, weights) if tau else None
         self.fit = fit
         self.core = model
         self.rank, self.world = arguments.process_index, arguments.world_size

@@ -94,6 +94,9 @@ def test_known_bad_clips_are_left_out_in_their_split_alone(tmp_path: Path) -> No
     assert "cannot be decoded" in without["train_dia125_utt3"].extra["excluded"]
     assert all(row.text for row in without.values())
     assert any("train dia125_utt3, dev dia110_utt7" in note for note in result.notes)
+    more = tmp_path / "more.csv"
+    more.write_text("split,dialogue,utterance,reason\ntrain,9999,0,not in this copy\n")
+    assert not any("9999" in note for note in read_meld(tmp_path, exclusions=more).notes)
 
 
 def test_own_exclusions_come_on_top(tmp_path: Path) -> None:

@@ -436,7 +436,8 @@ def bad_features(folder):
     good = folder / save_feature(folder, "cut.npy", np.zeros(400))
     good.write_bytes(good.read_bytes()[:200])
     return {
-        save_feature(folder, "nan.npy", nan): r"holds nan at position 2 \(1 of 4 are not finite\)",
+        save_feature(folder, "nan.npy", nan): r"holds nan at position 2 \(1 of 4 are not finite in float32\)",
+        save_feature(folder, "huge.npy", np.array([1, 1e300])): r"holds 1e\+300 at position 1",
         save_feature(folder, "inf.npy", nan[:2] / 0): "holds inf at position 0",
         save_feature(folder, "object.npy", np.array([{}, 1], dtype=object)): "this is a pickle",
         save_feature(folder, "words.npy", np.array(["a", "b"])): "not real numbers",

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from deepmsi.errors import UserError
+from deepmsi.models.config import TextConfig
+from deepmsi.models.encoders import build_text_encoder
 from deepmsi.models.offline import (
     EMPTY,
     HashingTextEncoder,
@@ -268,6 +270,21 @@ def test_odd_text_is_encoded() -> None:
         ids = tokenizer.encode(line)
         assert 1 <= len(ids) <= 20
         assert all(1 <= i < 514 for i in ids)
+
+
+def test_a_limit_cuts_the_context_and_not_the_utterance() -> None:
+    before, own = "Joey: How you doing?\nRoss: " + "dinosaurs " * 60, "Rachel: I am fine!"
+    alone, read = HashingTokenizer(1 << 30), HashingTokenizer(1 << 30, max_length=64, context=True)
+    ids = read.encode(f"{before}\n{own}")
+    assert len(ids) == 64
+    assert ids[: len(alone.encode(own))] == alone.encode(own)
+    assert not set(ids[len(alone.encode(own)) :]) & set(alone.encode(before)), "what was said before is told apart"
+    assert read.encode(own) == alone.encode(own)
+    assert set(read.encode(f"hello\n{own}")) != set(read.encode(f"goodbye\n{own}"))
+    for context in (0, 2):
+        processor = build_text_encoder(TextConfig(encoder="hashing", context=context, max_length=8))[1]
+        start = processor([f"no no no no no no no no no\n{own}"])["input_ids"][0]
+        assert (start.tolist() == HashingTokenizer(max_length=8).encode(own)) == (context > 0)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -18,8 +18,10 @@ from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction
 from deepmsi.report import figures, report
 from deepmsi.report.collect import collect, worst_errors
-from deepmsi.report.text import render_timeline
+from deepmsi.report.compare import measured
+from deepmsi.report.text import render_comparison, render_timeline
 from deepmsi.train.evaluate import prediction_rows
+from deepmsi.train.metrics import compare_predictions
 from deepmsi.train.record import write_predictions
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
@@ -116,6 +118,18 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     # every table has as many cells in each row as in its head
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") - line.count(r"\|") for line in table.splitlines()}) == 1
+
+
+def test_a_comparison_tells_what_each_side_read(make_run) -> None:
+    run = make_run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    told = {"protocol": "a split", "context": 2, "modalities": ["text", "audio"], "split": "test"}
+    (run / "metrics.json").write_text(json.dumps(metrics | told))
+    assert measured(run) == measured(run / "predictions.csv") == told
+    found = compare_predictions(run, run) | {"measured": {"a": measured(run), "b": {}}}
+    first, second, *_ = render_comparison("one", "two", found).splitlines()
+    assert first == "A: one, a split, part test, read: text, audio, text context: 2 previous utterances"
+    assert second == "B: two"
 
 
 def test_a_second_report_of_one_run_is_the_same(make_run) -> None:

@@ -49,6 +49,16 @@ def test_a_batch_of_no_known_label_has_a_loss_of_zero() -> None:
     assert not logits.grad.any()
 
 
+def test_the_prior_is_that_of_what_the_loss_sees() -> None:
+    counts, names = [900, 90, 10], ["a", "b", "c"]
+    plain = torch.tensor(log_prior(counts, names, 1.0), dtype=torch.float64)
+    torch.testing.assert_close(plain.exp(), torch.tensor([900.5, 90.5, 10.5], dtype=torch.float64) / 1001.5)
+    alike = log_prior(counts, names, 0.7, class_weights(counts, names))
+    assert max(alike) - min(alike) < 1e-9, "balanced weights leave nothing to adjust to"
+    half = torch.tensor(log_prior(counts, names, 1.0, [3.0, 6.0, 6.0]), dtype=torch.float64)
+    assert (half[0] - half[1]).item() == pytest.approx(np.log(900 / 180), abs=0.01)
+
+
 @pytest.mark.parametrize("imbalance", ["weights", "log_prior"])
 def test_smoothing_draws_nothing_to_the_rare_class(imbalance: str) -> None:
     """Logits that know the row's class best leave a row of the common class there, whatever is smoothed."""

@@ -178,6 +178,18 @@ def test_stratified_folds_balance_every_label() -> None:
             assert abs(sum(rows[i].label == label for i in fold.test) - total / 5) < 1
 
 
+@pytest.mark.parametrize("name", ["stratified-kfold", "group-kfold"])
+def test_no_two_seeds_share_a_repeat(name: str) -> None:
+    settings = ProtocolSettings(name=name, folds=3, repeats=3)
+    parts = [tuple(fold.test.tolist()) for seed in range(4) for fold in make_folds(settings, corpus(), seed)]
+    assert len(set(parts)) == len(parts) == 4 * 9
+    rows, everything = corpus(), np.arange(90)
+    inner = [
+        tuple(fold.test.tolist()) for seed in (0, 1) for fold in inner_folds(rows, everything, settings, 3, 3, seed)
+    ]
+    assert len(set(inner)) == len(inner) == 2 * 9
+
+
 def test_repeats_shuffle_anew() -> None:
     folds = make_folds(ProtocolSettings(name="stratified-kfold", folds=3, repeats=2), corpus(), seed=0)
     assert not np.array_equal(folds[0].test, folds[3].test)

@@ -1,6 +1,7 @@
 """Runs from end to end: learning, resuming bit for bit, protocols, several processes, records, refusals."""
 
 import csv
+import dataclasses
 import gc
 import json
 import os
@@ -37,7 +38,7 @@ from deepmsi.train import trainer as trainer_module
 from deepmsi.train.curve import best_epoch, best_point, temperature_at, watched_scores
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder
-from deepmsi.train.layout import fit_to_data
+from deepmsi.train.layout import fit_to_data, lay_out
 from deepmsi.train.optimizer import parameter_groups, pretrained_parts, stepping
 from deepmsi.train.predict import predict_rows
 from deepmsi.train.recipe import AugmentSettings, load_recipe
@@ -281,6 +282,26 @@ def test_resume_is_bit_for_bit(
     assert (whole / "folds/01/predictions.csv").read_text() == (killed / "folds/01/predictions.csv").read_text()
 
 
+def test_a_fit_is_not_resumed_by_another_number_of_processes(
+    split_corpus: Path, tmp_path: Path, kill_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(train={"epochs": 4, "checkpoint_steps": 2})
+    kill_at(3)
+    with pytest.raises(Killed):
+        train(recipe, split_corpus, tmp_path / "run")
+    monkeypatch.undo()
+
+    class OfTwo(trainer_module.EpochBatches):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **{**options, "world": 2})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "EpochBatches", OfTwo)
+        with pytest.raises(UserError, match="checkpoint-2 is of a training of"):
+            train(recipe, split_corpus, tmp_path / "run", resume=True)
+    assert train(recipe, split_corpus, tmp_path / "run", resume=True)["complete"]
+
+
 def test_a_fit_keeps_no_memory_after_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its trainer holds gradients and moments: kept ones would add up over the folds of a run."""
     trainers: list[weakref.ref] = []
@@ -450,7 +471,13 @@ def best_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "watched_scores", falling)
 
 
-KEEPS_BEST: dict[str, Any] = {"selection": "inner-validation", "inner_folds": 3, "epochs": 3, "metric": "loss"}
+KEEPS_BEST: dict[str, Any] = {
+    "selection": "inner-validation",
+    "inner_folds": 3,
+    "epochs": 3,
+    "metric": "loss",
+    "calibrate": False,
+}
 
 
 def test_a_fit_that_was_not_scored_yet_resumes(
@@ -699,6 +726,37 @@ def test_a_rate_of_encoders_that_nothing_takes_is_told(
         assert pretrained_parts(make_recipe(**{name: takes[name] | still})) == []
 
 
+def test_settings_that_another_one_leaves_without_effect_are_told(
+    split_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adjusted, paired = "train.logit_adjustment changes nothing", "loss.contrastive changes nothing"
+    cases: list[tuple[dict[str, Any], bool, bool]] = [
+        ({"train": {"logit_adjustment": 1.0}}, False, True),
+        ({"train": {"logit_adjustment": 1.0, "sampler": "balanced"}, "loss": {"contrastive": 0.0}}, True, False),
+        (
+            {"train": {"logit_adjustment": 1.0}, "loss": {"class_weights": "balanced", "text_audio_pair": True}},
+            True,
+            False,
+        ),
+    ]
+    for number, (settings, of_adjustment, of_contrast) in enumerate(cases):
+        settings["train"]["epochs"] = 1
+        train(make_recipe(**settings), split_corpus, tmp_path / str(number))
+        told = capsys.readouterr().err
+        assert (adjusted in told, paired in told) == (of_adjustment, of_contrast)
+
+
+def test_runs_of_several_seeds_can_have_the_same_folds(corpus: Path) -> None:
+    rows = PreparedData.open(corpus).rows
+
+    def folds(seed: int, of_folds: int | None = None) -> list[list[int]]:
+        recipe = make_recipe(seed=seed, protocol={"name": "stratified-kfold", "folds": 3, "seed": of_folds})
+        return [fold.test.tolist() for fold in lay_out(recipe, None, rows, None).folds]
+
+    assert folds(0) != folds(1)
+    assert folds(0, 5) == folds(1, 5) == folds(5)
+
+
 def test_decay_spares_what_timm_spares_and_the_lengths_of_weight_norms() -> None:
     recipe = make_recipe(**VIDEO)
     model = DeepMSI(validated(DeepMSIConfig, {"num_labels": 3, **recipe.sections()}, "test"))
@@ -821,6 +879,19 @@ def test_evaluate_takes_one_part(finished: Path, split_corpus: Path) -> None:
     assert part["left_out"] == {"they are not of the part 'test'": 48}
     with pytest.raises(UserError, match="No row is of the part 'tset': the column split holds dev, test, train"):
         evaluate(finished, split_corpus, split="tset")
+
+
+def test_what_other_parts_lost_is_not_told_of_one(finished: Path, split_corpus: Path) -> None:
+    data = PreparedData.open(split_corpus)
+    config = DeepMSI.from_pretrained(finished / "model").config
+    lost = [row for row in data.rows if row.split == "train"]
+    rows = [dataclasses.replace(row, slots={"text_features": 0}) if row in lost else row for row in data.rows]
+    failures = [{"id": row.id, "modality": "audio", "reason": f"{row.id} is gone"} for row in lost]
+    whole = rows_module.select_rows(rows, config, config.names, (), failures=failures)
+    part = rows_module.select_rows(rows, config, config.names, (), failures=failures, split="test")
+    assert len(whole.poorer) == 36
+    assert part.poorer == []
+    assert [rows[i].split for i in part.indices] == ["test"] * 12
 
 
 def test_figures_of_the_dev_part_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
