@@ -32,6 +32,8 @@ def test_the_page_on_training_scripts_runs_in_order() -> None:
         if "fix_constants(model)" in block:  # which keeps nothing where it is called too early, and says nothing
             parts = [part for part in names["model"].modules() if isinstance(part, HoldsConstants)]  # type: ignore[attr-defined]
             assert sum(len(part.kept()) for part in parts) > 50
+        if "Trainer(" in block:
+            assert names["logits"].shape == (14, 7)  # type: ignore[attr-defined]
 
 
 def test_its_training_script_runs_on_two_processes(tmp_path: Path) -> None:
