@@ -1,5 +1,7 @@
 """Reads array files that others made: .npy and .safetensors, never a pickle."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,8 @@ def _load_safetensors(path: Path) -> np.ndarray:
 
 def _pickle(path: Path) -> str:
     return f"{path}: this is a pickle, which may run code when loaded, so it is refused; store .npy instead"
+
+
+def commonest_length(lengths: Iterable[int]) -> int:
+    """The length that most features have; of several the one that comes first."""
+    return Counter(lengths).most_common(1)[0][0]

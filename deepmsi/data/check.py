@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import arrays, released
+from deepmsi.data.arrays import commonest_length
 from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import (
     COLUMNS,
@@ -237,15 +238,13 @@ def _duration_findings(row: Row, column: str, duration: float) -> Iterable[Probl
 
 def _length_findings(manifest: Manifest, looked: dict[_File, _Look]) -> Iterable[Problem]:
     for column in ("text_features", "audio_features"):
-        expected: int | None = None
-        for row, where in zip(manifest.rows, manifest.origins, strict=True):
-            path = getattr(row, column)
-            length = looked[column, path].length if path is not None else None
-            if length is None:
-                continue
-            expected = expected or length
-            if length != expected:
-                sentence = f"{row.id}: its {column} have {length} numbers and the rows before {expected}"
+        paths = [getattr(row, column) for row in manifest.rows]
+        lengths = [looked[column, path].length if path is not None else None for path in paths]
+        found = [length for length in lengths if length is not None]
+        expected = commonest_length(found) if found else None
+        for row, where, length in zip(manifest.rows, manifest.origins, lengths, strict=True):
+            if length not in (None, expected):
+                sentence = f"{row.id}: its {column} have {length} numbers and most rows' have {expected}"
                 yield Problem("error", where, sentence, row.id)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import features
+from deepmsi.data.arrays import commonest_length
 from deepmsi.data.files import claimed, digest, sweep, write_sorted_json, write_text
 from deepmsi.data.manifest import Manifest, Row, read_manifest
 from deepmsi.data.options import PrepareOptions
@@ -294,17 +295,18 @@ def _settle_dims(
     slots: Mapping[int, dict[str, list[int]]],
     failures: dict[int, list[tuple[str, str]]],
 ) -> dict[str, int]:
-    """The length of each modality's features: that of the first row; rows of another length lose theirs."""
+    """The length of each modality's features: that of most rows; rows of another length lose theirs."""
     dims: dict[str, int] = {}
     for modality in ("text", "audio"):
         kind = f"{modality}_features"
-        for i in sorted(slots):
-            if kind not in slots[i]:
-                continue
-            length = slots[i][kind][2]
-            if length != dims.setdefault(modality, length):
+        lengths = {i: slots[i][kind][2] for i in sorted(slots) if kind in slots[i]}
+        if not lengths:
+            continue
+        dims[modality] = commonest_length(lengths.values())
+        for i, length in lengths.items():
+            if length != dims[modality]:
                 del slots[i][kind]
-                reason = f"{rows[i].id}: the feature has {length} numbers and the rows before {dims[modality]}"
+                reason = f"{rows[i].id}: the feature has {length} numbers and most rows' have {dims[modality]}"
                 failures.setdefault(i, []).append((modality, reason))
     return dims
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from deepmsi.data import features, store
+from deepmsi.data.check import check
 from deepmsi.data.decode import decode_audio, decode_frames
 from deepmsi.data.options import PrepareOptions
 from deepmsi.data.pool import usable_cpus
@@ -443,7 +444,7 @@ def bad_features(folder):
         save_feature(folder, "words.npy", np.array(["a", "b"])): "not real numbers",
         save_feature(folder, "matrix.npy", np.zeros((2, 4))): r"shape \[2, 4\]; a feature is one vector",
         save_feature(folder, "none.npy", np.zeros(0)): r"shape \[0\]",
-        save_feature(folder, "long.npy", np.zeros(5)): "has 5 numbers and the rows before 4",
+        save_feature(folder, "long.npy", np.zeros(5)): "has 5 numbers and most rows' have 4",
         "p.npy": "this is a pickle",
         "torch.pt": "this is a pickle",
         "empty.npy": "the file is empty",
@@ -471,6 +472,19 @@ def test_bad_features_are_refused_one_by_one(tmp_path):
     assert data.feature_dims == {"text": 4}
     assert len(data.rows) == len(bad) + 1, "their text is left"
     assert sum(data.features("text", i) is not None for i in range(len(data))) == 1
+
+
+def test_a_first_feature_of_another_length_costs_itself_alone(tmp_path):
+    lengths = (5, 4, 4)
+    for i, length in enumerate(lengths):
+        save_feature(tmp_path, f"{i}.npy", np.ones(length))
+    (tmp_path / "m.csv").write_text("\n".join(["id,text,text_features", *(f"{i},x,{i}.npy" for i in range(3))]) + "\n")
+    data = run(tmp_path / "m.csv", tmp_path / "out")
+    assert data.feature_dims == {"text": 4}
+    assert [failure["id"] for failure in data.failures] == ["0"]
+    report = check(tmp_path / "m.csv", workers=0, progress=False)
+    told = [problem.sentence for problem in report.problems if "numbers" in problem.sentence]
+    assert told == ["0: its text_features have 5 numbers and most rows' have 4"]
 
 
 class _Encoder(torch.nn.Module):
