@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Multimodal emotion recognition from video, sound and text, in the manner of DeepMSI-MER.",
     epilog="Begin with: deepmsi demo",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # by default the lines of a docstring end where they end here
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -58,12 +59,21 @@ SourceArg = Annotated[
     str, typer.Argument(metavar="MANIFEST|meld|iemocap", help="A manifest, or the name of a release.", parser=_named)
 ]
 RawArg = Annotated[
-    Path | None, typer.Argument(metavar="[RAW]", help="Folder of the release, at any nesting.", parser=_path)
+    Path | None, typer.Argument(metavar="RAW", help="Folder of the release, at any nesting.", parser=_path)
 ]
 LabelSetOpt = Annotated[str | None, typer.Option(help="iemocap: erc7433 (the default), consensus7380 or four5531.")]
 AutoBatchOpt = Annotated[
     bool,
     typer.Option("--auto-batch", help="Take the largest batch that fits the memory, and accumulate to the recipe's."),
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe, e.g. train.epochs=5."),
+]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on where a call that was interrupted stopped.")]
+FoldsOpt = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDS", help="Run these alone, by name or number, e.g. 3,4; other calls may share the rest."),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
@@ -146,10 +156,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Fixes clips and training.")] = 0,
     speakers: Annotated[int, typer.Option(min=2, help="Drawn identities; a quarter of them are held out.")] = 40,
     takes: Annotated[int, typer.Option(min=1, help="Clips per speaker and label.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe `demo`."),
-    ] = None,
+    settings: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Try everything in minutes: no data, no network, no GPU needed.
@@ -309,15 +316,9 @@ def train(
     ],
     data: DataOpt,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="New folder for the run.", parser=_path)],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=5."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of RUN.")] = False,
-    folds: Annotated[
-        str | None,
-        typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4; into a RUN that others share."),
-    ] = None,
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    folds: FoldsOpt = None,
     auto_batch: AutoBatchOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -343,9 +344,7 @@ def train(
 @app.command()
 def recipe(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="As `deepmsi train` takes it.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. preset=paper.")
-    ] = None,
+    settings: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Print a recipe in full: every key that --set takes, with its value and notes.
@@ -364,17 +363,15 @@ def recipe(
 
 @app.command()
 def finetune(
-    modality: Annotated[Modality, typer.Argument(help="Whose encoder is trained.")],
+    modality: Annotated[Modality, typer.Argument(metavar="text|audio", help="Whose encoder is trained.")],
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that the features are for.")],
     data: DataOpt,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="New folder for encoders and scores.", parser=_path)
     ],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. text.encoder=FOLDER.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
-    folds: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Run these folds alone, such as 3,4.")] = None,
+    settings: SetOpt = None,
+    resume: ResumeOpt = False,
+    folds: FoldsOpt = None,
     auto_batch: AutoBatchOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -406,7 +403,7 @@ def _names(folds: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in folds.split(",") if name.strip()]
     if not names:
-        raise UserError("--folds names no fold; give numbers separated by commas, such as --folds 3,4")
+        raise UserError("--folds names no fold; give names or numbers separated by commas, such as --folds 3,4")
     return names
 
 
@@ -453,7 +450,7 @@ def predict(
     run: RunArg,
     clips: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="CLIP...", help="Video or sound files; none where a text is all.", parser=_path),
+        typer.Argument(metavar="CLIP", help="Video or sound files; none where a text is all.", parser=_path),
     ] = None,
     data: Annotated[
         Path | None,
@@ -611,7 +608,10 @@ def ablate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the lines go; RUN/ablation, which reports read.", parser=_path
+            "--out",
+            metavar="DIR",
+            help="Where the table goes, in place of RUN/ablation, which reports read.",
+            parser=_path,
         ),
     ] = None,
     retrain: Annotated[
@@ -701,7 +701,7 @@ def export(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders that `deepmsi train` wrote.", parser=_path)
+        list[Path], typer.Argument(metavar="RUN", help="Folders that `deepmsi train` wrote.", parser=_path)
     ],
     as_json: JsonOpt = False,
 ) -> None:
@@ -750,7 +750,7 @@ def compare(
 def explain(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN]", help="Tell of this run's model, too: what becomes a CUDA graph.", parser=_path),
+        typer.Argument(metavar="RUN", help="Tell of this run's model, too: what becomes a CUDA graph.", parser=_path),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:

@@ -94,7 +94,7 @@ class VisionConfig(Section):
     backbone: str = Field(
         "swinv2_tiny_window8_256",
         min_length=1,
-        description="any swinv2_* name of timm, 'small' (deepmsi's own, 64 px), or 'none'",
+        description="any swinv2_* name of timm but swinv2_cr_*, 'small' (deepmsi's own, 64 px), or 'none'",
     )
     pretrained: bool | str = Field(
         False,

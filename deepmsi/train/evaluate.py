@@ -176,6 +176,8 @@ def load_trained(run: Path, device: str | None, precision: Precision) -> tuple[R
     """
     recipe = load_recipe(run / RECIPE)
     if device is not None:
+        if device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device is {device!r}: give auto, cpu or cuda.")
         there = recipe.train.model_copy(update={"device": device, "precision": "fp32"})
         check_device(there)
         recipe = recipe.model_copy(update={"train": there})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
 
@@ -136,14 +137,8 @@ def fit_batch(model: DeepMSI, recipe: Recipe, there: tuple[int, str]) -> tuple[R
 
 def largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
     """The largest of ascending sizes that fits, where all below a fitting one fit; None: not even the first."""
-    low, high = -1, len(sizes) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(sizes[middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return None if low < 0 else sizes[low]
+    count = bisect(sizes, False, key=lambda size: not fits(size))
+    return sizes[count - 1] if count else None
 
 
 def _way_out(model: DeepMSI, recipe: Recipe, budget: float) -> str:

@@ -130,7 +130,7 @@ def test_a_run_by_the_module_records_the_command(monkeypatch) -> None:
         (["prepare", "nowhere.csv", "--out", ""], "'--out': it is empty"),
         (["train", "demo", "--data", "", "--out", "r"], "'--data': it is empty"),
         (["evaluate", "run", "--data", "d", "--out="], "'--out': it is empty"),
-        (["report", ""], "'RUN...': it is empty"),
+        (["report", ""], "'RUN': it is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

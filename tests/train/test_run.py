@@ -859,6 +859,12 @@ def test_evaluate_stays_on_the_cpu_where_the_recipe_does(
     assert evaluate(finished, split_corpus)["n"] == 60
 
 
+def test_a_device_that_there_is_not_is_refused(finished: Path, split_corpus: Path) -> None:
+    for score in (evaluate, predict_rows):
+        with pytest.raises(UserError, match="device is 'gpu': give auto, cpu or cuda"):
+            score(finished, split_corpus, device="gpu")
+
+
 def test_evaluate_with_modalities_hidden(finished: Path, split_corpus: Path) -> None:
     without = evaluate(finished, split_corpus, drop=["text"])
     assert without["n"] == 60
