@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepmsi.train.inference import softmax
-
 if TYPE_CHECKING:
     from deepmsi.models.deepmsi import DeepMSI
 
@@ -31,11 +29,14 @@ def fit_temperature(logits: NDArray[np.float32], classes: NDArray[np.int64]) -> 
     right do not send it to 0.
     """
     from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
 
     def cost(log_t: float) -> float:
-        return len(classes) * log_loss(classes, softmax(logits / np.exp(log_t))) + log_t**2 / 2
+        # Of no least probability: rows that are told as ruled out are to move the temperature, too.
+        told = log_softmax(logits.astype(np.float64) / np.exp(log_t), axis=1)
+        return float(-told[np.arange(len(classes)), classes].sum() + log_t**2 / 2)
 
-    return float(np.exp(minimize_scalar(cost, bounds=(-4, 4), method="bounded").x))
+    return float(np.exp(minimize_scalar(cost, bounds=(-6, 6), method="bounded").x))
 
 
 def apply_temperature(model: DeepMSI, temperature: float) -> None:

@@ -86,10 +86,11 @@ def best_epoch(curves: Sequence[Sequence[Point]], sizes: Sequence[int], metric: 
     return int(curves[0][int(order[0])]["epoch"])
 
 
-def temperature_at(curves: Sequence[Sequence[Point]], sizes: Sequence[int], epoch: int) -> float:
+def temperature_at(curves: Sequence[Sequence[Point]], sizes: Sequence[int], epoch: int) -> float | None:
     """The temperature of an epoch: over inner parts the geometric mean, weighted by their rows.
 
-    It is 1 of curves that an older deepmsi recorded.
+    None where a curve does not tell it, as those of an older deepmsi do not.
     """
-    found = [next(point.get("temperature", 1.0) for point in curve if point["epoch"] == epoch) for curve in curves]
-    return float(np.exp(np.average(np.log(found), weights=sizes)))
+    found = [next((point.get("temperature") for point in curve if point["epoch"] == epoch), None) for curve in curves]
+    known = [temperature for temperature in found if temperature is not None]
+    return float(np.exp(np.average(np.log(known), weights=sizes))) if len(known) == len(found) else None

@@ -196,6 +196,8 @@ def _read_fold(folder: Path, ids: Sequence[str], labels: int, content: str | Non
         probabilities = np.array([row[3:] for row in rows], dtype=np.float64).reshape(len(rows), labels)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / PREDICTIONS} cannot be read ({error}): {again}.") from None
+    if not (np.abs(probabilities.sum(1) - 1) < 1e-3).all() or (probabilities < 0).any():
+        raise UserError(f"{folder / PREDICTIONS} is damaged, it holds no probabilities: {again}.")
     if facts.get("content", content) != content:
         raise UserError(f"{folder} was run on other data than the run that it lies in: {again}.")
     if [row[0] for row in rows] != list(ids):

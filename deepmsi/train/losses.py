@@ -20,7 +20,7 @@ def class_weights(counts: Sequence[int], labels: Sequence[str]) -> list[float]:
 
 
 def log_prior(
-    counts: Sequence[int], labels: Sequence[str], tau: float, weights: Sequence[float] | None = None
+    counts: Sequence[float], labels: Sequence[str], tau: float, weights: Sequence[float] | None = None
 ) -> list[float]:
     """τ · log of each class's share in the loss, to whose count half a row is added.
 
@@ -43,7 +43,7 @@ def log_prior(
     return (tau * (shares / shares.sum()).log()).tolist()
 
 
-def _check_rows(counts: Sequence[int], labels: Sequence[str], so: str) -> None:
+def _check_rows(counts: Sequence[float], labels: Sequence[str], so: str) -> None:
     for label, count in zip(labels, counts, strict=True):
         if not count:
             raise UserError(f"The class {label!r} has no row in the training part, so {so}")

@@ -68,6 +68,8 @@ class Scores(_Shape):
     intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
     over_folds: dict[str, Spread] = {}
     context: int = 0
+    modalities: list[str] = []
+    split: str | None = None
     rows_seen_in_training: int = 0
     log_loss: float | None = None
     brier: float | None = None

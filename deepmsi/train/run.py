@@ -169,9 +169,12 @@ class _Run:
             note("train.encoder_lr changes nothing: no part that is trained starts from pretrained weights.")
         if recipe.text.encoder == OFFLINE_TEXT and recipe.text.pooling != "mean":
             note(f"text.pooling changes nothing: the encoder {OFFLINE_TEXT!r} weighs the words by itself.")
-        if recipe.train.logit_adjustment and "balanced" in (recipe.train.sampler, recipe.loss.class_weights):
-            which = "train.sampler" if recipe.train.sampler == "balanced" else "loss.class_weights"
+        drawn_alike, weights = recipe.train.sampler == "balanced", recipe.loss.class_weights
+        if recipe.train.logit_adjustment and weights == (None if drawn_alike else "balanced"):
+            which = "train.sampler" if drawn_alike else "loss.class_weights"
             note(f"train.logit_adjustment changes nothing: with {which}=balanced the classes weigh alike.")
+        if drawn_alike and weights == "balanced":
+            note("loss.class_weights=balanced beside train.sampler=balanced makes up for rare classes twice.")
         if recipe.loss.contrastive and recipe.modalities == ("text", "audio") and not recipe.loss.text_audio_pair:
             note(
                 "loss.contrastive changes nothing: it pairs the video with the others, and text with audio where "
@@ -437,7 +440,10 @@ class _Run:
         temperature = None
         if settings.calibrate and any(curves):
             temperature = temperature_at(curves, sizes, result.kept_epoch)
-            apply_temperature(model, temperature)
+            if temperature is None:
+                note(f"{name}: an older deepmsi scored its epochs, so that its logits stay as they are.")
+            else:
+                apply_temperature(model, temperature)
         return model, result, epochs_from, temperature
 
     def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[Point]:

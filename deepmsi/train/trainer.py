@@ -213,7 +213,8 @@ class UtteranceTrainer(Trainer):
         settings = fit.recipe.train
         counts = np.bincount(fit.train.labels, minlength=len(model.config.names)).tolist()
         names, tau = model.config.names, settings.logit_adjustment
-        seen = [1] * len(counts) if settings.sampler == "balanced" and all(counts) else counts
+        alike = settings.sampler == "balanced" and all(counts)
+        seen = [sum(counts) / len(counts)] * len(counts) if alike else counts
         weights = None if model.class_weights is None else model.class_weights.tolist()
         prior = log_prior(seen, names, tau, weights) if tau else None
         self.fit = fit
@@ -456,14 +457,23 @@ class _Flow(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        batches = self.trainer.batches
-        batches.set_epoch(state.global_step // math.ceil(len(batches) / args.gradient_accumulation_steps))
+        self.trainer.batches.set_epoch(state.global_step // self._steps(args))
+
+    def _steps(self, args: TrainingArguments) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.trainer.batches) / args.gradient_accumulation_steps)
+
+    def _saves_step(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, wherever in an epoch it lies."""
+        fit = self.trainer.fit
+        every = fit.recipe.train.checkpoint_steps
+        return every is not None and step % every == 0 and fit.checkpoints
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.average is not None:
             self.trainer.average.update(state.global_step)
-        every = self.trainer.fit.recipe.train.checkpoint_steps
-        if every and state.global_step % every == 0 and self.trainer.fit.checkpoints:
+        # The checkpoint at an epoch's end follows its evaluation: a fit that goes on from there has to know the scores.
+        if self._saves_step(state.global_step) and state.global_step % self._steps(args):
             # The running means start anew after a log, so that a resumed history reads like an uninterrupted one.
             control.should_log = control.should_save = True
 
@@ -477,7 +487,8 @@ class _Flow(TrainerCallback):
         last = epoch >= fit.last_epoch
         control.should_log = True
         control.should_evaluate = fit.watch is not None
-        control.should_save = fit.checkpoints and (last or epoch % fit.recipe.train.checkpoint_every == 0)
+        due = last or epoch % fit.recipe.train.checkpoint_every == 0
+        control.should_save = (fit.checkpoints and due) or self._saves_step(state.global_step)
         if last:
             control.should_training_stop = True
 

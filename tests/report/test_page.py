@@ -130,6 +130,8 @@ def test_a_comparison_tells_what_each_side_read(make_run) -> None:
     first, second, *_ = render_comparison("one", "two", found).splitlines()
     assert first == "A: one, a split, part test, read: text, audio, text context: 2 previous utterances"
     assert second == "B: two"
+    (run / "metrics.json").write_text(json.dumps(metrics | {"modalities": None}))
+    assert measured(run) == {}, "a damaged record tells nothing"
 
 
 def test_a_second_report_of_one_run_is_the_same(make_run) -> None:

@@ -29,6 +29,16 @@ def test_the_temperature_is_the_best_of_all() -> None:
     assert fit_temperature(logits, classes) == pytest.approx(grid[np.argmin(cost)], rel=2e-3)
 
 
+@pytest.mark.parametrize("gap", [10.0, 40.0, 60.0, 300.0])
+def test_however_sure_the_errors_are_they_count(gap: float) -> None:
+    """One row in ten is wrong: confidence falls to nine tenths, by whatever factor that takes."""
+    logits = np.zeros((1000, 2), np.float32)
+    logits[:, 0] = gap
+    classes = (np.arange(1000) % 10 == 0).astype(np.int64)
+    temperature = fit_temperature(logits, classes)
+    assert temperature == pytest.approx(gap / np.log(9), rel=0.05)
+
+
 def test_rows_that_are_all_right_or_few_move_it_within_bounds() -> None:
     right = np.array([[1, 0, 0]] * 6, dtype=np.float32)
     assert 0.2 < fit_temperature(right, np.zeros(6, np.int64)) < 1

@@ -37,7 +37,7 @@ from deepmsi.train import run as run_module
 from deepmsi.train import trainer as trainer_module
 from deepmsi.train.curve import best_epoch, best_point, temperature_at, watched_scores
 from deepmsi.train.evaluate import evaluate
-from deepmsi.train.join import fold_folder
+from deepmsi.train.join import fold_folder, join_folds
 from deepmsi.train.layout import fit_to_data, lay_out
 from deepmsi.train.optimizer import parameter_groups, pretrained_parts, stepping
 from deepmsi.train.predict import predict_rows
@@ -282,6 +282,41 @@ def test_resume_is_bit_for_bit(
     assert (whole / "folds/01/predictions.csv").read_text() == (killed / "folds/01/predictions.csv").read_text()
 
 
+@pytest.mark.parametrize("kill", ["step", "score"])
+def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_scores(
+    kill: str, split_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 36 rows in batches of 16 are 3 steps an epoch, and every third step has a checkpoint.
+    settings = {"selection": "dev", "epochs": 3, "batch_size": 16, "checkpoint_steps": 3, "checkpoint_every": 9}
+    recipe = make_recipe(train=settings)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe, split_corpus, whole)
+    places = {
+        "step": (trainer_module.UtteranceTrainer, "_save_checkpoint"),
+        "score": (trainer_module, "watched_scores"),
+    }
+    place, calls = places[kill], []
+    then = getattr(*place)
+
+    def dies(*arguments, **options):
+        result = then(*arguments, **options)
+        calls.append(place)
+        if len(calls) == 2:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, dies)
+        with pytest.raises(Killed):
+            train(recipe, split_corpus, killed)
+    train(recipe, split_corpus, killed, resume=True)
+    assert history(whole) == history(killed)
+    assert_same_bits(whole, killed)
+    facts = [json.loads((run / "fold.json").read_text()) for run in (whole, killed)]
+    assert facts[0]["kept_epoch"] == facts[1]["kept_epoch"]
+    assert facts[0]["temperature"] == facts[1]["temperature"]
+
+
 def test_a_fit_is_not_resumed_by_another_number_of_processes(
     split_corpus: Path, tmp_path: Path, kill_at, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,7 +474,8 @@ def test_overconfidence_does_not_choose_the_epoch_by_the_calibrated_loss() -> No
     assert temperature_at([curve], [5], 2) == pytest.approx(curve[1]["temperature"])
     assert temperature_at([curve, curve], [5, 3], 2) == pytest.approx(curve[1]["temperature"])
     recorded_before = [{"epoch": 2, "loss": 1.0}]
-    assert temperature_at([recorded_before, curve], [1, 1], 2) == pytest.approx(curve[1]["temperature"] ** 0.5)
+    assert temperature_at([recorded_before, curve], [1, 1], 2) is None
+    assert temperature_at([curve], [5], 3) is None
 
 
 def test_selection_keeps_the_best_epoch_and_patience_stops(split_corpus: Path, tmp_path: Path) -> None:
@@ -578,6 +614,13 @@ def test_folds_run_apart_and_join(corpus: Path, tmp_path: Path) -> None:
     for other in ("9", "²"):
         with pytest.raises(UserError, match=f"There is no fold '{other}': the folds are 01, 02, 03"):
             train(recipe, corpus, apart, folds=[other])
+    predictions = apart / "folds" / "02" / "predictions.csv"
+    whole_table = predictions.read_text().splitlines()
+    for cells in ("nan,nan,nan", "7,-3,-3", "0.5,0.5,0.5", "0.5,0.5", "x,y,z"):
+        start = ",".join(whole_table[1].split(",")[:3])
+        predictions.write_text("\n".join([whole_table[0], f"{start},{cells}", *whole_table[2:]]) + "\n")
+        with pytest.raises(UserError, match=r"predictions.csv (is damaged|cannot be read).*to run that fold again"):
+            join_folds(apart)
 
 
 @pytest.mark.parametrize("speaker", ["../../../elsewhere/x", "Anna/Bob", "Änne", "x" * 300])
@@ -736,6 +779,14 @@ def test_settings_that_another_one_leaves_without_effect_are_told(
         (
             {"train": {"logit_adjustment": 1.0}, "loss": {"class_weights": "balanced", "text_audio_pair": True}},
             True,
+            False,
+        ),
+        (
+            {
+                "train": {"logit_adjustment": 1.0, "sampler": "balanced"},
+                "loss": {"class_weights": "balanced", "contrastive": 0.0},
+            },
+            False,
             False,
         ),
     ]
