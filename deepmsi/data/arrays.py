@@ -66,6 +66,11 @@ def as_feature(array: np.ndarray, path: Path) -> np.ndarray:
     return vector
 
 
+def commonest_length(lengths: Iterable[int]) -> int:
+    """The length that most features have; of several the one that comes first."""
+    return Counter(lengths).most_common(1)[0][0]
+
+
 def as_pictures(array: np.ndarray, path: Path) -> np.ndarray:
     """Return pictures ``[n, H, W, 3]`` uint8 from ``[n, 3, H, W]`` or ``[n, H, W, 3]``.
 
@@ -109,8 +114,3 @@ def _load_safetensors(path: Path) -> np.ndarray:
 
 def _pickle(path: Path) -> str:
     return f"{path}: this is a pickle, which may run code when loaded, so it is refused; store .npy instead"
-
-
-def commonest_length(lengths: Iterable[int]) -> int:
-    """The length that most features have; of several the one that comes first."""
-    return Counter(lengths).most_common(1)[0][0]

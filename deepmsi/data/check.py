@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from deepmsi.data import arrays, released
-from deepmsi.data.arrays import commonest_length
 from deepmsi.data.decode import try_decoding
 from deepmsi.data.manifest import (
     COLUMNS,
@@ -241,7 +240,7 @@ def _length_findings(manifest: Manifest, looked: dict[_File, _Look]) -> Iterable
         paths = [getattr(row, column) for row in manifest.rows]
         lengths = [looked[column, path].length if path is not None else None for path in paths]
         found = [length for length in lengths if length is not None]
-        expected = commonest_length(found) if found else None
+        expected = arrays.commonest_length(found) if found else None
         for row, where, length in zip(manifest.rows, manifest.origins, lengths, strict=True):
             if length not in (None, expected):
                 sentence = f"{row.id}: its {column} have {length} numbers and most rows' have {expected}"

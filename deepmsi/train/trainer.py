@@ -129,7 +129,7 @@ def _run_fit(model: DeepMSI, fit: Fit) -> FitResult:
     state: dict[str, Any] = json.loads((start / checkpoints.STATE).read_text(encoding="utf-8")) if start else {}
     truncate_history(fit.folder / HISTORY, state.get("global_step", 0))
     trainer = UtteranceTrainer(model, fit, arguments)
-    steps = arguments.num_train_epochs * math.ceil(len(trainer.batches) / arguments.gradient_accumulation_steps)
+    steps = arguments.num_train_epochs * trainer.steps_per_epoch
     if start is not None and state.get("max_steps") != steps:
         raise UserError(
             f"{start} is of a training of {state.get('max_steps')} steps in all, and this one takes {steps}: continue "
@@ -262,6 +262,11 @@ class UtteranceTrainer(Trainer):
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimizer in an epoch."""
+        return math.ceil(len(self.batches) / self.args.gradient_accumulation_steps)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return to_device(inputs, self.args.device)
@@ -457,11 +462,7 @@ class _Flow(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.batches.set_epoch(state.global_step // self._steps(args))
-
-    def _steps(self, args: TrainingArguments) -> int:
-        """Steps of an epoch."""
-        return math.ceil(len(self.trainer.batches) / args.gradient_accumulation_steps)
+        self.trainer.batches.set_epoch(state.global_step // self.trainer.steps_per_epoch)
 
     def _saves_step(self, step: int) -> bool:
         """Whether a checkpoint is due after a step, wherever in an epoch it lies."""
@@ -473,7 +474,7 @@ class _Flow(TrainerCallback):
         if self.trainer.average is not None:
             self.trainer.average.update(state.global_step)
         # The checkpoint at an epoch's end follows its evaluation: a fit that goes on from there has to know the scores.
-        if self._saves_step(state.global_step) and state.global_step % self._steps(args):
+        if self._saves_step(state.global_step) and state.global_step % self.trainer.steps_per_epoch:
             # The running means start anew after a log, so that a resumed history reads like an uninterrupted one.
             control.should_log = control.should_save = True
 
