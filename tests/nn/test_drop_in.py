@@ -213,23 +213,38 @@ def test_survives_checkpointing_copies_and_a_second_fuse(name: str) -> None:
 @BOTH
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 def test_float32_keeps_the_error_budget(backend: str, device: str, name: str, training: bool) -> None:
-    """Where the fused operations compute, in the numbers of the draws that timm makes."""
+    """Where the fused operations compute, in the numbers of the draws that timm makes.
+
+    The gradient of a bias table nearly cancels: from input to input its error varies tenfold, in PyTorch's own numbers
+    as in a kernel's. What is compared is therefore the root mean square over several inputs.
+    """
     need("window_attention", backend, device, torch.float32)
     if training and device == "cuda":
         pytest.skip("a GPU draws other numbers in float64 than in float32")
+    inputs = 2 if backend == "triton" and device == "cpu" else 8  # the interpreter takes its time
     size = 56 if "window7" in name else 64
     exact = build(name, img_size=size, drop_path_rate=0.4 if training else 0.0).train(training).to(device)
-    frames = randn(3, 3, size, size, seed=2, device=device)
     low, fused = copy.deepcopy(exact).float(), deepmsi.fuse(copy.deepcopy(exact).float())
-    found = []
+    squares: dict[str, list[Tensor]] = {}
     with deepmsi.use_backend(backend):
-        for model, x in ((exact, frames.double()), (low, frames), (fused, frames)):
-            out, grads = gradients(model, x, seed=11)
-            found.append({"out": out, **grads})
-    for key, wanted in found[0].items():
-        # The gradient of a logit scale is a sum that nearly cancels.
-        roundings = 128 if "logit_scale" in key else 16
-        assert_within_budget(found[2][key], found[1][key], wanted, key, roundings)
+        for seed in range(2, 2 + inputs):
+            frames = randn(3, 3, size, size, seed=seed, device=device)
+            wanted, own, found = (
+                {"output": out, **grads}
+                for out, grads in (
+                    gradients(exact, frames.double(), seed=11),
+                    gradients(low, frames, seed=11),
+                    gradients(fused, frames, seed=11),
+                )
+            )
+            for key, value in wanted.items():
+                errors = [relative_error(found[key], value), relative_error(own[key], value)]
+                squares.setdefault(key, []).append(torch.tensor(errors).square())
+    for key, of_inputs in squares.items():
+        error, own_error = torch.stack(of_inputs).mean(0).sqrt().tolist()
+        # The gradient of a logit scale cancels further.
+        budget = 2 * own_error + (128 if "logit_scale" in key else 16) * torch.finfo(torch.float32).eps
+        assert error <= budget, f"{key}: error {error:.3e} over the budget {budget:.3e} (PyTorch's own {own_error:.3e})"
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
