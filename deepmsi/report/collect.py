@@ -14,7 +14,8 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import explain_validation
 from deepmsi.report.paper import SUBSETS
 from deepmsi.train.ablate import ABLATION, RETRAINED, TABLE
-from deepmsi.train.metrics import SUMMARY, Scores
+from deepmsi.train.intervals import SUMMARY
+from deepmsi.train.metrics import Scores
 from deepmsi.train.record import HISTORY, METRICS, PREDICTIONS, RECIPE, RUN, check_format, label_of_column
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from deepmsi.errors import UserError
 from deepmsi.report.collect import RunFacts, collect, read_metrics
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, interval_of, leak_of
+from deepmsi.report.text import NAMES, grouped_sentences, interval_of, leak_of
 from deepmsi.train.metrics import compare_predictions, summarize_folds
 from deepmsi.train.record import METRICS
 
@@ -95,5 +95,6 @@ def _pair(a: Path, b: Path) -> dict[str, Any]:
         "name": str(b),
         "problem": None,
         "scores": scores,
+        "grouped": grouped_sentences(found, signed=True),
         **{key: found[key] for key in ("n", "only_a", "only_b", "mcnemar_p")},
     }

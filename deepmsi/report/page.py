@@ -9,7 +9,7 @@ from deepmsi.report import figures
 from deepmsi.report.collect import Ablation, RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, PROBABILITIES, chance_of, context_of, interval_of, leak_of
+from deepmsi.report.text import NAMES, PROBABILITIES, chance_of, context_of, grouped_of, interval_of, leak_of
 from deepmsi.train.ablate import caveats
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
@@ -150,7 +150,12 @@ def _phrase(value: Any) -> str:
 
 def _scores(metrics: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [
-        {"name": name, "value": metrics[key], "interval": interval_of(metrics, key)}
+        {
+            "name": name,
+            "value": metrics[key],
+            "interval": interval_of(metrics, key),
+            "grouped": [(words, by.get(key)) for words, by in grouped_of(metrics)],
+        }
         for key, name in NAMES.items()
         if metrics is not None and key in metrics
     ]

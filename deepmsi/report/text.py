@@ -23,6 +23,22 @@ def interval_of(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | 
     return (float(pair[0]), float(pair[1])) if pair else None
 
 
+def grouped_of(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What `intervals_by` holds, each grouping in words: ("24 speakers", {"accuracy": [low, high], ...})."""
+    found = metrics.get("intervals_by") or {}
+    return [(f"{by['groups']} {name}{'s' * (by['groups'] > 1)}", by) for name, by in found.items()]
+
+
+def grouped_sentences(metrics: Mapping[str, Any], signed: bool = False) -> list[str]:
+    """The intervals over groups, a line for each grouping."""
+    form = "{:+.3f} to {:+.3f}" if signed else "{:.3f} to {:.3f}"
+    lines = []
+    for words, by in grouped_of(metrics):
+        told = ", ".join(f"{name} {form.format(*by[key])}" for key, name in NAMES.items() if by.get(key))
+        lines.append(f"over {words}: {told or 'none, it takes two'}")
+    return lines
+
+
 def leak_of(metrics: Mapping[str, Any]) -> str | None:
     """What leaks, in the words of the protocol; None where nothing is known to leak."""
     if not metrics.get("leaks"):
@@ -52,6 +68,7 @@ def render_metrics(metrics: Mapping[str, Any]) -> str:
             interval = interval_of(metrics, key)
             between = f"  (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
             lines.append(f"{name:<12} {metrics[key]:.3f}{between}")
+    lines += [f"{'95% interval':<12} {sentence}" for sentence in grouped_sentences(metrics)]
     if "confusion_matrix" in metrics:
         even, commonest = chance_of(metrics)
         lines.append(f"{'chance':<12} {even:.3f}, and {commonest:.3f} by always naming the commonest class")
@@ -87,6 +104,7 @@ def render_comparison(a: str, b: str, comparison: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:<12} {row['a']:.3f}  {row['b']:.3f}  {row['difference']:+.3f}  ({low:+.3f} to {high:+.3f})"
         )
+    lines += grouped_sentences(comparison, signed=True)
     lines += [
         "",
         f"right in A alone {comparison['only_a']}, in B alone {comparison['only_b']}; "

@@ -15,7 +15,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import COMPRESSION, MODALITIES, Precision
 from deepmsi.train.console import note
 from deepmsi.train.evaluate import evaluate
-from deepmsi.train.metrics import SUMMARY
+from deepmsi.train.intervals import SUMMARY
 from deepmsi.train.recipe import load_recipe
 from deepmsi.train.record import RECIPE, RUN, read_run, write_json
 from deepmsi.train.rows import is_prepared

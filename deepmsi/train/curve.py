@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from deepmsi.train.calibration import fit_temperature, log_loss
 from deepmsi.train.inference import softmax
-from deepmsi.train.metrics import SUMMARY, compute_metrics
+from deepmsi.train.intervals import SUMMARY
+from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.record import HISTORY
 
 LOSSES = ("loss", "calibrated_loss")

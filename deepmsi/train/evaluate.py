@@ -21,7 +21,18 @@ from deepmsi.train.memory import check_device, training_device
 from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
+from deepmsi.train.record import (
+    GROUPINGS,
+    GROUPS,
+    METRICS,
+    PREDICTIONS,
+    RECIPE,
+    RUN,
+    read_run,
+    write_groups,
+    write_json,
+    write_predictions,
+)
 from deepmsi.train.rows import Selection, in_words, open_shared, readable, select_rows
 
 if TYPE_CHECKING:
@@ -94,6 +105,8 @@ def evaluate(
         )
     if out is not None and process_rank()[0] == 0:
         write_predictions(Path(out) / PREDICTIONS, predictions, model.config.names)
+        scored = {row[0] for row in predictions}
+        write_groups(Path(out) / GROUPS, (row for row in prepared.rows if row.id in scored))
         write_json(Path(out) / METRICS, result)
     return result
 
@@ -123,7 +136,11 @@ def evaluate_model(
         note(f"No row has {' or '.join(in_words(config, absent))}: the model reads what it learned for rows without.")
     with progress(len(dataset), "evaluate", "row") as bar:
         logits = predict_logits(model, dataset, recipe.train, precision=precision, on_batch=bar.update)
-    result = compute_metrics(selection.classes, logits.argmax(1), config.names, probabilities=softmax(logits))
+    rows = [data.rows[i] for i in selection.indices]
+    groups = {name: [getattr(row, name) or "" for row in rows] for name in GROUPINGS}
+    result = compute_metrics(
+        selection.classes, logits.argmax(1), config.names, probabilities=softmax(logits), groups=groups
+    )
     result["modalities"] = [name for name in config.modalities if name in there and name not in drop]
     result["context"] = context_read(data.rows, config) if "text" in result["modalities"] else 0
     result["left_out"] = selection.left_out
@@ -131,8 +148,7 @@ def evaluate_model(
         result["split"] = split
     if precision != "fp32":
         result["precision"] = precision
-    ids = [data.rows[i].id for i in selection.indices]
-    return result, prediction_rows(ids, selection.classes, logits, config.names)
+    return result, prediction_rows([row.id for row in rows], selection.classes, logits, config.names)
 
 
 def _select(

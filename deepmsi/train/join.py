@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -22,9 +22,20 @@ from pydantic import BaseModel, RootModel
 
 from deepmsi.errors import UserError
 from deepmsi.models.config import validated
-from deepmsi.train.metrics import SUMMARY, Scores, compute_metrics, summarize_folds, wilson_interval
+from deepmsi.train.intervals import SUMMARY, wilson_interval
+from deepmsi.train.metrics import Scores, compute_metrics, summarize_folds
 from deepmsi.train.recipe import load_recipe
-from deepmsi.train.record import METRICS, PREDICTIONS, RECIPE, RUN, read_run, write_json, write_predictions
+from deepmsi.train.record import (
+    METRICS,
+    PREDICTIONS,
+    RECIPE,
+    RUN,
+    groups_of,
+    read_groups,
+    read_run,
+    write_json,
+    write_predictions,
+)
 
 SPLITS, FOLD = "splits.json", "fold.json"
 _LONGEST = 200  # bytes of a folder's name, of which file systems take 255
@@ -144,7 +155,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     for name, fold in done.items():
         repeats.setdefault((int(name) - 1) // protocol.folds if numbered else 0, []).append(fold)
     each = list(repeats.values())
-    result: dict[str, Any] = _join_repeats(each, names) if each else {"n": 0}
+    result: dict[str, Any] = _join_repeats(each, names, read_groups(run)) if each else {"n": 0}
     result.update(
         protocol=protocol.title_of(splits),
         leaks=protocol.leaks,
@@ -162,7 +173,9 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
     return result
 
 
-def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) -> dict[str, Any]:
+def _join_repeats(
+    repeats: Sequence[Sequence[_Scored]], names: Sequence[str], groups: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
     """Scores of the joined folds; over repeats the mean of each score, and the sum of the confusion matrices.
 
     Intervals are those of one repeat's rows (their ends averaged): repeating the folds adds no utterances.
@@ -170,7 +183,11 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
     truth = [[label for fold in part for label in fold.truth] for part in repeats]
     predicted = [[label for fold in part for label in fold.predicted] for part in repeats]
     told = [np.concatenate([fold.probabilities for fold in part]) for part in repeats]
-    each = [compute_metrics(t, p, names, probabilities=q) for t, p, q in zip(truth, predicted, told, strict=True)]
+    grouped = [groups_of([row[0] for fold in part for row in fold.rows], groups) for part in repeats]
+    each = [
+        compute_metrics(t, p, names, probabilities=q, groups=g)
+        for t, p, q, g in zip(truth, predicted, told, grouped, strict=True)
+    ]
     if len(each) == 1:
         return each[0]
     pooled = compute_metrics(
@@ -179,12 +196,22 @@ def _join_repeats(repeats: Sequence[Sequence[_Scored]], names: Sequence[str]) ->
     pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
     pooled["n"] = each[0]["n"]
     pooled["repeats"] = len(each)
-    pooled["intervals"] = {
-        name: np.mean([one["intervals"][name] for one in each], axis=0).tolist() for name in each[0]["intervals"]
+    pooled["intervals"] = _mean_ends([one["intervals"] for one in each])
+    by = [one["intervals_by"] for one in each]
+    pooled["intervals_by"] = {
+        name: _mean_ends([found[name] for found in by])
+        for name, first in by[0].items()
+        if all(found.get(name, {}).keys() == first.keys() for found in by)  # a repeat may have folds still to run
     }
     hits = round(pooled["accuracy"] * pooled["n"])
     pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
     return pooled
+
+
+def _mean_ends(intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of both ends of each interval, and of groups the first's number."""
+    named = {name: np.mean([one[name] for one in intervals], axis=0).tolist() for name in intervals[0]}
+    return named | {name: count for name, count in intervals[0].items() if name == "groups"}
 
 
 def _read_fold(folder: Path, ids: Sequence[str], labels: int, content: str | None) -> _Scored:

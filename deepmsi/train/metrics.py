@@ -1,14 +1,13 @@
 """Scores of a set of predictions, their uncertainty, and the comparison of two runs.
 
-The point values are scikit-learn's. Intervals resample the confusion matrix of the same predictions, so they
-describe the sampling of test utterances and not the variation between training runs: that is what the
-standard deviation over folds and seeds is for.
+The point values are scikit-learn's. Intervals describe the sampling of test utterances, or of the speakers and
+dialogues that these are of, and not the variation between training runs: that is what the standard deviation over
+folds and seeds is for.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deepmsi.errors import UserError
 from deepmsi.train.calibration import measure_calibration
-from deepmsi.train.record import read_predictions
+from deepmsi.train.intervals import SUMMARY, grouped_intervals, point_scores, resampled_scores, wilson_interval
+from deepmsi.train.record import groups_of, read_groups, read_predictions
 
-SUMMARY = ("accuracy", "uar", "weighted_f1", "macro_f1")
-_Z95 = 1.959963984540054
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class _Shape(BaseModel):
@@ -54,6 +53,16 @@ class Spread(_Shape):
     n: int
 
 
+class Grouped(_Shape):
+    """One grouping of `intervals_by`: the scores are there where there are two groups or more."""
+
+    groups: int
+    accuracy: Interval | None = None
+    uar: Interval | None = None
+    weighted_f1: Interval | None = None
+    macro_f1: Interval | None = None
+
+
 class Scores(_Shape):
     """The shape of `metrics.json` and of a fold's metrics, by which a damaged file is told from a whole one."""
 
@@ -65,7 +74,8 @@ class Scores(_Shape):
     labels: list[str] = []
     confusion_matrix: list[list[int]] = []
     per_class: dict[str, ClassScores] = {}
-    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
+    intervals: dict[str, Interval] = {}
+    intervals_by: dict[str, Grouped] = {}
     over_folds: dict[str, Spread] = {}
     context: int = 0
     modalities: list[str] = []
@@ -89,6 +99,7 @@ def compute_metrics(
     labels: Sequence[str],
     *,
     probabilities: NDArray[np.float64] | None = None,
+    groups: Mapping[str, Iterable[str]] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -102,14 +113,16 @@ def compute_metrics(
         y_pred: [n] class ids or names.
         labels: K names; an id is a position in this list.
         probabilities: [n, K], where they are to be scored, too.
+        groups: the group of each row, such as `{"speaker": [...]}`, "" where it has none.
         resamples: bootstrap resamples of the intervals; 0 leaves the bootstrap out.
         seed: of the bootstrap.
 
     Returns:
         `n`, `accuracy`, `uar`, `weighted_f1`, `macro_f1`, `per_class` (precision, recall, f1, support and the
         paper's `legacy_f1`), `confusion_matrix` [K, K] (rows: truth), `labels`, `never_predicted`, and
-        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score;
-        of probabilities also what `measure_calibration` finds.
+        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score, of rows that are drawn one by
+        one; of groups also `intervals_by`, what `grouped_intervals` finds; of probabilities what
+        `measure_calibration` finds.
 
     Raises:
         UserError: no rows, lengths that differ, or a class that is not in `labels`.
@@ -125,16 +138,16 @@ def compute_metrics(
     classes = np.arange(len(labels))
     matrix = confusion_matrix(true, pred, labels=classes)
     precision, recall, f1, support = precision_recall_fscore_support(true, pred, labels=classes, zero_division=0.0)
-    scores = _scores(true[None], pred[None], np.ones((1, len(true)), np.int64), len(labels))
+    by = {} if groups is None else {"intervals_by": grouped_intervals(true, [pred], len(labels), groups)}
     intervals: dict[str, list[float]] = {"accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))}
     if resamples:
-        (sampled,) = _resampled(true, [pred], len(labels), resamples, seed)
+        (sampled,) = resampled_scores(true, [pred], len(labels), resamples, seed)
         for name in SUMMARY:
             low, high = np.quantile(sampled[name], (0.025, 0.975))
             intervals[name] = [float(low), float(high)]
     return {
         "n": len(true),
-        **{name: float(scores[name][0]) for name in SUMMARY},
+        **point_scores(true, pred, len(labels)),
         "per_class": {
             label: {
                 "precision": float(precision[k]),
@@ -149,6 +162,7 @@ def compute_metrics(
         "labels": labels,
         "never_predicted": [label for k, label in enumerate(labels) if not matrix[:, k].any()],
         "intervals": intervals,
+        **by,
         **({} if probabilities is None else measure_calibration(true, probabilities)),
     }
 
@@ -156,16 +170,6 @@ def compute_metrics(
 def legacy_f1(recall: float) -> float:
     """F1 over a class's own samples only, 2r/(1+r): precision is 1 there. The paper's per-class "F1"."""
     return 2 * recall / (1 + recall)
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion."""
-    if n <= 0:
-        return (0.0, 1.0)
-    p, z2 = successes / n, _Z95 * _Z95
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (max(0.0, centre - half), min(1.0, centre + half))
 
 
 def summarize_folds(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -197,8 +201,9 @@ def compare_predictions(
 
     Returns:
         `n`, the exact two-sided McNemar p-value of the accuracies (`mcnemar_p`, with `only_a` and `only_b`
-        the rows that only one of them has right), and for each score `a`, `b`, `difference` (b - a) and its
-        95% interval.
+        the rows that only one of them has right), for each score `a`, `b`, `difference` (b - a) and its 95%
+        `interval`, and, where a groups.csv lies beside either file, as `intervals_by` those over speakers and
+        dialogues.
 
     Raises:
         UserError: a file is missing or no predictions file, nothing is in common, or the true labels differ.
@@ -219,23 +224,24 @@ def compare_predictions(
     true = _as_ids([left[key][0] for key in common], names)
     pred_a = _as_ids([left[key][1] for key in common], names)
     pred_b = _as_ids([right[key][1] for key in common], names)
+    groups = groups_of(common, read_groups(a) or read_groups(b))
     only_a = int(((pred_a == true) & (pred_b != true)).sum())
     only_b = int(((pred_b == true) & (pred_a != true)).sum())
-    once = np.ones((1, len(true)), np.int64)
-    score_a, score_b = (_scores(true[None], p[None], once, len(names)) for p in (pred_a, pred_b))
-    sampled_a, sampled_b = _resampled(true, [pred_a, pred_b], len(names), resamples, seed)
+    score_a, score_b = (point_scores(true, p, len(names)) for p in (pred_a, pred_b))
+    sampled_a, sampled_b = resampled_scores(true, [pred_a, pred_b], len(names), resamples, seed)
     result: dict[str, Any] = {
         "n": len(common),
         "only_a": only_a,
         "only_b": only_b,
         "mcnemar_p": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
+        "intervals_by": grouped_intervals(true, [pred_a, pred_b], len(names), groups),
     }
     for name in SUMMARY:
         low, high = np.quantile(sampled_b[name] - sampled_a[name], (0.025, 0.975))
         result[name] = {
-            "a": float(score_a[name][0]),
-            "b": float(score_b[name][0]),
-            "difference": float(score_b[name][0] - score_a[name][0]),
+            "a": score_a[name],
+            "b": score_b[name],
+            "difference": score_b[name] - score_a[name],
             "interval": [float(low), float(high)],
         }
     return result
@@ -253,40 +259,3 @@ def _as_ids(values: ArrayLike, labels: Sequence[str]) -> NDArray[np.int64]:
         return np.array([position[str(value)] for value in array.tolist()], dtype=np.int64)
     except KeyError as error:
         raise UserError(f"Label {error} is not among the labels {', '.join(labels)}.") from None
-
-
-def _resampled(
-    true: NDArray[np.int64], predicted: Sequence[NDArray[np.int64]], k: int, resamples: int, seed: int
-) -> list[dict[str, NDArray[np.float64]]]:
-    """The four scores of each of so many resamples of the rows [n], the same ones for every array of predictions."""
-    # Equal rows are drawn together, by a multinomial. The last of all cells takes what is left of a draw: it is there
-    # without rows, too, so that it does not hang on the predictions which numbers are drawn.
-    shape = (k,) * (1 + len(predicted))
-    rows = np.ravel_multi_index((true, *predicted), shape)
-    cells, counts = np.unique(np.append(rows, math.prod(shape) - 1), return_counts=True)
-    counts[-1] -= 1
-    drawn = np.random.default_rng(seed).multinomial(len(rows), counts / len(rows), size=resamples)
-    ids = [np.broadcast_to(ids, drawn.shape) for ids in np.unravel_index(cells, shape)]
-    return [_scores(ids[0], pred, drawn, k) for pred in ids[1:]]
-
-
-def _scores(
-    true: NDArray[np.int64], pred: NDArray[np.int64], counts: NDArray[np.int64], k: int
-) -> dict[str, NDArray[np.float64]]:
-    """The four scores of each of b sets of rows: true, pred and how many rows there are of that kind, [b, n]."""
-    sets = np.arange(len(true))[:, None] * k
-
-    def tally(ids: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        tallied = np.bincount((sets + ids).ravel(), counts.ravel(), len(true) * k)
-        return tallied.reshape(len(true), k).astype(np.float64)
-
-    hits, support, predicted = tally(true, counts * (true == pred)), tally(true, counts), tally(pred, counts)
-    total = support.sum(1)
-    recall = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
-    f1 = np.divide(2 * hits, support + predicted, out=np.zeros_like(hits), where=support + predicted > 0)
-    return {
-        "accuracy": hits.sum(1) / total,
-        "uar": recall.sum(1) / (support > 0).sum(1),
-        "weighted_f1": (f1 * support).sum(1) / total,
-        "macro_f1": f1.sum(1) / (support + predicted > 0).sum(1),
-    }

@@ -1,18 +1,23 @@
-"""The files of a run directory that more than one part reads: their names, run.json, predictions.csv."""
+"""The files of a run directory that more than one part reads: their names, run.json, predictions.csv, groups.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepmsi.data.files import write_text
 from deepmsi.errors import UserError
 
+if TYPE_CHECKING:
+    from deepmsi.data.store import PreparedRow
+
 METRICS, PREDICTIONS, RECIPE, RUN = "metrics.json", "predictions.csv", "recipe.yaml", "run.json"
+GROUPS = "groups.csv"
+GROUPINGS = ("speaker", "dialogue")
 HISTORY = "history.jsonl"
 RUN_FORMAT = 1
 
@@ -107,3 +112,32 @@ def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
     if short := [key for key, row in rows.items() if row[1] is None]:
         raise UserError(f"{file} is damaged: row {short[0]!r} has no prediction; write the predictions again.")
     return rows
+
+
+def write_groups(path: Path, rows: Iterable[PreparedRow]) -> None:
+    """Write `groups.csv`: the speaker and the dialogue of each row that takes part."""
+    text = io.StringIO()
+    told = [[row.id, *(getattr(row, name) or "" for name in GROUPINGS)] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([("id", *GROUPINGS), *told])
+    write_text(path, text.getvalue())
+
+
+def read_groups(path: Path) -> dict[str, dict[str, str]]:
+    """Read the `groups.csv` beside a file or in a folder: {id: {"speaker": ..., "dialogue": ...}}; {} without one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = (path if path.is_dir() else path.parent) / GROUPS
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            return {row["id"]: {name: row[name] or "" for name in GROUPINGS} for row in csv.DictReader(stream)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}): delete it, and intervals are over rows alone.") from None
+
+
+def groups_of(ids: Sequence[str], told: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """Arrange what `read_groups` read by the rows: {"speaker": [...], "dialogue": [...]}, "" where nothing is told."""
+    return {name: [told.get(row_id, {}).get(name, "") for row_id in ids] for name in GROUPINGS}

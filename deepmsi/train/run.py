@@ -4,7 +4,7 @@ RUN/
   run.json            versions, seed, data fingerprint, command, protocol, rows left out, ids that trained the kept
                       model, chose its epoch or were seen by encoders that it starts from
   recipe.yaml         the resolved recipe
-  splits.json         ids of every fold's parts
+  splits.json         ids of every fold's parts;  groups.csv  the speaker and dialogue of each row
   metrics.json        scores of the protocol's held-out part;  predictions.csv  the rows behind them
   history.jsonl       one event a line: step, epoch, split, values;  logs/  the same for TensorBoard
   checkpoints/        of the kept model's fit;  model/  the kept model (`DeepMSI.from_pretrained`)
@@ -65,7 +65,16 @@ from deepmsi.train.optimizer import pretrained_parts
 from deepmsi.train.processes import barrier, claimed_by_all, from_main, process_rank, start_processes
 from deepmsi.train.protocols import Fold, both_sides
 from deepmsi.train.recipe import Recipe, load_recipe
-from deepmsi.train.record import PREDICTIONS, RECIPE, RUN, RUN_FORMAT, write_json, write_predictions
+from deepmsi.train.record import (
+    GROUPS,
+    PREDICTIONS,
+    RECIPE,
+    RUN,
+    RUN_FORMAT,
+    write_groups,
+    write_json,
+    write_predictions,
+)
 from deepmsi.train.rows import open_shared, readable
 from deepmsi.train.seeding import derive_seed, seed_torch
 
@@ -221,6 +230,8 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         begun = time.time()
+        if self.main:
+            write_groups(self.out / GROUPS, self.rows)
         for fold in self.chosen:
             self._run_fold(fold)
         result = join_folds(self.out, write=self.main)

@@ -26,7 +26,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         predicted = np.where(wrong, rng.integers(0, len(labels), n), true)
         shares = np.full((n, len(labels)), 0.4 / (len(labels) - 1))
         shares[np.arange(n), predicted] = 0.6
-        metrics = compute_metrics(true, predicted, labels, probabilities=shares)
+        groups = {"speaker": [f"s{i % 5}" for i in range(n)], "dialogue": ["d"] * n}
+        metrics = compute_metrics(true, predicted, labels, probabilities=shares, groups=groups)
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "run.json").write_text(
             json.dumps(

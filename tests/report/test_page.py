@@ -19,7 +19,7 @@ from deepmsi.models.predict import Prediction
 from deepmsi.report import figures, report
 from deepmsi.report.collect import collect, worst_errors
 from deepmsi.report.compare import measured
-from deepmsi.report.text import render_comparison, render_timeline
+from deepmsi.report.text import render_comparison, render_metrics, render_timeline
 from deepmsi.train.evaluate import prediction_rows
 from deepmsi.train.metrics import compare_predictions
 from deepmsi.train.record import write_predictions
@@ -91,6 +91,8 @@ def test_page_is_whole_and_self_contained(make_run) -> None:
         assert f"{metrics[key]:.3f}" in words
     low, high = metrics["intervals"]["accuracy_wilson"]
     assert f"{low:.2f} to {high:.2f}" in words
+    by = metrics["intervals_by"]["speaker"]["accuracy"]
+    assert f"over 5 speakers: {by[0]:.2f} to {by[1]:.2f}" in words
     for row in metrics["per_class"].values():
         assert f"{row['legacy_f1']:.3f}" in words
     assert f"log loss {metrics['log_loss']:.3f}, Brier score {metrics['brier']:.3f}, ECE {metrics['ece']:.3f}" in words
@@ -103,6 +105,12 @@ def test_markdown_twin_tells_the_same(make_run) -> None:
     text = (run / "report.md").read_text(encoding="utf-8")
     metrics = json.loads((run / "metrics.json").read_text())
     assert f"| accuracy | {metrics['accuracy']:.3f} |" in text
+    by = metrics["intervals_by"]["speaker"]["accuracy"]
+    assert "| score | value | 95% over rows | over 5 speakers | over 1 dialogue |" in text
+    assert f" | {by[0]:.3f} to {by[1]:.3f} |  |\n" in text, "one dialogue tells nothing of others"
+    said = render_metrics(metrics)
+    assert f"95% interval over 5 speakers: accuracy {by[0]:.3f} to {by[1]:.3f}, UAR " in said
+    assert "95% interval over 1 dialogue: none, it takes two\n" in said
     assert text.startswith("# by hand\n\nProtocol: "), "a recipe's description need not hold of the run"
     assert "- the recipe's own words: a test (this run may be set otherwise)\n" in text.replace("\\", "")
     assert f"| 40 | 0.600 | {metrics['accuracy']:.3f} |" in text, "the bin of all rows"

@@ -9,7 +9,8 @@ import pytest
 from sklearn import metrics as sk
 
 from deepmsi.errors import UserError
-from deepmsi.train.metrics import compare_predictions, compute_metrics, legacy_f1, summarize_folds, wilson_interval
+from deepmsi.train.intervals import SUMMARY, grouped_intervals, wilson_interval
+from deepmsi.train.metrics import compare_predictions, compute_metrics, legacy_f1, summarize_folds
 from deepmsi.train.record import read_predictions
 
 LABELS = ["neutral", "joy", "anger", "fear"]
@@ -77,6 +78,65 @@ def test_bootstrap_interval_is_repeatable_and_holds_the_point() -> None:
     assert (high - low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
 
 
+def test_intervals_over_groups_leave_out_one_at_a_time() -> None:
+    """Against scikit-learn's scores of the rows without each group."""
+    from scipy.stats import t as student
+
+    true, pred = _random_predictions(4, 4, n=120)
+    names = np.random.default_rng(0).choice(["ann", "bob", "eve", "kim", "lee", "zoe"], 120)
+    got = compute_metrics(true, pred, LABELS, groups={"speaker": names, "dialogue": [""] * 120})["intervals_by"]
+    assert got.keys() == {"speaker"}
+    assert got["speaker"]["groups"] == 6
+    scores = {
+        "accuracy": sk.accuracy_score,
+        "uar": sk.balanced_accuracy_score,
+        "weighted_f1": lambda y, p: sk.f1_score(y, p, average="weighted"),
+        "macro_f1": lambda y, p: sk.f1_score(y, p, average="macro"),
+    }
+    for name in SUMMARY:
+        point = scores[name](true, pred)
+        left = np.array([scores[name](true[names != one], pred[names != one]) for one in np.unique(names)])
+        half = student.ppf(0.975, 5) * np.sqrt(5 / 6 * np.square(left - point).sum())
+        assert got["speaker"][name] == pytest.approx([point - half, point + half]), name
+
+
+def test_intervals_over_equal_groups_are_students() -> None:
+    rng = np.random.default_rng(1)
+    hits = rng.random((8, 25)) < rng.uniform(0.3, 0.9, (8, 1))
+    true = np.zeros(200, dtype=np.int64)
+    (got,) = grouped_intervals(true, [1 - hits.ravel()], 2, {"speaker": np.repeat(list("abcdefgh"), 25)}).values()
+    from scipy.stats import t as student
+
+    shares = hits.mean(1)
+    assert got["accuracy"] == pytest.approx(student.interval(0.95, 7, shares.mean(), shares.std(ddof=1) / np.sqrt(8)))
+
+
+def test_intervals_over_speakers_hold_for_other_speakers() -> None:
+    """95 of 100 cover what speakers score on average, and of intervals over the rows of ten speakers far fewer."""
+    rng = np.random.default_rng(0)
+    covered = np.zeros(2)
+    for _ in range(300):
+        share = 1 / (1 + np.exp(-rng.normal(0, 0.6, 10)))
+        hits = (rng.random((10, 60)) < share[:, None]).ravel()
+        (by,) = grouped_intervals(
+            np.zeros(600, int), [1 - hits], 2, {"speaker": np.repeat(list("abcdefghij"), 60)}
+        ).values()
+        for k, (low, high) in enumerate((by["accuracy"], wilson_interval(int(hits.sum()), 600))):
+            covered[k] += low <= 0.5 <= high
+    over_speakers, over_rows = covered / 300
+    assert 0.92 < over_speakers < 0.98
+    assert over_rows < 0.75
+
+
+def test_groups_of_which_there_are_none_or_one() -> None:
+    true, pred = _random_predictions(4, 4, n=6)
+    rows = {"speaker": ["ann"] * 6, "dialogue": [str(k) for k in range(6)], "scene": ["a", "a", "", "", "", "a"]}
+    got = compute_metrics(true, pred, LABELS, groups=rows)["intervals_by"]
+    assert got["speaker"] == {"groups": 1}
+    assert got.keys() == {"speaker", "scene"}, "each row a dialogue: an interval over rows tells it"
+    assert got["scene"]["groups"] == 4, "rows without a name are no group together"
+
+
 def test_the_memory_of_the_intervals_grows_with_the_rows_and_not_with_the_square_of_the_classes(tmp_path: Path) -> None:
     names = [f"w{k}" for k in range(400)]
     true, pred = _random_predictions(0, 400)
@@ -142,6 +202,28 @@ def test_paired_comparison(tmp_path: Path) -> None:
     same = compare_predictions(a, a)
     assert same["mcnemar_p"] == 1.0
     assert same["accuracy"]["interval"] == [0.0, 0.0]
+
+
+def test_a_comparison_over_groups_pairs_them(tmp_path: Path) -> None:
+    """Two runs of which one is better by the same rows in each dialogue differ by that without a doubt."""
+    rng = np.random.default_rng(0)
+    share = rng.uniform(0.1, 0.9, 12)
+    rows = [(f"r{k}", f"d{k // 20}", rng.random() < share[k // 20]) for k in range(240)]
+    a = _write(tmp_path / "a.csv", [(key, "joy", "joy" if hit else "fear") for key, _, hit in rows])
+    better = {key for k, (key, _, _) in enumerate(rows) if k % 20 < 2}
+    b = _write(tmp_path / "b.csv", [(key, "joy", "joy" if hit or key in better else "fear") for key, _, hit in rows])
+    assert compare_predictions(a, b)["intervals_by"] == {}
+    (tmp_path / "groups.csv").write_text(
+        "id,speaker,dialogue\n" + "".join(f"{key},,{dialogue}\n" for key, dialogue, _ in rows)
+    )
+    got = compare_predictions(a, b)
+    assert got["intervals_by"].keys() == {"dialogue"}
+    low, high = got["intervals_by"]["dialogue"]["accuracy"]
+    assert 0 < low < got["accuracy"]["difference"] < high < 0.1
+    assert got["intervals_by"]["dialogue"]["groups"] == 12
+    (tmp_path / "groups.csv").write_bytes(b"id,speaker,dialogue\n\xff,a,b\n")
+    with pytest.raises(UserError, match="delete it, and intervals are over rows alone"):
+        compare_predictions(a, b)
 
 
 def test_comparison_refuses_what_does_not_pair(tmp_path: Path) -> None:

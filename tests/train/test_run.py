@@ -39,6 +39,7 @@ from deepmsi.train.curve import best_epoch, best_point, temperature_at, watched_
 from deepmsi.train.evaluate import evaluate
 from deepmsi.train.join import fold_folder, join_folds
 from deepmsi.train.layout import fit_to_data, lay_out
+from deepmsi.train.metrics import compare_predictions
 from deepmsi.train.optimizer import parameter_groups, pretrained_parts, stepping
 from deepmsi.train.predict import predict_rows
 from deepmsi.train.recipe import AugmentSettings, load_recipe
@@ -397,6 +398,9 @@ def test_protocols_run_to_their_end(
         ids = [row["id"] for row in csv.DictReader(stream)]
     assert len(set(ids)) == 36
     assert len(ids) == 36 * protocol.get("repeats", 1)
+    by = metrics["intervals_by"]
+    assert {grouping: found["groups"] for grouping, found in by.items()} == {"speaker": 4, "dialogue": 6}
+    assert all(by["speaker"][name][0] <= metrics[name] <= by["speaker"][name][1] for name in metrics["over_folds"])
     assert (tmp_path / "run" / "model").is_dir() == recipe.protocol.final_fit
     leaks = protocol["name"] == "paper-kfold10"
     assert metrics["leaks"] == leaks
@@ -899,6 +903,11 @@ def test_evaluate_writes_what_the_interface_promises(finished: Path, split_corpu
     header, *rows = (tmp_path / "scores" / "predictions.csv").read_text().splitlines()
     assert header.split(",") == ["id", "label", "predicted", *LABELS]
     assert len(rows) == 60
+    groups = (tmp_path / "scores" / "groups.csv").read_text().splitlines()
+    assert groups[:2] == ["id,speaker,dialogue", "r000,s0,d0"]
+    assert [line.split(",")[0] for line in groups[1:]] == [row.split(",")[0] for row in rows]
+    paired = compare_predictions(tmp_path / "scores", tmp_path / "scores" / "predictions.csv")["intervals_by"]
+    assert paired["dialogue"]["accuracy"] == [0.0, 0.0]
     assert all(sum(map(float, row.split(",")[3:])) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
