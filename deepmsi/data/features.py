@@ -86,6 +86,8 @@ def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: Prepar
     if options.audio_encoder is None:
         remove_beyond(folder, "audio", 0)
         return Stage()
+    from deepmsi.models.encoders import heard_seconds
+
     slots = {i: outcome.slots["audio"] for i, outcome in media.outcomes.items() if "audio" in outcome.slots}
     inputs = {}
     for i, (shard, position, length) in slots.items():
@@ -101,7 +103,13 @@ def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: Prepar
 
         return build_feature_encoder("audio", options.audio_encoder or "", options.sample_rate)
 
-    return _stage("audio", options.audio_encoder, inputs, waveform, build, rows, folder, progress)
+    stage = _stage("audio", options.audio_encoder, inputs, waveform, build, rows, folder, progress)
+    heard = heard_seconds(options.audio_encoder)
+    for i, (_, _, length) in slots.items():
+        if (seconds := length / options.sample_rate) > heard:
+            reason = f"{rows[i].id}: the audio encoder hears the first {heard:g} s of {seconds:.2f} s of sound"
+            stage.outcomes[i].failures.append(("part of audio", reason))
+    return stage
 
 
 def _stage(

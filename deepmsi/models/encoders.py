@@ -399,6 +399,12 @@ def build_feature_encoder(
     return audio.eval(), padding
 
 
+def heard_seconds(name: str) -> float:
+    """How much of a sound the audio encoder of `build_feature_encoder` hears, in seconds from its start."""
+    notes = read_notes(name)
+    return AudioConfig(encoder=name, **(notes.reads if notes is not None else {})).max_seconds
+
+
 def save_encoder(module: nn.Module, processor: Any, folder: Path, weights: bool = False) -> None:
     """Write what `build_*_encoder(..., saved=folder)` rebuilds a trained encoder from; its weights on request.
 

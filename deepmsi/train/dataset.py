@@ -103,7 +103,7 @@ def context_read(rows: Sequence[PreparedRow], config: ModelSections) -> int:
 def unread(
     data: PreparedData, indices: NDArray[np.int64], config: ModelSections, hidden: Sequence[str] = ()
 ) -> list[str]:
-    """Say what a model does not read of modalities that are not hidden: context that is not there, the end of sounds.
+    """Say what a model does not read of modalities that are not hidden: context, the end of sounds, bare texts.
 
     Args:
         data: the prepared folder.
@@ -111,19 +111,28 @@ def unread(
         config: the model's sections.
         hidden: modalities that are left out.
     """
-    notes = []
+    rows, notes = [data.rows[i] for i in indices], []
     if context_read(data.rows, config) < config.text.context and "text" not in hidden:
         notes.append(f"No row has a dialogue: text.context={config.text.context} reads no previous utterances.")
     if config.audio.encoded and "audio" not in hidden:
-        slots = [data.rows[i].slots.get("audio") for i in indices]
-        seconds = [slot[2] / data.options.sample_rate for slot in slots if slot is not None]
+        seconds = [row.slots["audio"][2] / data.options.sample_rate for row in rows if "audio" in row.slots]
         heard = config.audio.max_seconds
         if longer := [length for length in seconds if length > heard]:
-            rows = "1 row has" if len(longer) == 1 else f"{len(longer)} rows have"
+            told = "1 row has" if len(longer) == 1 else f"{len(longer)} rows have"
             notes.append(
-                f"{rows} sound that goes on after {heard:g} s, where it is cut (audio.max_seconds); the longest takes "
+                f"{told} sound that goes on after {heard:g} s, where it is cut (audio.max_seconds); the longest takes "
                 f"{max(longer):.2f} s."
             )
+    failed = {(failure["id"], failure["modality"]) for failure in data.failures}  # which is told as such
+    for name, given in (("text", "a text"), ("audio", "sound")):
+        section = getattr(config, name)
+        if not section.present or section.encoder != "features" or name in hidden:
+            continue
+        without = [row for row in rows if f"{name}_features" not in row.slots and (row.id, name) not in failed]
+        bare = [row.id for row in without if (row.text is not None if name == "text" else "audio" in row.slots)]
+        if bare and len(without) < len(rows):
+            told = "1 row has" if len(bare) == 1 else f"{len(bare)} rows have"
+            notes.append(f"{told} {given} that is not read, for want of {name} features (the first: {bare[0]!r}).")
     return notes
 
 

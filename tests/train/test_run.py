@@ -1006,6 +1006,23 @@ def test_no_context_is_told_of_where_no_row_has_a_dialogue(tmp_path: Path, capsy
     assert train(recipe, alone, run, resume=True)["context"] == 0
 
 
+def test_texts_without_features_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def without_some(table: list[dict[str, str]]) -> None:
+        table[1]["text"] = table[2]["text_features"] = ""  # the first has no text, with or without features
+
+    data = prepared_corpus(tmp_path / "data", rows=12, splits=("train", "train", "train", "test"), edit=without_some)
+    run, told = (
+        tmp_path / "run",
+        "4 rows have a text that is not read, for want of text features (the first: 'r000').\n",
+    )
+    train(make_recipe(train={"epochs": 1}), data, run)
+    assert told in capsys.readouterr().err, "of rows 0, 2, 5 and 10"
+    evaluate(run, data, split="test")
+    assert "that is not read" not in capsys.readouterr().err, "of rows 3, 7 and 11 none"
+    evaluate(run, data, drop=["text"])
+    assert "that is not read" not in capsys.readouterr().err
+
+
 def test_sounds_that_are_cut_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest, run = sound_manifest(tmp_path), tmp_path / "run"
     for i, seconds in ((1, 0.25), (7, 0.5)):
