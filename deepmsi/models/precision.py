@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from deepmsi.errors import UserError
 
@@ -33,6 +34,18 @@ def check_precision(precision: str, device: torch.device, name: str = "precision
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The autocast that a precision means on a device: "bf16" or "fp16"; none of "fp32"."""
     return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+
+
+@contextmanager
+def inferring(model: nn.Module, precision: str = "fp32", tf32: bool = False) -> Iterator[None]:
+    """Run a model in eval mode, without gradients and in a precision; afterwards it is in the mode it was in."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast_for(precision, device), float32_products(device, tf32):
+            yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from deepmsi.errors import UserError
 from deepmsi.models.config import MODALITIES, Precision
 from deepmsi.models.deepmsi import DeepMSI
 from deepmsi.models.encoders import build_feature_encoder
-from deepmsi.models.precision import autocast_for, check_precision, float32_products
+from deepmsi.models.precision import autocast_for, check_precision, inferring
 from deepmsi.progress import progress_bar
 
 SHORTEST_WINDOW = 0.25
@@ -164,15 +164,10 @@ def predict(
     unit = "clip" if timeline is None else "window"
     shown = progress_bar(windows, description="predict", unit=unit, shown=progress)
     items = (_decode(model, window, tolerant=timeline is not None) for window in shown)
-    training = model.training
-    model.eval()
-    try:
-        predictions: list[Prediction] = []
-        with autocast_for(precision, device), float32_products(device):
-            while batch := list(islice(items, batch_size)):
-                predictions += _run(model, encoders, batch)
-    finally:
-        model.train(training)
+    predictions: list[Prediction] = []
+    with inferring(model, precision):
+        while batch := list(islice(items, batch_size)):
+            predictions += _run(model, encoders, batch)
     labelled = {window.name for window, found in zip(windows, predictions, strict=True) if found.label is not None}
     for window in windows:
         if window.name not in labelled:
@@ -317,7 +312,6 @@ def _device(model: DeepMSI) -> torch.device:
     return next(model.parameters()).device
 
 
-@torch.inference_mode()
 def _run(model: DeepMSI, encoders: _Encoders, items: Sequence[_Item]) -> list[Prediction]:
     """One forward pass."""
     mask = torch.tensor([item.present for item in items])

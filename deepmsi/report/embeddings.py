@@ -75,6 +75,7 @@ def _fused(model: Any, data: Any, rows: list[int]) -> NDArray[np.float32]:
     import torch
     from torch.utils.data import DataLoader
 
+    from deepmsi.models.precision import inferring
     from deepmsi.train.dataset import Collator, UtteranceDataset, check_data
 
     check_data(data, model.config)
@@ -82,9 +83,8 @@ def _fused(model: Any, data: Any, rows: list[int]) -> NDArray[np.float32]:
     collate = Collator(model.config, model.text_processor, model.audio_processor, with_labels=False)
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=16, collate_fn=collate)
     device = next(model.parameters()).device
-    model.eval()
     parts = []
-    with torch.inference_mode():
+    with inferring(model):
         for batch in loader:
             out = model(**{name: tensor.to(device) for name, tensor in batch.items()})
             there = [part.float() for part in (out.video, out.text, out.audio) if part is not None]

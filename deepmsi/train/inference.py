@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
-from deepmsi.models.precision import autocast_for, float32_products
+from deepmsi.models.precision import inferring
 from deepmsi.train.augment import to_device
 from deepmsi.train.dataset import Collator, UtteranceDataset
 from deepmsi.train.processes import process_rank
@@ -55,17 +55,12 @@ def predict_logits(
         collate_fn=Collator(model.config, model.text_processor, model.audio_processor, with_labels=False),
         pin_memory=device.type == "cuda",
     )
-    training = model.training
-    model.eval()
     parts = [torch.empty(0, len(model.config.names))]
-    try:
-        with torch.inference_mode(), autocast_for(precision, device), float32_products(device, settings.tf32):
-            for batch in loader:
-                parts.append(model(**to_device(batch, device)).logits.float().cpu())
-                if on_batch is not None:
-                    on_batch(len(batch["modality_mask"]))
-    finally:
-        model.train(training)
+    with inferring(model, precision, settings.tf32):
+        for batch in loader:
+            parts.append(model(**to_device(batch, device)).logits.float().cpu())
+            if on_batch is not None:
+                on_batch(len(batch["modality_mask"]))
     own = torch.cat(parts).numpy()
     if world == 1:
         return own

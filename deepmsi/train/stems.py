@@ -27,7 +27,7 @@ from deepmsi.data.files import TEMPORARY, digest, replacing, write_sorted_json
 from deepmsi.errors import UserError
 from deepmsi.models.checkpoint import weights_digest
 from deepmsi.models.memory import gigabytes
-from deepmsi.models.precision import AUTOCAST, autocast_for, float32_products
+from deepmsi.models.precision import AUTOCAST, inferring
 from deepmsi.train.console import note, progress
 from deepmsi.train.dataset import UtteranceDataset
 from deepmsi.train.memory import training_device
@@ -172,15 +172,9 @@ def _compute(model: DeepMSI, rows: dict[int, UtteranceDataset], stems: Stems, se
     if not missing:
         return
     device = training_device(settings)
-    branch, training, batch = model.to(device).video, model.training, settings.eval_batch_size or settings.batch_size
+    branch, batch = model.to(device).video, settings.eval_batch_size or settings.batch_size
     assert branch is not None
-    model.eval()
-    with (
-        torch.inference_mode(),
-        autocast_for(settings.precision, device),
-        float32_products(device, settings.tf32),
-        progress(len(missing), "stem", "row") as bar,
-    ):
+    with inferring(model, settings.precision, settings.tf32), progress(len(missing), "stem", "row") as bar:
         for start in range(0, len(missing), batch):
             part = [i for i in missing[start : start + batch] if not stems.has(i)]  # another call may be at it
             if part:
@@ -188,4 +182,3 @@ def _compute(model: DeepMSI, rows: dict[int, UtteranceDataset], stems: Stems, se
                 for i, stem in zip(part, branch.stem(frames.to(device)).to(stems.dtype).cpu(), strict=True):
                     stems.write(i, stem)
             bar.update(len(missing[start : start + batch]))
-    model.train(training)
