@@ -53,8 +53,12 @@ def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:
             pairs.append(_pair(facts[0].path, each.path))
         except UserError as error:
             pairs.append({"name": str(each.path), "problem": str(error)})
+    found = [pair for pair in pairs if not pair["problem"]]
+    for pair, p in zip(found, _holm([pair["mcnemar_p"] for pair in found]), strict=True):
+        pair["holm_p"] = p
     return {
         "rows": rows,
+        "several": len(found) > 1,
         "first": str(facts[0].path),
         "names": NAMES,
         "over_seeds": [{"name": NAMES[key], **over_seeds[key]} for key in NAMES if key in over_seeds],
@@ -62,6 +66,15 @@ def _context(facts: Sequence[RunFacts]) -> dict[str, Any]:
         "mixed": len({(row["protocol"], row["n"]) for row in rows}) > 1,
         "leaks": [(row["name"], row["leaks"]) for row in rows if row["leaks"]],
     }
+
+
+def _holm(p_values: Sequence[float]) -> list[float]:
+    """P-values that hold for all of several tests together (Holm, 1979)."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 def _row(facts: RunFacts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from deepmsi.report import figures
 from deepmsi.report.collect import Ablation, RunFacts, ScoredRow, collect, speakers_table, worst_errors
 from deepmsi.report.paper import PROTOCOL, SUBSETS, canonical_label, published_for
 from deepmsi.report.render import write_both
-from deepmsi.report.text import NAMES, PROBABILITIES, chance_of, context_of, grouped_of, interval_of, leak_of
+from deepmsi.report.text import NAMES, PROBABILITIES, chance_of, context_of, grouped_of, interval_of, leak_of, rare_of
 from deepmsi.train.ablate import caveats
 
 # The quantities that get a curve, in this order, by the names that a history may use for them.
@@ -68,6 +68,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "scores": _scores(facts.metrics),
         "context": context_of(facts.metrics or facts.made),
         "chance": _chance(facts.metrics),
+        "rare": rare_of(facts.metrics or {}),
         "leaks": leak_of(facts.metrics or facts.made),
         "complete": (facts.metrics or {}).get("complete", True),
         "folds": _folds(facts.metrics),
@@ -111,6 +112,7 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("the recipe's own words", f"{words} (this run may be set otherwise)" if words else None),
         ("protocol", protocol),
         ("rows scored", metrics.get("n")),
+        ("kept model", _kept(made.get("final_fit"))),
         ("rows known to training", made.get("both_sides")),
         ("rows with the id of one that training knows", metrics.get("rows_seen_in_training") or None),
         ("modalities read", metrics.get("modalities")),
@@ -127,6 +129,15 @@ def _made(facts: RunFacts) -> list[tuple[str, str]]:
         ("took", f"{made['seconds']:.0f} s" if isinstance(made.get("seconds"), int | float) else None),
     ]
     return [(name, _phrase(value)) for name, value in pairs if value is not None and value != "" and value != {}]
+
+
+def _kept(final_fit: Any) -> str | None:
+    """What the kept model is, where it is none of those that were scored."""
+    if not isinstance(final_fit, Mapping):
+        return None
+    return (
+        f"fitted on all {final_fit.get('rows')} rows after the folds' models, whose scores these are; not scored itself"
+    )
 
 
 def _speed(speed: Any) -> str | None:
@@ -213,7 +224,11 @@ def _calibration(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if metrics is None or not bins:
         return None
     values = [{"name": name, "value": metrics[key]} for key, name in PROBABILITIES.items() if key in metrics]
-    return {"values": values, "bins": bins, "uri": figures.reliability_uri(bins)}
+    per_class: Mapping[str, Mapping[str, Any]] = metrics.get("per_class") or {}
+    told = {label: row for label, row in per_class.items() if row.get("mean_probability") is not None}
+    rows = sum(row["support"] for row in told.values())
+    shares = [(label, row["support"] / max(rows, 1), row["mean_probability"]) for label, row in told.items()]
+    return {"values": values, "bins": bins, "shares": shares, "uri": figures.reliability_uri(bins)}
 
 
 def _tokens(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:

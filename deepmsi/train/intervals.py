@@ -4,7 +4,7 @@ Rows of one speaker or dialogue are right and wrong together, so that intervals 
 question is how a model does on other speakers. With few groups a bootstrap of groups is too narrow as well: over
 groups the interval is the point with Student's t for the standard error of the jackknife that leaves out one group at
 a time (MacKinnon, Nielsen and Webb, 2023, "Fast and reliable jackknife and bootstrap methods for cluster-robust
-inference").
+inference"), with the degrees of freedom of the effective number of groups, `(Σn)² / Σn²`, where their sizes n differ.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def grouped_intervals(
     predicted: Sequence[NDArray[np.int64]],
     k: int,
     groups: Mapping[str, Iterable[str]],
+    over_rows: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, dict[str, int | list[float]]]:
     """Intervals of the four scores over groups of rows.
 
@@ -65,13 +66,16 @@ def grouped_intervals(
         k: how many classes there are.
         groups: by what rows are grouped, such as "speaker": the group of each row; one without a name is a group of
             its own.
+        over_rows: the interval of each score over rows. Groups that are alike by chance, as two are often, make none
+            narrower: it reaches as far as this one at least.
 
     Returns:
-        For each grouping `groups`, how many there are, and where these are two or more the interval of each score.
-        Groupings of which no row is told anything, or in which each row is a group, are left out.
+        For each grouping `groups`, how many there are, and where these are two or more the interval of each score that
+        varies. Groupings of which no row is told anything, or in which each row is a group, are left out.
     """
     from scipy.stats import t as student
 
+    over_rows = over_rows or {}
     found: dict[str, dict[str, int | list[float]]] = {}
     for grouping, of_rows in groups.items():
         names = list(of_rows)
@@ -87,14 +91,19 @@ def grouped_intervals(
         parts = [_tallies(ids, true, pred, np.ones_like(true), count, k) for pred in predicted]
         whole = [_scores(*(tally.sum(0, keepdims=True) for tally in part)) for part in parts]
         without = [_scores(*(tally.sum(0, keepdims=True) - tally for tally in part)) for part in parts]
+        sizes = np.bincount(ids)
+        quantile = float(student.ppf(0.975, len(names) ** 2 / np.square(sizes).sum() - 1))
         for name in SUMMARY:
-            point, left = whole[-1][name][0], without[-1][name]
-            least = 0.0
+            point, left, least = whole[-1][name][0], without[-1][name], 0.0
             if len(parts) == 2:
                 point, left, least = point - whole[0][name][0], left - without[0][name], -1.0
             error = math.sqrt((count - 1) / count * float(np.square(left - point).sum()))
-            half = float(student.ppf(0.975, count - 1)) * error
-            found[grouping][name] = [max(least, float(point - half)), min(1.0, float(point + half))]
+            reaches = [over_rows[name]] if name in over_rows else []
+            if error:
+                half = quantile * error
+                reaches.append([max(least, float(point - half)), min(1.0, float(point + half))])
+            if reaches:
+                found[grouping][name] = [min(low for low, _ in reaches), max(high for _, high in reaches)]
     return found
 
 

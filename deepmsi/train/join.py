@@ -163,7 +163,7 @@ def join_folds(run: Path, write: bool = True) -> dict[str, Any]:
         context=facts.get("context", recipe.text.context),
         folds=[{key: fold.facts.get(key) for key in _Fold.model_fields} for fold in done.values()],
     )
-    if len(done) > 1:
+    if len(done) > 1 and any(fold.facts["test"] > 1 for fold in done.values()):  # one row is right or wrong
         result["over_folds"] = summarize_folds([fold.facts["metrics"] for fold in done.values()])
     if write:
         write_json(run / METRICS, result)
@@ -200,8 +200,8 @@ def _join_repeats(
     by = [one["intervals_by"] for one in each]
     pooled["intervals_by"] = {
         name: _mean_ends([found[name] for found in by])
-        for name, first in by[0].items()
-        if all(found.get(name, {}).keys() == first.keys() for found in by)  # a repeat may have folds still to run
+        for name in by[0]
+        if all(name in found for found in by)  # a repeat may have folds still to run
     }
     hits = round(pooled["accuracy"] * pooled["n"])
     pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
@@ -209,8 +209,9 @@ def _join_repeats(
 
 
 def _mean_ends(intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of both ends of each interval, and of groups the first's number."""
-    named = {name: np.mean([one[name] for one in intervals], axis=0).tolist() for name in intervals[0]}
+    """The mean of both ends of each interval that all have, and of groups the first's number."""
+    common = [name for name in intervals[0] if all(name in one for one in intervals)]
+    named = {name: np.mean([one[name] for one in intervals], axis=0).tolist() for name in common}
     return named | {name: count for name, count in intervals[0].items() if name == "groups"}
 
 

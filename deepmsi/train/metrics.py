@@ -35,6 +35,7 @@ class ClassScores(_Shape):
     f1: float
     legacy_f1: float
     support: int
+    mean_probability: float | None = None
 
 
 class Bin(_Shape):
@@ -118,11 +119,11 @@ def compute_metrics(
         seed: of the bootstrap.
 
     Returns:
-        `n`, `accuracy`, `uar`, `weighted_f1`, `macro_f1`, `per_class` (precision, recall, f1, support and the
-        paper's `legacy_f1`), `confusion_matrix` [K, K] (rows: truth), `labels`, `never_predicted`, and
-        `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score, of rows that are drawn one by
-        one; of groups also `intervals_by`, what `grouped_intervals` finds; of probabilities what
-        `measure_calibration` finds.
+        `n`, `accuracy`, `uar`, `weighted_f1`, `macro_f1`, `per_class` (precision, recall, f1, support, the paper's
+        `legacy_f1`, of probabilities their mean), `confusion_matrix` [K, K] (rows: truth), `labels`,
+        `never_predicted`, and `intervals` (95%): Wilson's for the accuracy, percentile bootstrap for each score that
+        varies, of rows that are drawn one by one; of groups also `intervals_by`, what `grouped_intervals` finds; of
+        probabilities what `measure_calibration` finds.
 
     Raises:
         UserError: no rows, lengths that differ, or a class that is not in `labels`.
@@ -138,13 +139,18 @@ def compute_metrics(
     classes = np.arange(len(labels))
     matrix = confusion_matrix(true, pred, labels=classes)
     precision, recall, f1, support = precision_recall_fscore_support(true, pred, labels=classes, zero_division=0.0)
-    by = {} if groups is None else {"intervals_by": grouped_intervals(true, [pred], len(labels), groups)}
     intervals: dict[str, list[float]] = {"accuracy_wilson": list(wilson_interval(int(np.trace(matrix)), len(true)))}
     if resamples:
         (sampled,) = resampled_scores(true, [pred], len(labels), resamples, seed)
         for name in SUMMARY:
             low, high = np.quantile(sampled[name], (0.025, 0.975))
-            intervals[name] = [float(low), float(high)]
+            if low < high:  # rows that are all right, or all of one class, do not tell how far a score may be off
+                intervals[name] = [float(low), float(high)]
+    by: dict[str, Any] = {}
+    if groups is not None:
+        over_rows = intervals | {"accuracy": intervals["accuracy_wilson"]}
+        by = {"intervals_by": grouped_intervals(true, [pred], len(labels), groups, over_rows)}
+    told = [None] * len(labels) if probabilities is None else probabilities.mean(0).tolist()
     return {
         "n": len(true),
         **point_scores(true, pred, len(labels)),
@@ -155,6 +161,7 @@ def compute_metrics(
                 "f1": float(f1[k]),
                 "support": int(support[k]),
                 "legacy_f1": legacy_f1(float(recall[k])),
+                **({} if told[k] is None else {"mean_probability": told[k]}),
             }
             for k, label in enumerate(labels)
         },
@@ -234,16 +241,16 @@ def compare_predictions(
         "only_a": only_a,
         "only_b": only_b,
         "mcnemar_p": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
-        "intervals_by": grouped_intervals(true, [pred_a, pred_b], len(names), groups),
     }
+    over_rows = {name: np.quantile(sampled_b[name] - sampled_a[name], (0.025, 0.975)).tolist() for name in SUMMARY}
     for name in SUMMARY:
-        low, high = np.quantile(sampled_b[name] - sampled_a[name], (0.025, 0.975))
         result[name] = {
             "a": score_a[name],
             "b": score_b[name],
             "difference": score_b[name] - score_a[name],
-            "interval": [float(low), float(high)],
+            "interval": over_rows[name],
         }
+    result["intervals_by"] = grouped_intervals(true, [pred_a, pred_b], len(names), groups, over_rows)
     return result
 
 

@@ -196,8 +196,8 @@ def inner_folds(
 ) -> list[Fold]:
     """Split a training part again, to choose the number of epochs inside it.
 
-    Rows that the protocol keeps together stay together, those that are never held out among them; otherwise the split
-    is stratified by label.
+    Rows that the protocol keeps together stay together, those that are never held out among them; of the column `split`
+    speakers do where its parts share none, or else dialogues. Otherwise the split is stratified by label.
 
     Args:
         rows: all rows.
@@ -213,8 +213,26 @@ def inner_folds(
     candidates = train
     if settings.held_out:
         candidates = np.array([i for i in train if _has(rows[i], settings.held_out)], dtype=np.int64)
+    for column in _inner_columns(settings, rows, train, candidates, folds):
+        if result := _inner_by(column, rows, train, candidates, folds, repeats, seed):
+            return result
+    raise UserError(
+        f"The training part of {len(train)} rows cannot be split into {folds} inner folds that keep "
+        "every class: set train.selection=last and a number of epochs."
+    )
+
+
+def _inner_by(
+    column: str | None,
+    rows: Sequence[PreparedRow],
+    train: Indices,
+    candidates: Indices,
+    folds: int,
+    repeats: int,
+    seed: int,
+) -> list[Fold]:
+    """Inner folds that keep the groups of a column together; stratified by label without one."""
     labels = [row.label for row in rows]
-    column = _inner_column(settings, rows, candidates)
     # Rows that cannot be held out stay with their groups, too, so that a group does not choose by what it taught.
     groups = None if column is None else {int(i): column_of(rows[i], column) for i in train}
     result = []
@@ -232,11 +250,6 @@ def inner_folds(
                 rest = np.array([i for i in rest if groups[int(i)] not in held], dtype=np.int64)
             if len(test) and {labels[i] for i in rest} == {labels[i] for i in train}:
                 result.append(Fold(f"inner-{repeat * folds + k + 1:02d}", rest, test))
-    if not result:
-        raise UserError(
-            f"The training part of {len(train)} rows cannot be split into {folds} inner folds that keep "
-            "every class: set train.selection=last and a number of epochs."
-        )
     return result
 
 
@@ -487,8 +500,15 @@ def _groups(rows: Sequence[PreparedRow], column: str) -> list[str]:
     return groups
 
 
-def _inner_column(settings: ProtocolSettings, rows: Sequence[PreparedRow], candidates: Indices) -> str | None:
-    """The column whose groups inner folds keep together; None where they are stratified by label."""
+def _inner_columns(
+    settings: ProtocolSettings, rows: Sequence[PreparedRow], train: Indices, candidates: Indices, folds: int
+) -> list[str | None]:
+    """The columns whose groups inner folds may keep together, the best first; None where they go by label alone."""
+
+    def told(column: str, part: Indices) -> set[str]:
+        groups = {column_of(rows[i], column) for i in part}
+        return set() if None in groups else {str(group) for group in groups}
+
     column = {
         "group-kfold": settings.group,
         "leave-one-speaker-out": "speaker",
@@ -496,10 +516,13 @@ def _inner_column(settings: ProtocolSettings, rows: Sequence[PreparedRow], candi
         "iemocap-session5": "session",
         "split-column": "dialogue",
     }.get(settings.name)
-    if column is None:
-        return None
-    groups = [column_of(rows[i], column) for i in candidates]
-    return column if all(groups) and len(set(groups)) > 1 else None
+    columns = [column if column is not None and len(told(column, candidates)) > 1 else None]
+    if settings.name == "split-column":
+        # Where the reported speakers are other ones, what is good for speakers that the model knows is not asked.
+        others = {rows[i].speaker for i in np.setdiff1d(np.arange(len(rows)), train)}
+        if len(told("speaker", candidates)) >= folds and others.isdisjoint(rows[i].speaker for i in train):
+            columns.insert(0, "speaker")
+    return columns
 
 
 def _fold(name: str, rows: int, test: Indices) -> Fold:

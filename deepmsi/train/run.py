@@ -201,6 +201,14 @@ class _Run:
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
         self.seen_before = sorted({row_id for notes in starting_notes(recipe).values() for row_id in notes.seen})
+        # What an encoder learned from, that of the features or one that the model starts with.
+        self.taught = set(self.seen_before).union(
+            *(
+                self.data.encoders[name]["seen"]
+                for name in self.data.encoders
+                if getattr(recipe, name).encoder == "features" and name in recipe.modalities
+            )
+        )
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
             self.recipe = with_batch_of(recipe, load_recipe(out / RECIPE))
@@ -434,6 +442,14 @@ class _Run:
         """
         settings = self.recipe.train
         parts = inner_parts(self.recipe, self.rows, train, dev)
+        choosing = [part.test for part in parts] or ([dev] if dev is not None and dev_chooses(self.recipe, dev) else [])
+        known = sum(self.rows[i].id in self.taught for i in {int(i) for part in choosing for i in part})
+        if known:
+            note(
+                f"{name}: {known} of the rows that choose its number of epochs trained an encoder, which tells them "
+                "better than new rows: the number may be off, and the logits stay as they are. Give a dev part that "
+                "trained no encoder, or set train.selection=last and a number of epochs."
+            )
         curves: list[list[Point]]
         if parts and (settings.selection == "inner-folds" or whole):
             curves = [self._inner_curve(name, folder, part, derive_seed(seed, part.name)) for part in parts]
@@ -448,8 +464,10 @@ class _Run:
             model, result = self._fit_part(name, folder, part, watch, seed, keep_best=watch is not None and not last)
             epochs_from = "an inner validation part" if parts else "the recipe" if last else "the dev part"
             curves, sizes = [] if last else [result.curve], [1]
+        if known:
+            epochs_from += f", {known} of whose rows trained an encoder"
         temperature = None
-        if settings.calibrate and any(curves):
+        if settings.calibrate and any(curves) and not known:
             temperature = temperature_at(curves, sizes, result.kept_epoch)
             if temperature is None:
                 note(f"{name}: an older deepmsi scored its epochs, so that its logits stay as they are.")

@@ -1,6 +1,7 @@
 """The page of a run: complete, self-contained, escaped, and still written where parts are missing."""
 
 import base64
+import csv
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 from deepmsi.data.files import TEMPORARY
 from deepmsi.errors import UserError
 from deepmsi.models.predict import Prediction
-from deepmsi.report import figures, report
+from deepmsi.report import compare, figures, report, report_comparison
 from deepmsi.report.collect import collect, worst_errors
 from deepmsi.report.compare import measured
 from deepmsi.report.text import render_comparison, render_metrics, render_timeline
@@ -140,6 +141,44 @@ def test_a_comparison_tells_what_each_side_read(make_run) -> None:
     assert second == "B: two"
     (run / "metrics.json").write_text(json.dumps(metrics | {"modalities": None}))
     assert measured(run) == {}, "a damaged record tells nothing"
+
+
+def test_several_runs_against_one_are_tested_by_holm(make_run, tmp_path: Path) -> None:
+    run = make_run()
+    others = [tmp_path / name for name in ("little", "much")]
+    for other, mended in zip(others, (3, 12), strict=True):
+        shutil.copytree(run, other)
+        with (other / "predictions.csv").open(newline="", encoding="utf-8") as stream:
+            header, *rows = csv.reader(stream)
+        wrong = [row for row in rows if row[1] != row[2]]
+        for row in wrong[:mended]:
+            row[2] = row[1]
+        write_predictions(other / "predictions.csv", rows, header[3:])
+    assert len(wrong) == 8
+    text = report_comparison([run, *others]).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| right alone | McNemar p | by Holm | rows |" in text
+    assert "3 : 0 | 0.25 | 0.25 | 40 |" in text
+    assert "8 : 0 | 0.00781 | 0.0156 | 40 |" in text
+    assert "by Holm it allows for their number" in " ".join((run / "comparison.html").read_text().split())
+    alone = report_comparison([run, others[0]]).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| right alone | McNemar p | rows |" in alone
+    assert "3 : 0 | 0.25 | 40 |" in alone
+    assert compare._holm([0.01, 0.5, 0.04, 0.03]) == pytest.approx([0.04, 0.5, 0.09, 0.09])
+
+
+def test_classes_of_few_rows_and_a_kept_model_that_was_not_scored_are_told(make_run) -> None:
+    run = make_run(n=26)
+    made = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(made | {"final_fit": {"rows": 26, "epochs": 3}}))
+    text = report(run).with_suffix(".md").read_text(encoding="utf-8")
+    per_class = json.loads((run / "metrics.json").read_text())["per_class"]
+    rare = ", ".join(f"{name} {row['support']}" for name, row in per_class.items() if row["support"] < 10)
+    assert rare
+    assert f"Of some classes there are few rows ({rare})" in text.replace("\\", "")
+    assert "- kept model: fitted on all 26 rows after the folds' models" in text
+    assert f"few rows     {rare}: intervals of UAR and F1" in render_metrics({"per_class": per_class})
+    share = per_class["joy"]["support"] / 26
+    assert f"| joy | {share:.3f} | {per_class['joy']['mean_probability']:.3f} |" in text
 
 
 def test_a_second_report_of_one_run_is_the_same(make_run) -> None:

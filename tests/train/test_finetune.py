@@ -127,6 +127,34 @@ def test_features_of_each_fold_come_from_an_encoder_that_did_not_see_it(bert_fol
     assert "leaks: encoders that were trained on reported rows" in leaky["protocol"]
 
 
+def test_rows_that_trained_an_encoder_are_told_where_they_choose_the_epochs(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, tuned = manifest(tmp_path / "raw", splits=True), tmp_path / "tuned"
+    settings = recipe({"encoder": str(bert_folder)}, protocol="split-column", train={"epochs": 1})
+    finetune("text", settings, prepared(path, tmp_path / "plain"), tuned)
+    features = prepared(path, tmp_path / "features", tuned / "encoder")
+    capsys.readouterr()
+
+    def fold_of(name: str, text: dict[str, Any], data: Path, **changes: Any) -> dict[str, Any]:
+        told = {"epochs": 1, "selection": "inner-validation", "inner_folds": 2, **changes}
+        return train(recipe(text, protocol="split-column", train=told), data, tmp_path / name)["folds"][0]
+
+    fold = fold_of("seen", {"encoder": "features"}, features)
+    assert fold["temperature"] is None
+    assert fold["epochs_from"] == "an inner validation part, 7 of whose rows trained an encoder", "one has no text"
+    assert "7 of the rows that choose its number of epochs trained an encoder" in capsys.readouterr().err
+    assert fold_of("start", {"encoder": str(tuned / "encoder")}, path)["temperature"] is None
+    assert "trained an encoder" in capsys.readouterr().err
+    for name, text, data, changes in (
+        ("last", {"encoder": "features"}, features, {"selection": "last"}),
+        ("unseen", {"encoder": str(bert_folder)}, path, {}),
+    ):
+        fold = fold_of(name, text, data, **changes)
+        assert (fold["temperature"] is None) == (name == "last")
+        assert "trained an encoder" not in fold["epochs_from"] + capsys.readouterr().err
+
+
 def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Path) -> None:
     data = prepared(manifest(tmp_path / "raw", splits=True), tmp_path / "plain")
     settings = recipe({"encoder": str(bert_folder)}, protocol="split-column", train={"epochs": 1})

@@ -44,6 +44,13 @@ def test_macro_f1_counts_a_class_that_is_only_predicted() -> None:
     assert compute_metrics(true, pred, LABELS)["macro_f1"] == pytest.approx(expected)
 
 
+def test_the_mean_probability_stands_beside_the_share_of_a_class() -> None:
+    told = np.array([[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    got = compute_metrics([0, 1], [0, 0], LABELS, probabilities=told)["per_class"]
+    assert [row["mean_probability"] for row in got.values()] == pytest.approx([0.55, 0.2, 0.15, 0.1])
+    assert "mean_probability" not in compute_metrics([0, 1], [0, 0], LABELS)["per_class"]["joy"]
+
+
 def test_names_and_ids_score_alike() -> None:
     true, pred = _random_predictions(5, 4)
     named = compute_metrics([LABELS[k] for k in true], [LABELS[k] for k in pred], LABELS)
@@ -84,7 +91,8 @@ def test_intervals_over_groups_leave_out_one_at_a_time() -> None:
 
     true, pred = _random_predictions(4, 4, n=120)
     names = np.random.default_rng(0).choice(["ann", "bob", "eve", "kim", "lee", "zoe"], 120)
-    got = compute_metrics(true, pred, LABELS, groups={"speaker": names, "dialogue": [""] * 120})["intervals_by"]
+    whole = compute_metrics(true, pred, LABELS, groups={"speaker": names, "dialogue": [""] * 120})
+    got = whole["intervals_by"]
     assert got.keys() == {"speaker"}
     assert got["speaker"]["groups"] == 6
     scores = {
@@ -93,11 +101,15 @@ def test_intervals_over_groups_leave_out_one_at_a_time() -> None:
         "weighted_f1": lambda y, p: sk.f1_score(y, p, average="weighted"),
         "macro_f1": lambda y, p: sk.f1_score(y, p, average="macro"),
     }
+    sizes = np.unique(names, return_counts=True)[1]
+    degrees = 120**2 / np.square(sizes).sum() - 1
+    assert 3 < degrees < 5
     for name in SUMMARY:
         point = scores[name](true, pred)
         left = np.array([scores[name](true[names != one], pred[names != one]) for one in np.unique(names)])
-        half = student.ppf(0.975, 5) * np.sqrt(5 / 6 * np.square(left - point).sum())
-        assert got["speaker"][name] == pytest.approx([point - half, point + half]), name
+        half = student.ppf(0.975, degrees) * np.sqrt(5 / 6 * np.square(left - point).sum())
+        low, high = whole["intervals"]["accuracy_wilson" if name == "accuracy" else name]
+        assert got["speaker"][name] == pytest.approx([min(low, point - half), max(high, point + half)]), name
 
 
 def test_intervals_over_equal_groups_are_students() -> None:
@@ -126,6 +138,33 @@ def test_intervals_over_speakers_hold_for_other_speakers() -> None:
     over_speakers, over_rows = covered / 300
     assert 0.92 < over_speakers < 0.98
     assert over_rows < 0.75
+
+
+def test_two_speakers_that_are_alike_by_chance_do_not_make_a_score_sure() -> None:
+    pred = np.tile([0] * 5 + [1] * 5, 2)
+    got = compute_metrics([0] * 20, pred, LABELS, groups={"speaker": ["ann"] * 10 + ["bob"] * 10})
+    assert got["intervals_by"]["speaker"]["accuracy"] == got["intervals"]["accuracy_wilson"]
+
+
+@pytest.mark.parametrize("sizes", [[40] * 6 + [2] * 30, [120, 12, 12, 12, 12, 12]], ids=["many small", "one large"])
+def test_few_large_groups_count_as_few(sizes: list[int]) -> None:
+    """With the degrees of freedom of all groups they would cover 0.91 and 0.90."""
+    rng = np.random.default_rng(0)
+    names = np.repeat([str(k) for k in range(len(sizes))], sizes)
+    covered = 0
+    for _ in range(300):
+        share = 1 / (1 + np.exp(-rng.normal(0, 0.6, len(sizes))))
+        hits = rng.random(len(names)) < np.repeat(share, sizes)
+        (by,) = grouped_intervals(np.zeros(len(names), int), [1 - hits], 2, {"speaker": names}).values()
+        covered += by["accuracy"][0] <= 0.5 <= by["accuracy"][1]
+    assert covered / 300 > 0.93
+
+
+def test_scores_that_do_not_vary_have_no_bootstrap_interval() -> None:
+    true = np.arange(21) % 3
+    got = compute_metrics(true, true, LABELS, groups={"speaker": ["ann", "bob", "eve"] * 7})
+    assert got["intervals"].keys() == {"accuracy_wilson"}
+    assert got["intervals_by"]["speaker"] == {"groups": 3, "accuracy": got["intervals"]["accuracy_wilson"]}
 
 
 def test_groups_of_which_there_are_none_or_one() -> None:

@@ -249,6 +249,35 @@ def test_split_column(dev: str) -> None:
         assert not {rows[i].dialogue for i in part.train} & {rows[i].dialogue for i in part.test}
 
 
+def test_inner_folds_of_a_split_by_speaker_leave_speakers_out() -> None:
+    rows = corpus()
+    for i, row in enumerate(rows):
+        row.split = "train" if i < 63 else "test"  # of speakers s0 to s6, and of others
+    (fold,) = make_folds(ProtocolSettings(), rows, seed=0)
+
+    def shared(column: str) -> list[int]:
+        inner = inner_folds(rows, fold.train, ProtocolSettings(), 3, 1, seed=0)
+        assert sorted(int(i) for part in inner for i in part.test) == sorted(fold.train.tolist())
+        sides = [[{getattr(rows[i], column) for i in side} for side in (part.train, part.test)] for part in inner]
+        return [len(known & held) for known, held in sides]
+
+    assert shared("speaker") == [0, 0, 0]
+    rows[80].speaker = "s0"
+    assert shared("dialogue") == [0, 0, 0], "a speaker on both sides"
+    assert any(shared("speaker"))
+    rows[80].speaker, rows[3].speaker = "s9", None
+    assert shared("dialogue") == [0, 0, 0], "a row without a speaker"
+    rows[3].speaker = "s0"
+    for i in range(63):
+        rows[i].speaker = f"s{i // 32}"
+    assert shared("dialogue") == [0, 0, 0], "two speakers, too few for three inner folds"
+    for i in range(63):
+        rows[i].speaker, rows[i].label = f"s{i // 9}", f"of s{i // 9}"
+    for row in rows:
+        row.dialogue = None
+    assert any(shared("speaker")), "no speaker can be left out where each has a class of their own"
+
+
 def test_the_paper_protocol_says_that_it_leaks() -> None:
     assert LEAKS in ProtocolSettings(name="paper-kfold10").title
     assert "leaks" not in ProtocolSettings(name="group-kfold").title

@@ -408,6 +408,13 @@ def test_protocols_run_to_their_end(
     assert ("leaks" in capsys.readouterr().err) == leaks
 
 
+def test_folds_of_one_row_have_no_mean_of_their_scores(tmp_path: Path) -> None:
+    recipe = make_recipe(protocol={"name": "leave-one-out", "final_fit": False}, train={"epochs": 1})
+    metrics = train(recipe, prepared_corpus(tmp_path / "data", rows=9), tmp_path / "run")
+    assert len(metrics["folds"]) == metrics["n"] == 9
+    assert "over_folds" not in metrics
+
+
 def test_epochs_come_from_inner_folds_and_the_final_fit_takes_all_rows(corpus: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         protocol={"name": "stratified-kfold", "folds": 2},
