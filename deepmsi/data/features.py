@@ -108,7 +108,7 @@ def audio_stage(media: Stage, rows: Sequence[Row], folder: Path, options: Prepar
     for i, (_, _, length) in slots.items():
         if (seconds := length / options.sample_rate) > heard:
             reason = f"{rows[i].id}: the audio encoder hears the first {heard:g} s of {seconds:.2f} s of sound"
-            stage.outcomes[i].failures.append(("part of audio", reason))
+            stage.outcomes[i].failures.append(("part of audio features", reason))
     return stage
 
 

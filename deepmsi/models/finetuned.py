@@ -31,6 +31,7 @@ class EncoderNotes:
             started from had seen.
         reads: settings of the modality's section that extraction must repeat: pooling, max_length, context;
             or max_seconds.
+        chose: those of `seen` that its epoch was chosen on and that trained nothing.
     """
 
     modality: str
@@ -38,6 +39,7 @@ class EncoderNotes:
     protocol: str
     seen: Sequence[str]
     reads: dict[str, Any]
+    chose: Sequence[str] = ()
 
 
 def write_notes(folder: Path, notes: EncoderNotes) -> None:

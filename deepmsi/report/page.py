@@ -69,6 +69,7 @@ def build_context(facts: RunFacts) -> dict[str, Any]:
         "context": context_of(facts.metrics or facts.made),
         "chance": _chance(facts.metrics),
         "rare": rare_of(facts.metrics or {}),
+        "grouped": grouped_of(facts.metrics or {}),
         "leaks": leak_of(facts.metrics or facts.made),
         "complete": (facts.metrics or {}).get("complete", True),
         "folds": _folds(facts.metrics),

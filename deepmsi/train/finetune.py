@@ -61,12 +61,12 @@ def finetune(
     plain = recipe.model_dump(mode="json", exclude_unset=True)
     alone = validated(Recipe, {**plain, "drop": [name for name in MODALITIES if name != modality]}, "finetune")
 
-    def keep(model: DeepMSI, folder: Path, fold: str, seen: Sequence[str]) -> None:
+    def keep(model: DeepMSI, folder: Path, fold: str, seen: Sequence[str], chose: Sequence[str]) -> None:
         reads = {key: getattr(section, key) for key in _READS[modality]}
         remove_staged(folder / ENCODER)
         with staged(folder / ENCODER) as part:
             processor = getattr(model, f"{modality}_processor")
             save_encoder(getattr(model, f"{modality}_encoder"), processor, part, weights=True)
-            write_notes(part, EncoderNotes(modality, fold, recipe.protocol.title, seen, reads))
+            write_notes(part, EncoderNotes(modality, fold, recipe.protocol.title, seen, reads, chose))
 
     return train(alone, data, out, resume, folds, auto_batch=auto_batch, plan=recipe, on_fold=keep)

@@ -64,14 +64,14 @@ def grouped_intervals(
         true: [n] class ids.
         predicted: one array [n] for intervals of its scores, two for those of the differences, second less first.
         k: how many classes there are.
-        groups: by what rows are grouped, such as "speaker": the group of each row; one without a name is a group of
-            its own.
+        groups: by what rows are grouped, such as "speaker": the group of each row, "" where it has none.
         over_rows: the interval of each score over rows. Groups that are alike by chance, as two are often, make none
             narrower: it reaches as far as this one at least.
 
     Returns:
-        For each grouping `groups`, how many there are, and where these are two or more the interval of each score that
-        varies. Groupings of which no row is told anything, or in which each row is a group, are left out.
+        For each grouping `groups`, how many there are, `unnamed`, the rows that are of none, and, where there are two
+        groups or more and each row is of one, the interval of each score that varies. Groupings of which no row is
+        told anything, or in which each row is a group, are left out.
     """
     from scipy.stats import t as student
 
@@ -81,12 +81,13 @@ def grouped_intervals(
         names = list(of_rows)
         if not any(names):
             continue
-        _, ids = np.unique([f"g{name}" if name else f"r{row}" for row, name in enumerate(names)], return_inverse=True)
-        count = int(ids.max()) + 1
+        named, ids = np.unique(np.array(names, dtype=object), return_inverse=True)
+        unnamed = names.count("")
+        count = len(named) - (unnamed > 0)
         if count == len(names):
             continue
-        found[grouping] = {"groups": count}
-        if count == 1:
+        found[grouping] = {"groups": count, "unnamed": unnamed}
+        if count == 1 or unnamed:
             continue
         parts = [_tallies(ids, true, pred, np.ones_like(true), count, k) for pred in predicted]
         whole = [_scores(*(tally.sum(0, keepdims=True) for tally in part)) for part in parts]

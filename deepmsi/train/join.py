@@ -194,25 +194,28 @@ def _join_repeats(
         list(chain(*truth)), list(chain(*predicted)), names, probabilities=np.concatenate(told), resamples=0
     )
     pooled.update({name: float(np.mean([one[name] for one in each])) for name in SUMMARY})
-    pooled["n"] = each[0]["n"]
+    pooled["n"] = max(one["n"] for one in each)
     pooled["repeats"] = len(each)
     pooled["intervals"] = _mean_ends([one["intervals"] for one in each])
-    by = [one["intervals_by"] for one in each]
-    pooled["intervals_by"] = {
-        name: _mean_ends([found[name] for found in by])
-        for name in by[0]
-        if all(name in found for found in by)  # a repeat may have folds still to run
-    }
     hits = round(pooled["accuracy"] * pooled["n"])
-    pooled["intervals"]["accuracy_wilson"] = list(wilson_interval(hits, pooled["n"]))
+    wilson = list(wilson_interval(hits, pooled["n"]))
+    pooled["intervals"]["accuracy_wilson"] = wilson
+    whole = [one["intervals_by"] for one in each if one["n"] == pooled["n"]]  # others have folds still to run
+    pooled["intervals_by"] = {}
+    for name in whole[0]:
+        pooled["intervals_by"][name] = found = _mean_ends([one[name] for one in whole])
+        if "accuracy" in found:
+            found["accuracy"] = [min(found["accuracy"][0], wilson[0]), max(found["accuracy"][1], wilson[1])]
     return pooled
 
 
 def _mean_ends(intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of both ends of each interval that all have, and of groups the first's number."""
-    common = [name for name in intervals[0] if all(name in one for one in intervals)]
-    named = {name: np.mean([one[name] for one in intervals], axis=0).tolist() for name in common}
-    return named | {name: count for name, count in intervals[0].items() if name == "groups"}
+    """The mean of both ends of each interval that all have; counts, which are the same in all, as they are."""
+    return {
+        name: value if isinstance(value, int) else np.mean([one[name] for one in intervals], axis=0).tolist()
+        for name, value in intervals[0].items()
+        if all(name in one for one in intervals)
+    }
 
 
 def _read_fold(folder: Path, ids: Sequence[str], labels: int, content: str | None) -> _Scored:

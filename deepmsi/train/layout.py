@@ -217,6 +217,20 @@ def check_encoders(
                 )
 
 
+def learned_by_encoders(recipe: Recipe, encoders: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The ids of the rows that trained an encoder of the features, with these notes, or one that the model starts with.
+
+    Rows that only chose the epoch of one are not among them.
+    """
+    learned: set[str] = set()
+    for own in starting_notes(recipe).values():
+        learned |= set(own.seen) - set(own.chose)
+    for name, notes in encoders.items():
+        if getattr(recipe, name).encoder == "features" and name in recipe.modalities:
+            learned |= set(notes["seen"]) - set(notes.get("chose", ()))
+    return learned
+
+
 def starting_notes(recipe: Recipe) -> dict[str, EncoderNotes]:
     """The notes of those encoders of the model that `deepmsi finetune` made, by modality."""
     names = {name: getattr(recipe, name).encoder for name in ("text", "audio")}

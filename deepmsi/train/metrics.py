@@ -55,9 +55,10 @@ class Spread(_Shape):
 
 
 class Grouped(_Shape):
-    """One grouping of `intervals_by`: the scores are there where there are two groups or more."""
+    """One grouping of `intervals_by`: scores are there where there are two groups or more and each row is of one."""
 
     groups: int
+    unnamed: int = 0
     accuracy: Interval | None = None
     uar: Interval | None = None
     weighted_f1: Interval | None = None
@@ -231,7 +232,7 @@ def compare_predictions(
     true = _as_ids([left[key][0] for key in common], names)
     pred_a = _as_ids([left[key][1] for key in common], names)
     pred_b = _as_ids([right[key][1] for key in common], names)
-    groups = groups_of(common, read_groups(a) or read_groups(b))
+    groups = groups_of(common, read_groups(a), read_groups(b))
     only_a = int(((pred_a == true) & (pred_b != true)).sum())
     only_b = int(((pred_b == true) & (pred_a != true)).sum())
     score_a, score_b = (point_scores(true, p, len(names)) for p in (pred_a, pred_b))

@@ -197,7 +197,8 @@ def inner_folds(
     """Split a training part again, to choose the number of epochs inside it.
 
     Rows that the protocol keeps together stay together, those that are never held out among them; of the column `split`
-    speakers do where its parts share none, or else dialogues. Otherwise the split is stratified by label.
+    speakers do where its parts share none and no dialogue has several, or else dialogues. Otherwise the split is
+    stratified by label.
 
     Args:
         rows: all rows.
@@ -213,9 +214,13 @@ def inner_folds(
     candidates = train
     if settings.held_out:
         candidates = np.array([i for i in train if _has(rows[i], settings.held_out)], dtype=np.int64)
+    found: list[list[Fold]] = []
     for column in _inner_columns(settings, rows, train, candidates, folds):
-        if result := _inner_by(column, rows, train, candidates, folds, repeats, seed):
-            return result
+        found.append(_inner_by(column, rows, train, candidates, folds, repeats, seed))
+        if len(found[-1]) == folds * repeats:
+            return found[-1]
+    if result := max(found, key=len):
+        return result
     raise UserError(
         f"The training part of {len(train)} rows cannot be split into {folds} inner folds that keep "
         "every class: set train.selection=last and a number of epochs."
@@ -518,9 +523,12 @@ def _inner_columns(
     }.get(settings.name)
     columns = [column if column is not None and len(told(column, candidates)) > 1 else None]
     if settings.name == "split-column":
-        # Where the reported speakers are other ones, what is good for speakers that the model knows is not asked.
-        others = {rows[i].speaker for i in np.setdiff1d(np.arange(len(rows)), train)}
-        if len(told("speaker", candidates)) >= folds and others.isdisjoint(rows[i].speaker for i in train):
+        # Where the reported speakers are other ones, what is good for speakers that the model knows is not asked. A
+        # dialogue of several speakers would lie on both sides, and with it what its rows have in common.
+        own, others = ({rows[i].speaker for i in part} for part in (train, np.setdiff1d(np.arange(len(rows)), train)))
+        pairs = {(rows[i].dialogue, rows[i].speaker) for i in train if rows[i].dialogue}
+        nested = len(pairs) == len({dialogue for dialogue, _ in pairs})
+        if nested and None not in own | others and own.isdisjoint(others) and len(told("speaker", candidates)) >= folds:
             columns.insert(0, "speaker")
     return columns
 

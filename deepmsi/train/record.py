@@ -130,14 +130,24 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
     """
     file = (path if path.is_dir() else path.parent) / GROUPS
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            return {row["id"]: {name: row[name] or "" for name in GROUPINGS} for row in csv.DictReader(stream)}
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if missing := {"id", *GROUPINGS} - set(reader.fieldnames or ()):
+                raise ValueError(f"it lacks the column {min(missing)!r}")
+            return {row["id"]: {name: row[name] or "" for name in GROUPINGS} for row in reader}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file} cannot be read ({error}): delete it, and intervals are over rows alone.") from None
 
 
-def groups_of(ids: Sequence[str], told: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    """Arrange what `read_groups` read by the rows: {"speaker": [...], "dialogue": [...]}, "" where nothing is told."""
-    return {name: [told.get(row_id, {}).get(name, "") for row_id in ids] for name in GROUPINGS}
+def groups_of(ids: Sequence[str], *told: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """Arrange what `read_groups` read by the rows: {"speaker": [...], "dialogue": [...]}, "" where nothing is told.
+
+    Of several tables the first one counts that tells of a row.
+    """
+
+    def cell(row_id: str, name: str) -> str:
+        return next((found for table in told if (found := table.get(row_id, {}).get(name))), "")
+
+    return {name: [cell(row_id, name) for row_id in ids] for name in GROUPINGS}

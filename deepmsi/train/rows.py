@@ -36,6 +36,7 @@ _COSTS: dict[str, set[str]] = {
     "audio": {"audio"},
     "part of video": set(),
     "part of audio": set(),
+    "part of audio features": set(),
 }
 
 
@@ -203,7 +204,7 @@ def select_rows(
         losses.setdefault(failure["id"], []).append(failure)
     read = [name for name in config.modalities if name not in hidden]
     indices, labels, poorer, partial = [], [], [], []
-    parts = {f"part of {name}" for name in read}
+    parts = {f"part of {name}" for name in (*read, *in_words(config, read))}
     wanted = None if split is None else part_or_name(split)
     if split is not None and all(part_or_name(row.split) != wanted for row in rows):
         held = ", ".join(sorted({row.split or "none" for row in rows}))

@@ -9,11 +9,13 @@ RUN/
   history.jsonl       one event a line: step, epoch, split, values;  logs/  the same for TensorBoard
   checkpoints/        of the kept model's fit;  model/  the kept model (`DeepMSI.from_pretrained`)
   best.safetensors    of the epoch that scored best, until its fit is scored;  checkpoints-damaged/  what no resume read
+  inner.json          what the inner parts are that chose the epochs
   folds/NAME/         the same per fold, with fold.json when it is done
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import shlex
@@ -30,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepmsi._version import __version__
-from deepmsi.data.files import TEMPORARY, claimed, leaving_no_empty, sweep
+from deepmsi.data.files import TEMPORARY, claimed, digest, leaving_no_empty, sweep
 from deepmsi.data.prepare import encoder_notes
 from deepmsi.data.store import PreparedRow
 from deepmsi.errors import UserError
@@ -55,6 +57,7 @@ from deepmsi.train.layout import (
     fit_to_data,
     inner_parts,
     lay_out,
+    learned_by_encoders,
     starting_notes,
     with_batch_of,
 )
@@ -83,6 +86,12 @@ if TYPE_CHECKING:
     from deepmsi.models.memory import StepMemory
     from deepmsi.train.trainer import FitResult
 
+OnFold = Callable[["DeepMSI", Path, str, Sequence[str], Sequence[str]], None]
+
+INNER = "inner.json"
+_FEW = 0.1
+"""Share of the rows that choose the epochs that may have trained an encoder without misleading the temperature."""
+
 
 def train(
     recipe: Recipe,
@@ -93,7 +102,7 @@ def train(
     *,
     auto_batch: bool = False,
     plan: Recipe | None = None,
-    on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None = None,
+    on_fold: OnFold | None = None,
 ) -> dict[str, Any]:
     """Train as a recipe says, and measure by its protocol.
 
@@ -112,8 +121,9 @@ def train(
         auto_batch: where the recipe's batch does not fit into the memory, take the largest that does and accumulate
             gradients to the same effective batch; a run that is continued keeps what it began with.
         plan: the recipe whose folds are taken, where this one reads fewer modalities and thus fewer rows.
-        on_fold: called in the first process with the model of each fold and of the final fit, its folder, its name
-            and the ids of the rows that trained it, chose its epoch or were seen by encoders that it starts from.
+        on_fold: called in the first process with the model of each fold and of the final fit, its folder, its name,
+            the ids of the rows that trained it, chose its epoch or were seen by encoders that it starts from, and of
+            these the ones that only chose.
 
     Returns:
         What `metrics.json` holds.
@@ -143,7 +153,7 @@ class _Run:
         folds: Sequence[str | int] | None,
         auto_batch: bool,
         plan: Recipe | None,
-        on_fold: Callable[[DeepMSI, Path, str, Sequence[str]], None] | None,
+        on_fold: OnFold | None,
     ) -> None:
         self.out, self.resume, self.on_fold = out, resume, on_fold
         self.trained: list[tuple[float, float]] = []
@@ -201,14 +211,7 @@ class _Run:
         self.memory = self._plan_memory(auto_batch and started is None)
         recipe = self.recipe
         self.seen_before = sorted({row_id for notes in starting_notes(recipe).values() for row_id in notes.seen})
-        # What an encoder learned from, that of the features or one that the model starts with.
-        self.taught = set(self.seen_before).union(
-            *(
-                self.data.encoders[name]["seen"]
-                for name in self.data.encoders
-                if getattr(recipe, name).encoder == "features" and name in recipe.modalities
-            )
-        )
+        self.taught = learned_by_encoders(recipe, self.data.encoders)
         self.facts = started or from_main(lambda: self._begin(data, resume or folds is not None, auto_batch))
         if auto_batch and started is None:  # another call may have begun the run since, with a batch of its own
             self.recipe = with_batch_of(recipe, load_recipe(out / RECIPE))
@@ -373,7 +376,8 @@ class _Run:
             if self.on_fold is not None:
                 parts = self._ids(fold)
                 chosen_on = parts["dev"] if dev_chooses(self.recipe, fold.dev) else []
-                self.on_fold(model, folder, fold.name, self._seen([*parts["train"], *chosen_on]))
+                seen = self._seen([*parts["train"], *chosen_on])
+                self.on_fold(model, folder, fold.name, seen, sorted(set(chosen_on) - self.taught))
             names = self.selection.names
             rows = prediction_rows([self.rows[i].id for i in fold.test], self._classes(fold.test), logits, names)
             write_predictions(folder / PREDICTIONS, rows, names)
@@ -422,7 +426,7 @@ class _Run:
         }
         if self.main:
             if self.on_fold is not None:
-                self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]))
+                self.on_fold(model, self.out, "all rows", self._seen([row.id for row in self.rows]), [])
             write_json(self.out / RUN, self._facts_now() | {"final_fit": facts})
         _save_model(model, self.out / "model")  # last: with it there, a resumed call takes this fit for done
 
@@ -442,12 +446,16 @@ class _Run:
         """
         settings = self.recipe.train
         parts = inner_parts(self.recipe, self.rows, train, dev)
+        self._forget_other_parts(name, folder, parts)
         choosing = [part.test for part in parts] or ([dev] if dev is not None and dev_chooses(self.recipe, dev) else [])
-        known = sum(self.rows[i].id in self.taught for i in {int(i) for part in choosing for i in part})
+        chosen_by = [self.rows[i].id for i in np.unique(np.concatenate(choosing))] if choosing else []
+        known = sum(row_id in self.taught for row_id in chosen_by)
+        misled = known > _FEW * len(chosen_by)
         if known:
             note(
-                f"{name}: {known} of the rows that choose its number of epochs trained an encoder, which tells them "
-                "better than new rows: the number may be off, and the logits stay as they are. Give a dev part that "
+                f"{name}: {known} of the {len(chosen_by)} rows that choose its number of epochs trained an encoder, "
+                "which tells them better than new rows: the number may be off"
+                f"{', and the logits stay as they are' if misled and settings.calibrate else ''}. Give a dev part that "
                 "trained no encoder, or set train.selection=last and a number of epochs."
             )
         curves: list[list[Point]]
@@ -467,13 +475,28 @@ class _Run:
         if known:
             epochs_from += f", {known} of whose rows trained an encoder"
         temperature = None
-        if settings.calibrate and any(curves) and not known:
+        if settings.calibrate and any(curves) and not misled:
             temperature = temperature_at(curves, sizes, result.kept_epoch)
             if temperature is None:
                 note(f"{name}: an older deepmsi scored its epochs, so that its logits stay as they are.")
             else:
                 apply_temperature(model, temperature)
         return model, result, epochs_from, temperature
+
+    def _forget_other_parts(self, name: str, folder: Path, parts: Sequence[Fold]) -> None:
+        """Begin a fit anew that was begun with other inner parts, as another version of deepmsi may have made them."""
+        made = {
+            "rows": digest([[[self.rows[i].id for i in side] for side in (part.train, part.test)] for part in parts])
+        }
+        path, left = folder / INNER, [folder / "inner", folder / "checkpoints"]
+        if self.main and parts and _read(path) != made:
+            if any(each.is_dir() for each in left):
+                note(f"{name} was begun with other inner parts, and is begun anew.")
+            for each in left:
+                shutil.rmtree(each, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, made)
+        barrier()
 
     def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[Point]:
         """Scores by epoch on an inner part; a finished one is read back when a run resumes."""
@@ -623,6 +646,14 @@ def _save_model(model: DeepMSI, folder: Path) -> None:
         remove_staged(folder)
         model.save_pretrained(folder)
     barrier()
+
+
+def _read(path: Path) -> Any:
+    """A JSON file; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _now() -> str:

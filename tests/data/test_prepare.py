@@ -525,14 +525,14 @@ def test_features_of_frozen_encoders(clips, prepared, tmp_path, monkeypatch):
         assert (sound is None) == (wave is None)
         if wave is not None:
             assert sound[0] == pytest.approx(float(wave.sum()), abs=1e-2)
-    assert not [f for f in data.failures if f["modality"] == "part of audio"], "no sound here takes 20 s"
+    assert not [f for f in data.failures if f["modality"] == "part of audio features"], "no sound here takes 20 s"
     before = contents(tmp_path / "out")
     run(clips / "m.csv", tmp_path / "out", options)
     assert contents(tmp_path / "out") == before
     assert len(built) == 1, "the second run had nothing to encode"
     monkeypatch.setattr(encoders, "heard_seconds", lambda name: 0.5)
     cut = run(clips / "m.csv", tmp_path / "out", options)
-    reasons = {f["id"]: f["reason"] for f in cut.failures if f["modality"] == "part of audio"}
+    reasons = {f["id"]: f["reason"] for f in cut.failures if f["modality"] == "part of audio features"}
     long = {row.id: len(data.waveform(i)) / 16000 for i, row in enumerate(data.rows) if data.waveform(i) is not None}
     assert reasons.keys() == {row_id for row_id, seconds in long.items() if seconds > 0.5} != set()
     first = next(iter(reasons))

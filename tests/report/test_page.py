@@ -171,12 +171,14 @@ def test_classes_of_few_rows_and_a_kept_model_that_was_not_scored_are_told(make_
     made = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(made | {"final_fit": {"rows": 26, "epochs": 3}}))
     text = report(run).with_suffix(".md").read_text(encoding="utf-8")
-    per_class = json.loads((run / "metrics.json").read_text())["per_class"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    per_class = metrics["per_class"]
     rare = ", ".join(f"{name} {row['support']}" for name, row in per_class.items() if row["support"] < 10)
     assert rare
     assert f"Of some classes there are few rows ({rare})" in text.replace("\\", "")
     assert "- kept model: fitted on all 26 rows after the folds' models" in text
-    assert f"few rows     {rare}: intervals of UAR and F1" in render_metrics({"per_class": per_class})
+    assert f"few rows     {rare}: intervals of UAR and F1" in render_metrics(metrics)
+    assert "few rows" not in render_metrics(metrics | {"intervals": {"accuracy_wilson": [0.4, 0.9]}})
     share = per_class["joy"]["support"] / 26
     assert f"| joy | {share:.3f} | {per_class['joy']['mean_probability']:.3f} |" in text
 

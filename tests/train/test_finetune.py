@@ -143,7 +143,7 @@ def test_rows_that_trained_an_encoder_are_told_where_they_choose_the_epochs(
     fold = fold_of("seen", {"encoder": "features"}, features)
     assert fold["temperature"] is None
     assert fold["epochs_from"] == "an inner validation part, 7 of whose rows trained an encoder", "one has no text"
-    assert "7 of the rows that choose its number of epochs trained an encoder" in capsys.readouterr().err
+    assert "7 of the 8 rows that choose its number of epochs trained an encoder" in capsys.readouterr().err
     assert fold_of("start", {"encoder": str(tuned / "encoder")}, path)["temperature"] is None
     assert "trained an encoder" in capsys.readouterr().err
     for name, text, data, changes in (
@@ -153,6 +153,47 @@ def test_rows_that_trained_an_encoder_are_told_where_they_choose_the_epochs(
         fold = fold_of(name, text, data, **changes)
         assert (fold["temperature"] is None) == (name == "last")
         assert "trained an encoder" not in fold["epochs_from"] + capsys.readouterr().err
+
+
+def test_a_dev_part_that_only_chose_an_encoders_epoch_chooses_for_the_model_too(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, tuned, dev = manifest(tmp_path / "raw", splits=True), tmp_path / "tuned", [f"r{i:02d}" for i in range(12, 16)]
+    table = list(csv.DictReader(path.open(encoding="utf-8")))
+    for row in table:
+        row["split"] = "dev" if row["id"] in dev else row["split"]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    chosen = {"epochs": 1, "selection": "auto"}
+    finetune("text", recipe({"encoder": str(bert_folder)}, protocol="split-column", train=chosen), path, tuned)
+    notes = read_notes(str(tuned / "encoder"))
+    assert notes is not None
+    assert set(notes.chose) == set(dev) < set(notes.seen)
+    features = prepared(path, tmp_path / "features", tuned / "encoder")
+    settings = recipe({"encoder": "features"}, protocol="split-column", train=chosen)
+    (fold,) = train(settings, features, tmp_path / "run")["folds"]
+    assert fold["temperature"] is not None
+    assert fold["epochs_from"] == "the dev part"
+    assert "trained an encoder" not in capsys.readouterr().err
+
+
+def test_few_rows_that_trained_an_encoder_leave_the_temperature(
+    bert_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, tuned = manifest(tmp_path / "raw", splits=True), tmp_path / "tuned"
+    chosen = {"epochs": 1, "selection": "inner-folds", "inner_folds": 2}
+    finetune("text", recipe({"encoder": str(bert_folder)}, protocol="split-column", train=chosen), path, tuned)
+    start = recipe({"encoder": str(tuned / "encoder")}, protocol="split-column", train=chosen)
+    notes = json.loads((tuned / "encoder" / NOTES).read_text())
+    capsys.readouterr()
+    for count in (1, 2):
+        (tuned / "encoder" / NOTES).write_text(json.dumps({**notes, "seen": notes["seen"][:count]}))
+        (fold,) = train(start, path, tmp_path / f"run-{count}")["folds"]
+        said = capsys.readouterr().err
+        assert f"{count} of the 16 rows that choose its number of epochs trained an encoder" in said
+        assert (fold["temperature"] is None) == ("the logits stay as they are" in said) == (count == 2)
 
 
 def test_a_split_of_the_manifest_has_one_encoder(bert_folder: Path, tmp_path: Path) -> None:

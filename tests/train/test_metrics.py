@@ -1,6 +1,7 @@
 """Scores against scikit-learn, intervals against closed forms, and the paired comparison."""
 
 import csv
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -164,16 +165,20 @@ def test_scores_that_do_not_vary_have_no_bootstrap_interval() -> None:
     true = np.arange(21) % 3
     got = compute_metrics(true, true, LABELS, groups={"speaker": ["ann", "bob", "eve"] * 7})
     assert got["intervals"].keys() == {"accuracy_wilson"}
-    assert got["intervals_by"]["speaker"] == {"groups": 3, "accuracy": got["intervals"]["accuracy_wilson"]}
+    assert got["intervals_by"]["speaker"] == {
+        "groups": 3,
+        "unnamed": 0,
+        "accuracy": got["intervals"]["accuracy_wilson"],
+    }
 
 
 def test_groups_of_which_there_are_none_or_one() -> None:
     true, pred = _random_predictions(4, 4, n=6)
-    rows = {"speaker": ["ann"] * 6, "dialogue": [str(k) for k in range(6)], "scene": ["a", "a", "", "", "", "a"]}
+    rows = {"speaker": ["ann"] * 6, "dialogue": [str(k) for k in range(6)], "scene": ["a", "a", "", "b", "", "a"]}
     got = compute_metrics(true, pred, LABELS, groups=rows)["intervals_by"]
-    assert got["speaker"] == {"groups": 1}
+    assert got["speaker"] == {"groups": 1, "unnamed": 0}
     assert got.keys() == {"speaker", "scene"}, "each row a dialogue: an interval over rows tells it"
-    assert got["scene"]["groups"] == 4, "rows without a name are no group together"
+    assert got["scene"] == {"groups": 2, "unnamed": 2}, "rows of no scene are neither a scene together nor one each"
 
 
 def test_the_memory_of_the_intervals_grows_with_the_rows_and_not_with_the_square_of_the_classes(tmp_path: Path) -> None:
@@ -260,6 +265,16 @@ def test_a_comparison_over_groups_pairs_them(tmp_path: Path) -> None:
     low, high = got["intervals_by"]["dialogue"]["accuracy"]
     assert 0 < low < got["accuracy"]["difference"] < high < 0.1
     assert got["intervals_by"]["dialogue"]["groups"] == 12
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(b, other / "b.csv")
+    (other / "groups.csv").write_text("\ufeffid,speaker,dialogue\n" + "".join(f"{key},,\n" for key, *_ in rows))
+    assert compare_predictions(a, other / "b.csv") == got, "what either tells counts"
+    back = compare_predictions(other / "b.csv", a)["intervals_by"]["dialogue"]
+    assert back["accuracy"] == pytest.approx([-high, -low])
+    (other / "groups.csv").write_text("id;speaker;dialogue\n")
+    with pytest.raises(UserError, match="it lacks the column 'dialogue'"):
+        compare_predictions(a, other / "b.csv")
     (tmp_path / "groups.csv").write_bytes(b"id,speaker,dialogue\n\xff,a,b\n")
     with pytest.raises(UserError, match="delete it, and intervals are over rows alone"):
         compare_predictions(a, b)

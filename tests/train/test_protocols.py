@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,33 +250,77 @@ def test_split_column(dev: str) -> None:
         assert not {rows[i].dialogue for i in part.train} & {rows[i].dialogue for i in part.test}
 
 
-def test_inner_folds_of_a_split_by_speaker_leave_speakers_out() -> None:
+def _split_by_speaker() -> list[Row]:
+    """A train part of the speakers s0 to s6, a test part of others, dialogues of one speaker each."""
     rows = corpus()
     for i, row in enumerate(rows):
-        row.split = "train" if i < 63 else "test"  # of speakers s0 to s6, and of others
-    (fold,) = make_folds(ProtocolSettings(), rows, seed=0)
+        row.split, row.dialogue = "train" if i < 63 else "test", f"d{i // 3}"
+    return rows
 
-    def shared(column: str) -> list[int]:
-        inner = inner_folds(rows, fold.train, ProtocolSettings(), 3, 1, seed=0)
-        assert sorted(int(i) for part in inner for i in part.test) == sorted(fold.train.tolist())
-        sides = [[{getattr(rows[i], column) for i in side} for side in (part.train, part.test)] for part in inner]
-        return [len(known & held) for known, held in sides]
 
-    assert shared("speaker") == [0, 0, 0]
+def _mixed_dialogues(rows: list[Row]) -> None:
+    rows[3].dialogue = "d4"  # of another speaker
+
+
+def _a_speaker_on_both_sides(rows: list[Row]) -> None:
     rows[80].speaker = "s0"
-    assert shared("dialogue") == [0, 0, 0], "a speaker on both sides"
-    assert any(shared("speaker"))
-    rows[80].speaker, rows[3].speaker = "s9", None
-    assert shared("dialogue") == [0, 0, 0], "a row without a speaker"
-    rows[3].speaker = "s0"
+
+
+def _a_row_without_a_speaker(rows: list[Row]) -> None:
+    rows[3].speaker = None
+
+
+def _reported_rows_without_speakers(rows: list[Row]) -> None:
+    for row in rows[63:]:
+        row.speaker = None
+
+
+def _two_speakers(rows: list[Row]) -> None:
     for i in range(63):
-        rows[i].speaker = f"s{i // 32}"
-    assert shared("dialogue") == [0, 0, 0], "two speakers, too few for three inner folds"
+        rows[i].speaker = f"s{i // 33}"
+
+
+def _a_class_of_one_speaker(rows: list[Row]) -> None:
     for i in range(63):
-        rows[i].speaker, rows[i].label = f"s{i // 9}", f"of s{i // 9}"
-    for row in rows:
-        row.dialogue = None
-    assert any(shared("speaker")), "no speaker can be left out where each has a class of their own"
+        rows[i].label = "fear" if i < 9 else LABELS[i % 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        (lambda rows: None, "speaker"),
+        (_mixed_dialogues, "dialogue"),
+        (_a_speaker_on_both_sides, "dialogue"),
+        (_a_row_without_a_speaker, "dialogue"),
+        (_reported_rows_without_speakers, "dialogue"),
+        (_two_speakers, "dialogue"),
+        (_a_class_of_one_speaker, "dialogue"),
+    ],
+)
+def test_inner_folds_of_a_split_by_speaker_leave_speakers_out(change: Any, column: str) -> None:
+    rows = _split_by_speaker()
+    change(rows)
+    (fold,) = make_folds(ProtocolSettings(), rows, seed=0)
+    inner = inner_folds(rows, fold.train, ProtocolSettings(), 3, 1, seed=0)
+    assert sorted(int(i) for part in inner for i in part.test) == sorted(fold.train.tolist())
+
+    def shared(column: str) -> int:
+        sides = [[{getattr(rows[i], column) for i in side} for side in (part.train, part.test)] for part in inner]
+        return sum(len(known & held) for known, held in sides)
+
+    assert shared(column) == 0
+    assert column == "speaker" or shared("speaker")
+
+
+def test_inner_folds_that_lose_a_part_are_the_last_resort() -> None:
+    rows = _split_by_speaker()
+    for i, row in enumerate(rows):
+        row.dialogue, row.label = None, "fear" if i < 3 else LABELS[i % 2]
+    (fold,) = make_folds(ProtocolSettings(), rows, seed=0)
+    inner = inner_folds(rows, fold.train, ProtocolSettings(), 3, 1, seed=0)
+    assert len(inner) == 3, "by label: the speaker of all that is fear would be in no part"
+    rows[0].label, rows[1].label, rows[2].label = "fear", "joy", "joy"
+    assert len(inner_folds(rows, fold.train, ProtocolSettings(), 3, 1, seed=0)) == 2
 
 
 def test_the_paper_protocol_says_that_it_leaks() -> None:

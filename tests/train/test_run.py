@@ -44,6 +44,7 @@ from deepmsi.train.optimizer import parameter_groups, pretrained_parts, stepping
 from deepmsi.train.predict import predict_rows
 from deepmsi.train.recipe import AugmentSettings, load_recipe
 from deepmsi.train.record import read_predictions
+from deepmsi.train.rows import select_rows
 from deepmsi.train.run import _save_model, train
 
 VIDEO: dict[str, Any] = {
@@ -399,6 +400,8 @@ def test_protocols_run_to_their_end(
     assert len(set(ids)) == 36
     assert len(ids) == 36 * protocol.get("repeats", 1)
     by = metrics["intervals_by"]
+    wilson = metrics["intervals"]["accuracy_wilson"]
+    assert all(found["accuracy"][0] <= wilson[0] and wilson[1] <= found["accuracy"][1] for found in by.values())
     assert {grouping: found["groups"] for grouping, found in by.items()} == {"speaker": 4, "dialogue": 6}
     assert all(by["speaker"][name][0] <= metrics[name] <= by["speaker"][name][1] for name in metrics["over_folds"])
     assert (tmp_path / "run" / "model").is_dir() == recipe.protocol.final_fit
@@ -406,6 +409,33 @@ def test_protocols_run_to_their_end(
     assert metrics["leaks"] == leaks
     assert ("leaks" in metrics["protocol"]) == leaks
     assert ("leaks" in capsys.readouterr().err) == leaks
+
+
+def test_inner_fits_of_other_parts_do_not_choose(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run has them that another version began, which parted the rows otherwise."""
+    settings = {"selection": "inner-folds", "inner_folds": 2, "epochs": 2}
+    recipe = make_recipe(protocol={"name": "group-kfold", "folds": 2, "final_fit": False}, train=settings)
+    run, told = tmp_path / "run", "01 was begun with other inner parts, and is begun anew.\n"
+    before = train(recipe, corpus, run)
+    fold = run / "folds" / "01"
+
+    def resumed() -> list[str]:
+        (fold / "fold.json").unlink()
+        wrong = [path for path in fold.glob("inner/*/history.jsonl") if path.write_text("damaged")]
+        after = train(recipe, corpus, run, resume=True)
+        assert len(wrong) == 2
+        assert {**after, "folds": 0} == {**before, "folds": 0}
+        return [json.loads(path.read_text()) for path in fold.glob("inner/*/done.json")]
+
+    assert told not in capsys.readouterr().err
+    for damaged in ('{"rows": "of another version"}', None):
+        (fold / "inner.json").unlink() if damaged is None else (fold / "inner.json").write_text(damaged)
+        assert resumed() == [{"epochs": 2}, {"epochs": 2}]
+        assert told in capsys.readouterr().err
+    with pytest.raises(json.JSONDecodeError):  # what is of these parts is read, not fitted again
+        resumed()
 
 
 def test_folds_of_one_row_have_no_mean_of_their_scores(tmp_path: Path) -> None:
@@ -1028,6 +1058,20 @@ def test_texts_without_features_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert "that is not read" not in capsys.readouterr().err, "of rows 3, 7 and 11 none"
     evaluate(run, data, drop=["text"])
     assert "that is not read" not in capsys.readouterr().err
+
+
+def test_what_a_feature_encoder_does_not_hear_is_told_to_a_model_of_its_features(tmp_path: Path) -> None:
+    rows = prepared_corpus(tmp_path / "data", rows=6)
+    data = PreparedData.open(rows)
+    reason = "r001: the audio encoder hears the first 20 s of 25.00 s of sound"
+    failures = [{"id": "r001", "modality": "part of audio features", "reason": reason}]
+
+    def told(encoder: str) -> list[str]:
+        config = make_recipe(audio={"encoder": encoder})
+        return select_rows(data.rows, config, None, (), failures=failures).partial
+
+    assert told("features") == [reason]
+    assert told("logmel") == []
 
 
 def test_sounds_that_are_cut_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
