@@ -298,8 +298,8 @@ class Comparison:
             **extra: Facts of the case, such as sizes.
         """
         rounds = 1 if self.smallest else rounds
-        if os.environ.get("DEEPMSI_BENCH_MKL") == "intel":  # see mkl.py
-            extra["case"] += ", MKL as on Intel"
+        if name := os.environ.get("DEEPMSI_BENCH_NAME"):  # of a record beside others, as mkl.py makes or another CPU
+            extra["case"] += f", {name}"
         sides = {**baselines, "ours": ours}
         info = self.benchmark.extra_info
         first = {name: self._time(function) for name, function in sides.items()} | self.first

@@ -27,7 +27,7 @@ def main(command: list[str]) -> int:
         compiler = os.environ.get("CC", sysconfig.get_config_var("CC") or "cc").split()
         subprocess.run([*compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
         loaded = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-        environment = os.environ | {"LD_PRELOAD": loaded, "DEEPMSI_BENCH_MKL": "intel"}
+        environment = os.environ | {"LD_PRELOAD": loaded, "DEEPMSI_BENCH_NAME": "MKL as on Intel"}
         return subprocess.run(command, env=environment, check=False).returncode
 
 
