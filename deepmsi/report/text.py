@@ -48,8 +48,9 @@ def rare_of(metrics: Mapping[str, Any]) -> str:
     """
     if not any(interval_of(metrics, name) for name in NAMES if name != "accuracy"):
         return ""
-    per_class = metrics.get("per_class") or {}
-    return ", ".join(f"{label} {row['support']}" for label, row in per_class.items() if 0 < row["support"] < 10)
+    repeats = metrics.get("repeats") or 1  # what is counted is counted over all of them
+    rows = {label: row["support"] // repeats for label, row in (metrics.get("per_class") or {}).items()}
+    return ", ".join(f"{label} {count}" for label, count in rows.items() if 0 < count < 10)
 
 
 def leak_of(metrics: Mapping[str, Any]) -> str | None:

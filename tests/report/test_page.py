@@ -178,6 +178,8 @@ def test_classes_of_few_rows_and_a_kept_model_that_was_not_scored_are_told(make_
     assert f"Of some classes there are few rows ({rare})" in text.replace("\\", "")
     assert "- kept model: fitted on all 26 rows after the folds' models" in text
     assert f"few rows     {rare}: intervals of UAR and F1" in render_metrics(metrics)
+    thrice = {name: row | {"support": 3 * row["support"]} for name, row in per_class.items()}
+    assert f"few rows     {rare}: " in render_metrics(metrics | {"repeats": 3, "per_class": thrice})
     assert "few rows" not in render_metrics(metrics | {"intervals": {"accuracy_wilson": [0.4, 0.9]}})
     share = per_class["joy"]["support"] / 26
     assert f"| joy | {share:.3f} | {per_class['joy']['mean_probability']:.3f} |" in text
