@@ -83,6 +83,7 @@ class Scores(_Shape):
     modalities: list[str] = []
     split: str | None = None
     rows_seen_in_training: int = 0
+    repeats: int | None = None
     log_loss: float | None = None
     brier: float | None = None
     ece: float | None = None

@@ -240,6 +240,8 @@ def test_a_missing_part_is_named_and_the_rest_reported(make_run, part: str, dama
         {"per_class": {"joy": {}}},
         {"intervals": {"accuracy": [0.1]}},
         {"over_folds": {"accuracy": {"mean": None}}},
+        {"repeats": "three"},
+        {"intervals_by": {"speaker": {"groups": 3, "accuracy": [0.1]}}},
         {"context": "none"},
         {"labels": 3},
     ],
