@@ -213,7 +213,7 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     done = torchrun(script, *words)
     left = [Path(f"{script}-threads-{rank}.txt").read_text() for rank in (0, 1)]
     assert all("python" in names and "gloo" not in names for names in left), left
-    assert done.stdout.count("accuracy") == 1
+    assert done.stdout.count("\naccuracy ") == 1
     assert done.stderr.count("Protocol: ") == 1
     facts = json.loads((run / "run.json").read_text())
     assert facts["processes"] == 2
