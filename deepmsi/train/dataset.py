@@ -103,7 +103,7 @@ def context_read(rows: Sequence[PreparedRow], config: ModelSections) -> int:
 def unread(
     data: PreparedData, indices: NDArray[np.int64], config: ModelSections, hidden: Sequence[str] = ()
 ) -> list[str]:
-    """Say what a model does not read of modalities that are not hidden: context, the end of sounds, bare texts.
+    """Say what a model leaves unread of modalities not hidden: context, ends of sounds, texts without a feature.
 
     Args:
         data: the prepared folder.

@@ -22,12 +22,13 @@ from deepmsi.train.metrics import compute_metrics
 from deepmsi.train.processes import process_rank, start_processes
 from deepmsi.train.recipe import Recipe, load_recipe
 from deepmsi.train.record import (
-    GROUPINGS,
     GROUPS,
     METRICS,
     PREDICTIONS,
     RECIPE,
     RUN,
+    groups_of,
+    groups_told,
     read_run,
     write_groups,
     write_json,
@@ -137,7 +138,8 @@ def evaluate_model(
     with progress(len(dataset), "evaluate", "row") as bar:
         logits = predict_logits(model, dataset, recipe.train, precision=precision, on_batch=bar.update)
     rows = [data.rows[i] for i in selection.indices]
-    groups = {name: [getattr(row, name) or "" for row in rows] for name in GROUPINGS}
+    ids = [row.id for row in rows]
+    groups = groups_of(ids, groups_told(rows))
     result = compute_metrics(
         selection.classes, logits.argmax(1), config.names, probabilities=softmax(logits), groups=groups
     )
@@ -148,7 +150,7 @@ def evaluate_model(
         result["split"] = split
     if precision != "fp32":
         result["precision"] = precision
-    return result, prediction_rows([row.id for row in rows], selection.classes, logits, config.names)
+    return result, prediction_rows(ids, selection.classes, logits, config.names)
 
 
 def _select(

@@ -114,16 +114,21 @@ def read_predictions(path: Path) -> dict[str, tuple[str, str]]:
     return rows
 
 
+def groups_told(rows: Iterable[PreparedRow]) -> dict[str, dict[str, str]]:
+    """The speaker and the dialogue of each row: {id: {"speaker": ..., "dialogue": ...}}, "" where it has none."""
+    return {row.id: {name: getattr(row, name) or "" for name in GROUPINGS} for row in rows}
+
+
 def write_groups(path: Path, rows: Iterable[PreparedRow]) -> None:
-    """Write `groups.csv`: the speaker and the dialogue of each row that takes part."""
+    """Write `groups.csv`: what `groups_told` tells of the rows that take part."""
     text = io.StringIO()
-    told = [[row.id, *(getattr(row, name) or "" for name in GROUPINGS)] for row in rows]
+    told = [[row_id, *cells.values()] for row_id, cells in groups_told(rows).items()]
     csv.writer(text, lineterminator="\n").writerows([("id", *GROUPINGS), *told])
     write_text(path, text.getvalue())
 
 
 def read_groups(path: Path) -> dict[str, dict[str, str]]:
-    """Read the `groups.csv` beside a file or in a folder: {id: {"speaker": ..., "dialogue": ...}}; {} without one.
+    """Read the `groups.csv` beside a file or in a folder, as `groups_told` has it; {} without one.
 
     Raises:
         UserError: it cannot be read.
@@ -142,7 +147,7 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
 
 
 def groups_of(ids: Sequence[str], *told: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    """Arrange what `read_groups` read by the rows: {"speaker": [...], "dialogue": [...]}, "" where nothing is told.
+    """Arrange what `groups_told` has by the rows: {"speaker": [...], "dialogue": [...]}, "" where nothing is told.
 
     Of several tables the first one counts that tells of a row.
     """

@@ -485,17 +485,17 @@ class _Run:
 
     def _forget_other_parts(self, name: str, folder: Path, parts: Sequence[Fold]) -> None:
         """Begin a fit anew that was begun with other inner parts, as another version of deepmsi may have made them."""
-        made = {
-            "rows": digest([[[self.rows[i].id for i in side] for side in (part.train, part.test)] for part in parts])
-        }
-        path, left = folder / INNER, [folder / "inner", folder / "checkpoints"]
-        if self.main and parts and _read(path) != made:
-            if any(each.is_dir() for each in left):
-                note(f"{name} was begun with other inner parts, and is begun anew.")
-            for each in left:
-                shutil.rmtree(each, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, made)
+        if self.main and parts:
+            ids = [[[self.rows[i].id for i in side] for side in (part.train, part.test)] for part in parts]
+            path, made = folder / INNER, {"rows": digest(ids)}
+            if _read(path) != made:
+                left = [each for each in (folder / "inner", folder / "checkpoints") if each.is_dir()]
+                if left:
+                    note(f"{name} was begun with other inner parts, and is begun anew.")
+                for each in left:
+                    shutil.rmtree(each, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, made)
         barrier()
 
     def _inner_curve(self, name: str, folder: Path, part: Fold, seed: int) -> list[Point]:
